@@ -1,0 +1,22 @@
+"""Direct Imitation Learning (DIL, ICLR 2025) from preference pairs, with fused log-probabilities and losses."""
+
+from dil_kernels.divergences import Divergence, register_divergence
+from dil_kernels.functional import (
+    DILOutput,
+    dil_loss,
+    fused_dil_loss,
+    sequence_logps,
+    token_logps,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DILOutput",
+    "Divergence",
+    "dil_loss",
+    "fused_dil_loss",
+    "register_divergence",
+    "sequence_logps",
+    "token_logps",
+]

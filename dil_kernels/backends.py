@@ -1,0 +1,174 @@
+"""Which implementations exist, which of them run here, and why the others do not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def load_extension() -> ModuleType | None:
+    """The compiled extension `dil_kernels._C` with its CPU ops registered, or None where it was not built."""
+    try:
+        return importlib.import_module("dil_kernels._C")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def extension_problem() -> str | None:
+    """Why the compiled extension cannot be used, or None if it can."""
+    if load_extension() is not None:
+        return None
+    try:
+        importlib.import_module("dil_kernels._C")
+    except ModuleNotFoundError:
+        return f"not built: {build_report().get('extension', 'the package was never installed')}"
+    except ImportError as error:
+        return f"built, but it does not load: {error}"
+    return None
+
+
+def build_report() -> dict[str, str]:
+    """What the build recorded of itself: for each part, "built ..." or why it was left out."""
+    try:
+        return dict(importlib.import_module("dil_kernels._build_report").REPORT)
+    except ModuleNotFoundError:
+        return {}
+
+
+@functools.cache
+def cuda_extension_problem() -> str | None:
+    """Load the CUDA half of the extension; why it cannot be used, or None if it can."""
+    problem = extension_problem()
+    if problem is not None:
+        return problem
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    from pathlib import Path
+
+    path = Path(__file__).parent / "_cuda.so"
+    if not path.exists():
+        return f"not built: {build_report().get('cuda', 'unknown')}"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"built, but it does not load: {error}"
+    return None
+
+
+@functools.cache
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1), which takes CPU tensors."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why no Triton kernel can run in this process, or None if one can."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    if triton_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+    return None
+
+
+def _cpp_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ kernels take CPU tensors, not {device.type}"
+    return extension_problem()
+
+
+def _triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "the Triton kernels do not take fp64"
+    problem = triton_problem()
+    if problem is None and device.type != "cuda" and not triton_interpreted():
+        return f"Triton kernels take CUDA tensors, not {device.type}"
+    return problem
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the log-probabilities."""
+
+    name: str
+    description: str
+    problem: Callable[[torch.device, torch.dtype], str | None]  # why it cannot serve them, or None
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("triton", "Triton kernels, CUDA", _triton_problem),
+        Backend("cpp", "C++ kernels, CPU (SIMD, threads)", _cpp_problem),
+        Backend("eager", "plain PyTorch, any device", lambda device, dtype: None),
+    )
+}
+BEST = {"cuda": "triton", "cpu": "cpp"}
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@functools.cache
+def _auto_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The backend that `auto` takes, and what to warn of."""
+    best = BEST.get(device_type)
+    if best is None:
+        return "eager", None
+    problem = BACKENDS[best].problem(torch.device(device_type), dtype)
+    if problem is None:
+        return best, None
+    return "eager", f"dil_kernels: the {best} backend is unavailable for {dtype} on {device_type} ({problem}); using eager PyTorch"
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend to run on a device.
+
+    Args:
+        backend: "auto" or a name in `BACKENDS`.
+        device: where the tensors are.
+        dtype: of the logits.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend cannot run there; says why.
+    """
+    if backend == "auto":
+        name, warning = _auto_backend(device.type, dtype)
+        if warning is not None and not torch.compiler.is_compiling():
+            _warn_once(warning)
+        return name
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; available: auto, {', '.join(BACKENDS)}")
+    problem = BACKENDS[backend].problem(device, dtype)
+    if problem is not None:
+        raise RuntimeError(f"backend={backend!r} was asked for but cannot run: {problem}")
+    return backend
+
+
+def loss_is_compiled(backend: str, device: torch.device) -> bool:
+    """Whether the density-ratio loss runs in the extension, for log-probs that `backend` computes on `device`."""
+    if backend == "eager":
+        return False
+    problem = cuda_extension_problem() if device.type == "cuda" else extension_problem()
+    if problem is not None and not torch.compiler.is_compiling():
+        _warn_once(f"dil_kernels: the compiled density-ratio loss is unavailable ({problem}); using eager PyTorch")
+    return problem is None

@@ -1,0 +1,1 @@
+"""torch.library ops, their fake implementations and the autograd Functions around them."""

@@ -1,0 +1,125 @@
+"""Eager PyTorch implementation: the oracle of the tests (in fp64) and the backend of last resort.
+
+Written to be read, not to be fast: `log_softmax` over whole rows, autograd for every gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dil_kernels.divergences import get_divergence
+
+
+def token_logps(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, shift: bool = True, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability of each label under softmax(logits / temperature).
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T] int64.
+
+    Returns:
+        [B, T - 1] with `shift` (position t scores label t + 1), else [B, T]; fp64 for fp64 logits, fp32 otherwise. 0 where
+        the label is `ignore_index`. A label outside [0, V) is an error on the CPU and NaN elsewhere.
+    """
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    V = logits.shape[-1]
+    scored = labels != ignore_index
+    invalid = scored & ((labels < 0) | (labels >= V))
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and bool(invalid.any()):
+        raise ValueError(f"labels must be in [0, {V}) or ignore_index={ignore_index}, got {labels[invalid][0].item()}")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    # A row that is not scored may hold anything, NaN included, and gets a zero gradient.
+    logits = torch.where(scored.unsqueeze(-1), logits, 0).to(dtype) / temperature
+    index = torch.where(scored & ~invalid, labels, 0)
+    logps = logits.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    logps = torch.where(invalid, torch.nan, logps)
+    return torch.where(scored, logps, 0)
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """fp64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def sequence_sums(values: Tensor, cu_seqlens: Tensor | None, num_tokens: int) -> Tensor:
+    """Sum of each sequence: rows of [S, T], or the segments of a packed [N] that `cu_seqlens` [S + 1] delimits.
+
+    `num_tokens` is where `cu_seqlens` must end; packed values may be one short of it (with a shift, the last position has
+    nothing to predict). On the CPU the boundaries have been checked; elsewhere invalid ones make every sum NaN.
+    """
+    if cu_seqlens is None:
+        return values.sum(-1)
+    offsets = cu_seqlens.long()
+    bounded = offsets.clamp(0, values.numel()).cummax(0).values  # in bounds, also where the boundaries are invalid
+    sums = torch.segment_reduce(values, "sum", offsets=bounded, axis=0, initial=0.0, unsafe=True)
+    valid = (offsets[0] == 0) & (offsets[-1] == num_tokens) & (offsets[1:] >= offsets[:-1]).all()
+    return torch.where(valid, sums, torch.nan)
+
+
+def density_ratio(
+    token_logps: Tensor,
+    labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_token_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    *,
+    loss_type: str,
+    beta: float,
+    alpha: float,
+    average: bool,
+    interleaved: bool,
+    reduction: str,
+    ignore_index: int,
+    shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Density-ratio loss over token log-probabilities; see `dil_kernels.ops.density_ratio` for the arguments.
+
+    Returns:
+        loss [], losses [B], log ratios [S], log-prob sums [S], lengths [S] int32, the number of pairs in the mean [].
+    """
+    out_dtype = token_logps.dtype
+    dtype = accumulation_dtype(token_logps.device)
+    if labels is None:
+        scored = torch.ones_like(token_logps, dtype=torch.bool)
+    else:
+        scored = (labels[..., 1:] if shift else labels) != ignore_index
+    values = torch.where(scored, token_logps.to(dtype), 0)
+    num_tokens = values.shape[-1] + shift
+    logps = sequence_sums(values, cu_seqlens, num_tokens)
+    lengths = sequence_sums(scored.to(dtype), cu_seqlens, num_tokens)
+    if ref_token_logps is not None:
+        u = sequence_sums(torch.where(scored, values - ref_token_logps.to(dtype), 0), cu_seqlens, num_tokens)
+    else:
+        assert ref_logps is not None
+        u = logps - ref_logps.to(dtype)
+    # lengths is NaN where the boundaries are invalid; such a sequence stays NaN.
+    u = torch.where(lengths == 0, 0, u)
+    if average:
+        u = u / lengths.clamp(min=1)
+
+    if interleaved:
+        u_w, u_l, len_w, len_l = u[0::2], u[1::2], lengths[0::2], lengths[1::2]
+    else:
+        u_w, u_l = u.chunk(2)
+        len_w, len_l = lengths.chunk(2)
+    counted = (len_w != 0) & (len_l != 0)
+    losses = get_divergence(loss_type).loss(
+        torch.where(counted, u_w, 0), torch.where(counted, u_l, 0), beta=beta, alpha=alpha
+    )
+    losses = torch.where(counted, losses, 0)
+    num_pairs = counted.sum()
+    loss = losses.sum()
+    if reduction != "sum":
+        loss = loss / num_pairs.clamp(min=1)
+    return (
+        loss.to(out_dtype),
+        losses.to(out_dtype),
+        u.to(out_dtype),
+        logps.to(out_dtype),
+        lengths.nan_to_num(nan=0).to(torch.int32),
+        num_pairs.to(torch.int32),
+    )
