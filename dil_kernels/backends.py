@@ -127,16 +127,12 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-@functools.cache
-def _auto_backend(device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
-    """The backend that `auto` takes, and what to warn of."""
-    best = BEST.get(device_type)
-    if best is None:
-        return "eager", None
-    problem = BACKENDS[best].problem(torch.device(device_type), dtype)
-    if problem is None:
-        return best, None
-    return "eager", f"dil_kernels: the {best} backend is unavailable for {dtype} on {device_type} ({problem}); using eager PyTorch"
+@torch.compiler.assume_constant_result  # what is installed does not change while a graph is traced
+def _select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The backend to run, and why it is not the one that was wanted."""
+    wanted = BEST.get(device.type, "eager") if backend == "auto" else backend
+    problem = BACKENDS[wanted].problem(device, dtype)
+    return ("eager" if problem is not None and backend == "auto" else wanted), problem
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -151,24 +147,26 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         ValueError: no such backend.
         RuntimeError: the backend cannot run there; says why.
     """
-    if backend == "auto":
-        name, warning = _auto_backend(device.type, dtype)
-        if warning is not None and not torch.compiler.is_compiling():
-            _warn_once(warning)
-        return name
-    if backend not in BACKENDS:
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; available: auto, {', '.join(BACKENDS)}")
-    problem = BACKENDS[backend].problem(device, dtype)
-    if problem is not None:
+    name, problem = _select(backend, device, dtype)
+    if problem is not None and backend != "auto":
         raise RuntimeError(f"backend={backend!r} was asked for but cannot run: {problem}")
-    return backend
+    if problem is not None and not torch.compiler.is_compiling():
+        _warn_once(f"dil_kernels: no fast log-probs for {dtype} on {device.type} ({problem}); using eager PyTorch")
+    return name
+
+
+@torch.compiler.assume_constant_result
+def _loss_problem(device: torch.device) -> str | None:
+    return cuda_extension_problem() if device.type == "cuda" else extension_problem()
 
 
 def loss_is_compiled(backend: str, device: torch.device) -> bool:
     """Whether the density-ratio loss runs in the extension, for log-probs that `backend` computes on `device`."""
-    if backend == "eager":
+    if backend == "eager" or device.type not in BEST:
         return False
-    problem = cuda_extension_problem() if device.type == "cuda" else extension_problem()
+    problem = _loss_problem(device)
     if problem is not None and not torch.compiler.is_compiling():
         _warn_once(f"dil_kernels: the compiled density-ratio loss is unavailable ({problem}); using eager PyTorch")
     return problem is None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid  # exact everywhere; softplus turns linear above 20
 
 DEFAULT_DPO_BETA = 0.1
 
@@ -161,8 +161,8 @@ register_divergence(
     Divergence(
         name="bce",  # h(r) = r log r - (1 + r) log(1 + r)
         source="DIL (arXiv 2503.05079) table 1",
-        A=lambda u: -softplus(-u),
-        P=lambda u: softplus(u),
+        A=lambda u: logsigmoid(u),
+        P=lambda u: -logsigmoid(-u),
         compiled=True,
     )
 )
@@ -170,7 +170,7 @@ register_divergence(
     Divergence(
         name="dpo",
         source="DIL (arXiv 2503.05079) eq. 27; DPO (arXiv 2305.18290) eq. 7",
-        pair=lambda u_w, u_l, beta: softplus(-beta * (u_w - u_l)),
+        pair=lambda u_w, u_l, beta: -logsigmoid(beta * (u_w - u_l)),
         compiled=True,
     )
 )

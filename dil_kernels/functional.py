@@ -39,7 +39,7 @@ def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def _check_logits(logits: Tensor, labels: Tensor, *, shift: bool, temperature: float) -> None:
+def _check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bool, temperature: float) -> None:
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits must be [B, T, V] or [N, V], got {_shape(logits)}")
     if logits.dtype not in LOGITS_DTYPES:
@@ -57,8 +57,16 @@ def _check_logits(logits: Tensor, labels: Tensor, *, shift: bool, temperature: f
             f"logits {_shape(logits)} have {logits.shape[-2]} position(s); with shift=True at least 2 are needed, "
             "since position t predicts label t + 1"
         )
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+
+
+def _check_label_range(targets: Tensor, V: int, ignore_index: int) -> None:
+    invalid = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    if bool(invalid.any()):
+        raise ValueError(f"labels must be in [0, {V}) or ignore_index={ignore_index}, got {int(targets[invalid][0])}")
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -150,7 +158,7 @@ def token_logps(
             CUDA such a label makes its log-prob NaN, since checking it would synchronise with the host.
         RuntimeError: a backend that cannot run here.
     """
-    _check_logits(logits, labels, shift=shift, temperature=temperature)
+    _check_logits(logits, labels, ignore_index=ignore_index, shift=shift, temperature=temperature)
     name = resolve_backend(backend, logits.device, logits.dtype)
     if inplace_backward:
         if name == "eager":
@@ -181,7 +189,7 @@ def sequence_logps(
         logits: [B, T, V]; packed [1, N, V] or [N, V] with `cu_seqlens`.
         labels: [B, T]; [1, N] or [N] with `cu_seqlens`.
         cu_seqlens: int32 [S + 1], boundaries of the packed sequences: starts at 0, does not decrease, ends at N. No label is
-            ever predicted across a boundary.
+            ever predicted across a boundary: with `shift`, the first label of each sequence is ignored.
         average_log_prob: divide by the number of scored tokens.
         ignore_index, shift, temperature, inplace_backward, backend: as in `token_logps`.
 
@@ -192,7 +200,7 @@ def sequence_logps(
         ValueError, TypeError, RuntimeError: as `token_logps`; also cu_seqlens that are not boundaries (on CUDA, where
             checking would synchronise with the host, the result is NaN instead).
     """
-    logits, labels = _prepare(logits, labels, cu_seqlens, ignore_index)
+    logits, labels = _prepare(logits, labels, cu_seqlens, ignore_index, shift)
     logps = token_logps(
         logits,
         labels,
@@ -211,8 +219,10 @@ def sequence_logps(
     return sums.to(logps.dtype)
 
 
-def _prepare(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Padded input as it is; packed input as [N, V] and [N] with the boundaries masked."""
+def _prepare(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool
+) -> tuple[Tensor, Tensor]:
+    """Padded input as it is; packed input as [N, V] and [N], where a shift cannot cross a boundary."""
     if cu_seqlens is None:
         if logits.ndim != 3:
             raise ValueError(f"logits must be [B, T, V] (or pass cu_seqlens for packed [N, V]), got {_shape(logits)}")
@@ -221,7 +231,7 @@ def _prepare(logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_i
         _check_cu_seqlens(cu_seqlens, logits)
     if labels.shape == logits.shape[:-1] and logits.ndim == 3:
         logits, labels = logits.squeeze(0), labels.squeeze(0)
-    if labels.ndim == 1:
+    if shift and labels.ndim == 1:
         labels = _mask_boundaries(labels, cu_seqlens, ignore_index)
     return logits, labels
 
@@ -358,7 +368,7 @@ def fused_dil_loss(
         raise ValueError(f"ref_logits are on {ref_logits.device}, but logits are on {logits.device}")
     if ref_logits is not None and cu_seqlens is not None and ref_logits.ndim == 3:
         ref_logits = ref_logits.squeeze(0)
-    logits, labels = _prepare(logits, labels, cu_seqlens, ignore_index)
+    logits, labels = _prepare(logits, labels, cu_seqlens, ignore_index, shift)
     S = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if S % 2:
         raise ValueError(

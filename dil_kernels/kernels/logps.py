@@ -17,7 +17,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 @triton.jit
 def _logps_fwd_kernel(
     logps_ptr,  # (B, T_out) fp32, contiguous
-    lse_ptr,  # (B, T_out) fp32, contiguous
+    row_max_ptr,  # (B, T_out) fp32, contiguous
+    log_sum_ptr,  # (B, T_out) fp32, contiguous
     logits_ptr,  # (B, T, V)
     labels_ptr,  # (B, T) int64
     stride_xb,
@@ -38,7 +39,8 @@ def _logps_fwd_kernel(
     label = tl.load(labels_ptr + b * stride_yb + (t + SHIFT) * stride_yt)
     if label == ignore_index:
         tl.store(logps_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
+        tl.store(row_max_ptr + row, 0.0)
+        tl.store(log_sum_ptr + row, 0.0)
         return
     x_ptr = logits_ptr + b * stride_xb + t * stride_xt
     scale = inv_temperature * LOG2E
@@ -58,7 +60,8 @@ def _logps_fwd_kernel(
     target = tl.load(x_ptr + label, mask=valid, other=float("nan")).to(tl.float32)
     # The difference of logits first: no rounding at the size of the logits themselves.
     tl.store(logps_ptr + row, (target - m_row) * inv_temperature - log_s)
-    tl.store(lse_ptr + row, tl.where(valid, m_row * inv_temperature + log_s, float("nan")))
+    tl.store(row_max_ptr + row, m_row)
+    tl.store(log_sum_ptr + row, tl.where(valid, log_s, float("nan")))
 
 
 @triton.jit
@@ -67,7 +70,8 @@ def _logps_bwd_kernel(
     grad_logps_ptr,  # (B, T_out)
     logits_ptr,  # (B, T, V)
     labels_ptr,  # (B, T) int64
-    lse_ptr,  # (B, T_out) fp32, contiguous
+    row_max_ptr,  # (B, T_out) fp32, contiguous
+    log_sum_ptr,  # (B, T_out) fp32, contiguous
     stride_dxb,
     stride_dxt,
     stride_gb,
@@ -98,9 +102,10 @@ def _logps_bwd_kernel(
         tl.store(dx_ptrs, tl.zeros((BLOCK_V,), grad_logits_ptr.dtype.element_ty), mask=mask)
         return
     g = tl.load(grad_logps_ptr + b * stride_gb + t * stride_gt).to(tl.float32) * inv_temperature
-    lse = tl.load(lse_ptr + b * T_out + t)
+    row_max = tl.load(row_max_ptr + b * T_out + t)
+    log_sum = tl.load(log_sum_ptr + b * T_out + t)
     x = tl.load(logits_ptr + b * stride_xb + t * stride_xt + offsets, mask=mask, other=-float("inf")).to(tl.float32)
-    p = tl.exp2((x * inv_temperature - lse) * LOG2E)
+    p = tl.exp2(((x - row_max) * inv_temperature - log_sum) * LOG2E)
     dx = g * (tl.where(offsets == label, 1.0, 0.0) - p)
     tl.store(dx_ptrs, dx.to(grad_logits_ptr.dtype.element_ty), mask=mask)
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dil_kernels import backends, reference
+from dil_kernels.ops import refuse_double_backward
 
 
 def _num_sequences(token_logps: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -118,11 +118,11 @@ class DensityRatio(torch.autograd.Function):
         return loss, losses, logratios, logps, lengths, num_pairs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, grad_losses, grad_logratios, grad_logps, *_):  # type: ignore[no-untyped-def,override]
-        grad = torch.ops.dil_kernels.density_ratio_bwd(
-            grad_loss, grad_losses, grad_logratios, grad_logps, *ctx.saved_tensors, *ctx.options
-        )
+        refuse_double_backward("The density-ratio loss")
+        grads = (grad_loss, grad_losses, grad_logratios, grad_logps)
+        grads = tuple(None if grad is None else grad.contiguous() for grad in grads)
+        grad = torch.ops.dil_kernels.density_ratio_bwd(*grads, *ctx.saved_tensors, *ctx.options)
         return (grad,) + (None,) * 12
 
 

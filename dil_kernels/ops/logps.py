@@ -2,11 +2,12 @@
 
 Each backend provides
 
-    {backend}_logps_fwd(logits, labels, ignore_index, shift, temperature) -> (logps, lse)
-    {backend}_logps_bwd(grad_logps, logits, labels, lse, ignore_index, shift, temperature) -> grad_logits
-    {backend}_logps_bwd_(grad_logps, logits!, labels, lse, ignore_index, shift, temperature) -> ()
+    {backend}_logps_fwd(logits, labels, ignore_index, shift, temperature) -> (logps, row_max, log_sum)
+    {backend}_logps_bwd(grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature) -> grad_logits
+    {backend}_logps_bwd_(grad_logps, logits!, labels, row_max, log_sum, ignore_index, shift, temperature) -> ()
 
-with logits [B, T, V], labels [B, T] int64, logps and lse [B, T - shift] in fp32 (fp64 for fp64 logits). The Triton ops are
+with logits [B, T, V], labels [B, T] int64; logps, row_max and log_sum [B, T - shift] in fp32 (fp64 for fp64 logits). The
+log-sum-exp of a row, row_max / temperature + log_sum, is kept in two parts so that nothing is rounded at its size. The Triton ops are
 declared here, the C++ ops in csrc/ops.cpp.
 """
 
@@ -16,9 +17,9 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dil_kernels import backends
+from dil_kernels.ops import refuse_double_backward
 
 
 def _output_shape(logits: Tensor, shift: bool) -> tuple[int, int]:
@@ -33,19 +34,19 @@ def _rows_contiguous(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _fake_fwd(logits: Tensor, labels: Tensor, ignore_index: int, shift: bool, temperature: float) -> tuple[Tensor, Tensor]:
+def _fake_fwd(logits: Tensor, labels: Tensor, ignore_index: int, shift: bool, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     logps = logits.new_empty(_output_shape(logits, shift), dtype=_statistics_dtype(logits))
-    return logps, torch.empty_like(logps)
+    return logps, torch.empty_like(logps), torch.empty_like(logps)
 
 
 def _fake_bwd(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, shift: bool, temperature: float
+    grad_logps: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor, ignore_index: int, shift: bool, temperature: float
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 def _fake_bwd_(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, shift: bool, temperature: float
+    grad_logps: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor, ignore_index: int, shift: bool, temperature: float
 ) -> None:
     return None
 
@@ -57,21 +58,22 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 @torch.library.custom_op("dil_kernels::triton_logps_fwd", mutates_args=())
 def _triton_logps_fwd(
     logits: Tensor, labels: Tensor, ignore_index: int, shift: bool, temperature: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from dil_kernels.kernels.logps import _logps_fwd_kernel, fwd_launch_shape
 
     logits = _rows_contiguous(logits)
     B, T_out = _output_shape(logits, shift)
     V = logits.shape[-1]
     logps = logits.new_empty((B, T_out), dtype=torch.float32)
-    lse = torch.empty_like(logps)
+    row_max, log_sum = torch.empty_like(logps), torch.empty_like(logps)
     if logps.numel() == 0:
-        return logps, lse
+        return logps, row_max, log_sum
     ROWS, BLOCK_V, num_warps = fwd_launch_shape(V)
     with _on_device(logits):
         _logps_fwd_kernel[(B * T_out,)](
             logps,
-            lse,
+            row_max,
+            log_sum,
             logits,
             labels,
             logits.stride(0),
@@ -87,7 +89,7 @@ def _triton_logps_fwd(
             BLOCK_V=BLOCK_V,
             num_warps=num_warps,
         )
-    return logps, lse
+    return logps, row_max, log_sum
 
 
 def _launch_bwd(
@@ -95,7 +97,8 @@ def _launch_bwd(
     grad_logps: Tensor,
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     ignore_index: int,
     shift: bool,
     temperature: float,
@@ -113,7 +116,8 @@ def _launch_bwd(
             grad_logps,
             logits,
             labels,
-            lse,
+            row_max,
+            log_sum,
             grad_logits.stride(0),
             grad_logits.stride(1),
             grad_logps.stride(0),
@@ -136,19 +140,19 @@ def _launch_bwd(
 
 @torch.library.custom_op("dil_kernels::triton_logps_bwd", mutates_args=())
 def _triton_logps_bwd(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, shift: bool, temperature: float
+    grad_logps: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor, ignore_index: int, shift: bool, temperature: float
 ) -> Tensor:
     logits = _rows_contiguous(logits)
     grad_logits = logits.new_empty(logits.shape)
-    _launch_bwd(grad_logits, grad_logps, logits, labels, lse, ignore_index, shift, temperature)
+    _launch_bwd(grad_logits, grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature)
     return grad_logits
 
 
 @torch.library.custom_op("dil_kernels::triton_logps_bwd_", mutates_args=("logits",))
 def _triton_logps_bwd_(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, shift: bool, temperature: float
+    grad_logps: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor, ignore_index: int, shift: bool, temperature: float
 ) -> None:
-    _launch_bwd(logits, grad_logps, logits, labels, lse, ignore_index, shift, temperature)
+    _launch_bwd(logits, grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature)
 
 
 _triton_logps_fwd.register_fake(_fake_fwd)
@@ -179,22 +183,23 @@ class TokenLogps(torch.autograd.Function):
         inplace_backward: bool,
         backend: str,
     ) -> Tensor:
-        logps, lse = _op(backend, "logps_fwd")(logits, labels, ignore_index, shift, temperature)
-        ctx.save_for_backward(logits, labels, lse)
+        logps, row_max, log_sum = _op(backend, "logps_fwd")(logits, labels, ignore_index, shift, temperature)
+        ctx.save_for_backward(logits, labels, row_max, log_sum)
         ctx.options = (ignore_index, shift, temperature)  # type: ignore[attr-defined]
         ctx.inplace_backward = inplace_backward  # type: ignore[attr-defined]
         ctx.backend = backend  # type: ignore[attr-defined]
         return logps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_logps: Tensor):  # type: ignore[override,no-untyped-def]
+        refuse_double_backward("token_logps")
         # Unpacking checks the version of the logits, so a second backward after one in place raises here.
-        logits, labels, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+        logits, labels, row_max, log_sum = ctx.saved_tensors  # type: ignore[attr-defined]
         if ctx.inplace_backward:  # type: ignore[attr-defined]
             logits = logits.detach()
-            _op(ctx.backend, "logps_bwd_")(grad_logps, logits, labels, lse, *ctx.options)  # type: ignore[attr-defined]
+            _op(ctx.backend, "logps_bwd_")(grad_logps, logits, labels, row_max, log_sum, *ctx.options)  # type: ignore[attr-defined]
+            torch.autograd.graph.increment_version(logits)
             grad_logits = logits
         else:
-            grad_logits = _op(ctx.backend, "logps_bwd")(grad_logps, logits, labels, lse, *ctx.options)  # type: ignore[attr-defined]
+            grad_logits = _op(ctx.backend, "logps_bwd")(grad_logps, logits, labels, row_max, log_sum, *ctx.options)  # type: ignore[attr-defined]
         return grad_logits, None, None, None, None, None, None

@@ -1,0 +1,98 @@
+// Argument checks that every implementation of an op shares. The Python layer checks first and names things better; these
+// keep memory safe for whoever calls the ops directly.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "density_ratio.h"
+
+namespace dil {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Divergence divergence_by_name(const std::string& name) {
+#define DIL_NAME(D) \
+  if (name == D::name) return Divergence::D;
+  DIL_DIVERGENCES(DIL_NAME)
+#undef DIL_NAME
+  STD_TORCH_CHECK(false, "loss_type ", name, " is not compiled");
+}
+
+inline SequenceLayout sequence_layout(
+    const Tensor& token_logps, const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens,
+    int64_t ignore_index, bool shift) {
+  const int64_t ndim = cu_seqlens ? 1 : 2;
+  STD_TORCH_CHECK(token_logps.dim() == ndim, "token_logps must have ", ndim, " dimension(s), got ", token_logps.dim());
+  STD_TORCH_CHECK(token_logps.is_contiguous(), "token_logps must be contiguous");
+  const auto dtype = token_logps.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "token_logps must be fp32 or fp64");
+  SequenceLayout layout{};
+  layout.num_values = token_logps.size(-1 + ndim);
+  layout.num_sequences = cu_seqlens ? cu_seqlens->numel() - 1 : token_logps.size(0);
+  layout.ignore_index = ignore_index;
+  layout.shift = labels && shift ? 1 : 0;
+  if (labels) {
+    STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long, "labels must be int64");
+    STD_TORCH_CHECK(labels->dim() == ndim && labels->size(ndim - 1) == layout.num_values + layout.shift &&
+                        (cu_seqlens || labels->size(0) == layout.num_sequences),
+                    "labels do not match token_logps");
+    layout.labels = labels->const_data_ptr<int64_t>();
+    layout.label_stride_s = cu_seqlens ? 0 : labels->stride(0);
+    layout.label_stride_t = labels->stride(ndim - 1);
+  }
+  if (cu_seqlens) {
+    STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 &&
+                        cu_seqlens->is_contiguous(),
+                    "cu_seqlens must be a contiguous int32 [S + 1]");
+    layout.cu_seqlens = cu_seqlens->const_data_ptr<int32_t>();
+  }
+  STD_TORCH_CHECK(layout.num_sequences % 2 == 0, "pairs need an even number of sequences, got ", layout.num_sequences);
+  return layout;
+}
+
+inline void check_reference(
+    const Tensor& token_logps, const std::optional<Tensor>& ref_token_logps, const std::optional<Tensor>& ref_logps,
+    const SequenceLayout& layout) {
+  STD_TORCH_CHECK(ref_token_logps.has_value() != ref_logps.has_value(), "give one of ref_token_logps and ref_logps");
+  const Tensor& ref = ref_logps ? *ref_logps : *ref_token_logps;
+  const int64_t numel = ref_logps ? layout.num_sequences : token_logps.numel();
+  STD_TORCH_CHECK(ref.scalar_type() == token_logps.scalar_type() && ref.numel() == numel && ref.is_contiguous(),
+                  "the reference log-probs must be contiguous, of the dtype of token_logps, and match it in shape");
+}
+
+struct DensityRatioOutputs {
+  Tensor loss, losses, logratios, logps, lengths, num_pairs, coefs;
+
+  DensityRatioOutputs(const Tensor& like, int64_t S)
+      : loss(torch::stable::new_empty(like, {})),
+        losses(torch::stable::new_empty(like, {S / 2})),
+        logratios(torch::stable::new_empty(like, {S})),
+        logps(torch::stable::new_empty(like, {S})),
+        lengths(torch::stable::new_empty(like, {S}, ScalarType::Int)),
+        num_pairs(torch::stable::new_empty(like, {}, ScalarType::Int)),
+        coefs(torch::stable::new_empty(like, {S})) {}
+
+  using Tuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  Tuple tuple() && {
+    return {std::move(loss),    std::move(losses),    std::move(logratios), std::move(logps),
+            std::move(lengths), std::move(num_pairs), std::move(coefs)};
+  }
+};
+
+inline const void* grad_ptr(const std::optional<Tensor>& grad, const Tensor& like, int64_t numel) {
+  if (!grad) return nullptr;
+  STD_TORCH_CHECK(grad->scalar_type() == like.scalar_type() && grad->numel() == numel && grad->is_contiguous(),
+                  "upstream gradients must be contiguous, of the dtype of token_logps, and match the outputs in shape");
+  return grad->const_data_ptr();
+}
+
+}  // namespace dil

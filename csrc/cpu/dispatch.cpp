@@ -1,0 +1,29 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace dil {
+namespace {
+
+// DIL_KERNELS_CPU_CAPABILITY=avx2|baseline asks for less than the machine has, to test those kernels; results agree to rounding.
+const RowKernels& choose() {
+#if defined(__x86_64__)
+  const char* wanted = std::getenv("DIL_KERNELS_CPU_CAPABILITY");
+  const bool baseline = wanted && std::strcmp(wanted, "baseline") == 0;
+  const bool avx2 = wanted && std::strcmp(wanted, "avx2") == 0;
+  __builtin_cpu_init();
+  if (!baseline && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return kRowKernelsAvx512;
+  if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kRowKernelsAvx2;
+#endif
+  return kRowKernelsBaseline;
+}
+
+}  // namespace
+
+const RowKernels& row_kernels() {
+  static const RowKernels& kernels = choose();
+  return kernels;
+}
+
+}  // namespace dil

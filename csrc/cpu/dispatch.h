@@ -1,0 +1,10 @@
+#pragma once
+
+#include "row_kernels.h"
+
+namespace dil {
+
+// The row kernels of the best instruction set that this machine has (see dispatch.cpp).
+const RowKernels& row_kernels();
+
+}  // namespace dil

@@ -1,0 +1,137 @@
+// A vector of floats as wide as the instruction set that the file is compiled for, from the compiler's vector extensions: the
+// same source becomes AVX-512, AVX2, SSE2 or NEON. Everything is in an inline namespace per instruction set, so that no two
+// object files share an inline function that only one of their machines can run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define DIL_ISA avx512
+#define DIL_VEC_BYTES 64
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define DIL_ISA avx2
+#define DIL_VEC_BYTES 32
+#include <immintrin.h>
+#else
+#define DIL_ISA baseline
+#define DIL_VEC_BYTES 16
+#endif
+
+namespace dil::DIL_ISA {
+
+constexpr int kLanes = DIL_VEC_BYTES / 4;
+
+typedef float VecF __attribute__((vector_size(DIL_VEC_BYTES)));
+typedef int32_t VecI __attribute__((vector_size(DIL_VEC_BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(DIL_VEC_BYTES)));
+typedef uint16_t VecH __attribute__((vector_size(DIL_VEC_BYTES / 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline VecF broadcast(float x) { return x - VecF{}; }
+
+inline VecF load(const float* x) {
+  VecF v;
+  std::memcpy(&v, x, sizeof(v));
+  return v;
+}
+
+inline void store(float* x, VecF v) { std::memcpy(x, &v, sizeof(v)); }
+
+inline VecF load(const BFloat16* x) {
+  VecH h;
+  std::memcpy(&h, x, sizeof(h));
+  return bit_cast<VecF>(__builtin_convertvector(h, VecU) << 16);
+}
+
+inline void store(BFloat16* x, VecF v) {  // to nearest, ties to even
+  const VecU bits = bit_cast<VecU>(v);
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecU nan = (bits >> 16) | 0x40u;
+  const VecH h = __builtin_convertvector(v == v ? rounded : nan, VecH);
+  std::memcpy(x, &h, sizeof(h));
+}
+
+#if DIL_VEC_BYTES == 64
+inline VecF load(const Half* x) {
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+inline void store(Half* x, VecF v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif DIL_VEC_BYTES == 32
+inline VecF load(const Half* x) { return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))); }
+inline void store(Half* x, VecF v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline VecF load(const Half* x) {
+  VecH h;
+  std::memcpy(&h, x, sizeof(h));
+  const VecU bits = __builtin_convertvector(h, VecU);
+  const VecU sign = (bits & 0x8000u) << 16;
+  // Half's exponent and mantissa in float's place, times 2^112; exact for subnormals too. Inf and NaN get float's exponent.
+  const VecU magnitude = bit_cast<VecU>(bit_cast<VecF>((bits & 0x7fffu) << 13) * 0x1p112f);
+  const VecU special = (bits & 0x7fffu) >= 0x7c00u ? VecU{} + 0x7f800000u : VecU{};
+  return bit_cast<VecF>(sign | magnitude | special);
+}
+inline void store(Half* x, VecF v) {  // to nearest, ties to even
+  const VecU bits = bit_cast<VecU>(v);
+  const VecU sign = (bits >> 16) & 0x8000u;
+  const VecU magnitude = bits & 0x7fffffffu;
+  const VecU normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 shifts a subnormal half's mantissa to the bottom bits, rounded by the addition itself.
+  const VecU subnormal = bit_cast<VecU>(bit_cast<VecF>(magnitude) + 0.5f) - 0x3f000000u;
+  VecU half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? VecU{} + 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : half;   // NaN
+  const VecH h = __builtin_convertvector(sign | half, VecH);
+  std::memcpy(x, &h, sizeof(h));
+}
+#endif
+
+inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
+
+inline float horizontal_max(VecF v) {
+  float out = v[0];
+  for (int i = 1; i < kLanes; ++i) out = v[i] > out ? v[i] : out;
+  return out;
+}
+
+inline double horizontal_sum(VecF v) {
+  double out = 0.0;
+  for (int i = 0; i < kLanes; ++i) out += v[i];
+  return out;
+}
+
+// 2^t for t <= 127: exactly 0 below 2^-126, NaN for NaN, relative error below 1.2e-7 otherwise.
+inline VecF exp2(VecF t) {
+  t = t < -127.0f ? broadcast(-127.0f) : t;  // written so that NaN stays
+  constexpr float kRound = 0x1.8p23f;        // adding it leaves the nearest integer in the low bits
+  const VecF shifted = t + kRound;
+  const VecF f = t - (shifted - kRound);  // in [-0.5, 0.5]
+  VecF p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;  // minimax in relative error, with p(0) = 1
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  p = p * f + 1.0f;
+  const VecI exponent = (bit_cast<VecI>(shifted) << 23) + 0x3f800000;
+  return p * bit_cast<VecF>(exponent);
+}
+
+}  // namespace dil::DIL_ISA

@@ -1,0 +1,221 @@
+// Density-ratio loss on CUDA: one launch forward, one backward, no host sync, no float atomics, capturable in a CUDA graph.
+#include <cuda_runtime.h>
+
+#include "../checks.h"
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+namespace dil {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// Sum over the block in a fixed order; the result is in every thread.
+__device__ double block_sum(double x) {
+  __shared__ double partial[kWarps];
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  __syncthreads();  // whoever read the last sum is done
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+  __syncthreads();
+  double sum = 0.0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += partial[w];
+  return sum;
+}
+
+// Boundaries cannot be checked on the host without a sync; here, bad ones make every output NaN.
+__device__ bool boundaries_valid(const SequenceLayout& layout) {
+  if (!layout.cu_seqlens) return true;
+  bool valid = true;
+  for (int64_t s = threadIdx.x; s < layout.num_sequences; s += kThreads) valid &= layout.valid(s);
+  return __syncthreads_and(valid);
+}
+
+template <class T>
+__device__ SequenceSums sum_sequence(const SequenceLayout& layout, int64_t s, const T* token_logps, const T* ref_token_logps) {
+  double logps = 0.0, logratio = 0.0, length = 0.0;
+  const int64_t end = layout.end(s);
+  for (int64_t i = layout.begin(s) + threadIdx.x; i < end; i += kThreads) {
+    if (!layout.scored(s, i)) continue;
+    const double logp = token_logps[i];
+    logps += logp;
+    if (ref_token_logps) logratio += logp - static_cast<double>(ref_token_logps[i]);
+    length += 1.0;
+  }
+  SequenceSums sums;
+  sums.logps = block_sum(logps);
+  sums.logratio = ref_token_logps ? block_sum(logratio) : 0.0;
+  sums.length = static_cast<int64_t>(block_sum(length));
+  return sums;
+}
+
+template <class T>
+struct ForwardPointers {
+  const T* token_logps;      // [S, T_out] or [N_out]
+  const T* ref_token_logps;  // likewise, or nullptr
+  const T* ref_logps;        // [S] or nullptr
+  T* loss;                   // []
+  T* losses;                 // [B]
+  T* logratios;              // [S]
+  T* logps;                  // [S]
+  T* coefs;                  // [S]
+  int32_t* lengths;          // [S]
+  int32_t* num_pairs;        // [], 0 at launch: counts finished blocks until the last one writes the result
+};
+
+// One block a pair. The block that finishes last reduces the losses, in a fixed order.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    density_ratio_fwd_kernel(const SequenceLayout layout, const LossOptions options, const ForwardPointers<T> p) {
+  const int64_t B = layout.num_sequences / 2, pair = blockIdx.x;
+  const int64_t w = layout.chosen(pair, options.interleaved), l = layout.rejected(pair, options.interleaved);
+  const bool valid = boundaries_valid(layout);
+  SequenceSums sums_w, sums_l;
+  if (valid) {
+    sums_w = sum_sequence(layout, w, p.token_logps, p.ref_token_logps);
+    sums_l = sum_sequence(layout, l, p.token_logps, p.ref_token_logps);
+  }
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    const bool has_ref_logps = p.ref_logps != nullptr;
+    const double u_w = log_ratio(sums_w, has_ref_logps, has_ref_logps ? p.ref_logps[w] : 0.0, options.average);
+    const double u_l = log_ratio(sums_l, has_ref_logps, has_ref_logps ? p.ref_logps[l] : 0.0, options.average);
+    const PairLoss loss = counted_pair_loss(sums_w, sums_l, u_w, u_l, options);
+    p.losses[pair] = static_cast<T>(valid ? loss.loss : NAN);
+    p.logratios[w] = static_cast<T>(valid ? u_w : NAN);
+    p.logratios[l] = static_cast<T>(valid ? u_l : NAN);
+    p.logps[w] = static_cast<T>(valid ? sums_w.logps : NAN);
+    p.logps[l] = static_cast<T>(valid ? sums_l.logps : NAN);
+    p.coefs[w] = static_cast<T>(valid ? loss.grad_w : NAN);
+    p.coefs[l] = static_cast<T>(valid ? loss.grad_l : NAN);
+    p.lengths[w] = static_cast<int32_t>(sums_w.length);
+    p.lengths[l] = static_cast<int32_t>(sums_l.length);
+    __threadfence();
+    last = atomicAdd(reinterpret_cast<unsigned*>(p.num_pairs), 1u) == B - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  double total = 0.0, count = 0.0;
+  for (int64_t i = threadIdx.x; i < B; i += kThreads) {
+    total += static_cast<double>(__ldcg(p.losses + i));
+    count += __ldcg(p.lengths + layout.chosen(i, options.interleaved)) > 0 &&
+             __ldcg(p.lengths + layout.rejected(i, options.interleaved)) > 0;
+  }
+  total = block_sum(total);
+  count = block_sum(count);
+  if (threadIdx.x == 0) {
+    *p.loss = static_cast<T>(options.mean && count > 0.0 ? total / count : total);
+    *p.num_pairs = static_cast<int32_t>(count);
+  }
+}
+
+// Last s with cu_seqlens[s] <= i; the caller's values are NaN where the boundaries are invalid, so any s in range will do then.
+__device__ int64_t segment_of(const SequenceLayout& layout, int64_t i) {
+  int64_t low = 0, high = layout.num_sequences;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (layout.cu_seqlens[middle] <= i ? low : high) = middle;
+  }
+  return low;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) density_ratio_bwd_kernel(
+    const SequenceLayout layout, const LossOptions options, const SequenceGrads grads, const int32_t* lengths,
+    const int32_t* num_pairs, const T* coefs, T* grad_token_logps, int64_t numel) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= numel) return;
+  const int64_t s = layout.cu_seqlens ? segment_of(layout, i) : i / layout.num_values;
+  const int64_t B = layout.num_sequences / 2;
+  const int64_t pair = options.interleaved ? s / 2 : s % B;
+  const T g = static_cast<T>(token_grad<T>(grads, s, pair, coefs[s], lengths[s], *num_pairs, options));
+  grad_token_logps[i] = layout.scored(s, i) ? g : T{0};
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+template <class T>
+void launch_fwd(
+    const SequenceLayout& layout, const LossOptions& options, const Tensor& token_logps,
+    const std::optional<Tensor>& ref_token_logps, const std::optional<Tensor>& ref_logps, const DensityRatioOutputs& out) {
+  const ForwardPointers<T> pointers{
+      token_logps.const_data_ptr<T>(),
+      ref_token_logps ? ref_token_logps->const_data_ptr<T>() : nullptr,
+      ref_logps ? ref_logps->const_data_ptr<T>() : nullptr,
+      out.loss.mutable_data_ptr<T>(),
+      out.losses.mutable_data_ptr<T>(),
+      out.logratios.mutable_data_ptr<T>(),
+      out.logps.mutable_data_ptr<T>(),
+      out.coefs.mutable_data_ptr<T>(),
+      out.lengths.mutable_data_ptr<int32_t>(),
+      out.num_pairs.mutable_data_ptr<int32_t>()};
+  const cudaStream_t stream = current_stream(token_logps);
+  const int64_t B = layout.num_sequences / 2;
+  STD_CUDA_CHECK(cudaMemsetAsync(pointers.num_pairs, 0, sizeof(int32_t), stream));
+  if (B == 0) {
+    STD_CUDA_CHECK(cudaMemsetAsync(pointers.loss, 0, sizeof(T), stream));
+    return;
+  }
+  density_ratio_fwd_kernel<T><<<static_cast<unsigned>(B), kThreads, 0, stream>>>(layout, options, pointers);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+DensityRatioOutputs::Tuple density_ratio_fwd(
+    const Tensor& token_logps, const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& ref_token_logps, const std::optional<Tensor>& ref_logps, const std::string& loss_type,
+    double beta, double alpha, bool average, bool interleaved, bool mean, int64_t ignore_index, bool shift) {
+  const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, ignore_index, shift);
+  check_reference(token_logps, ref_token_logps, ref_logps, layout);
+  const LossOptions options{divergence_by_name(loss_type), {beta, alpha}, average, interleaved, mean};
+  const torch::stable::accelerator::DeviceGuard guard(token_logps.get_device_index());
+  DensityRatioOutputs out(token_logps, layout.num_sequences);
+  const auto launch = token_logps.scalar_type() == ScalarType::Double ? launch_fwd<double> : launch_fwd<float>;
+  launch(layout, options, token_logps, ref_token_logps, ref_logps, out);
+  return std::move(out).tuple();
+}
+
+template <class T>
+void launch_bwd(
+    const SequenceLayout& layout, const LossOptions& options, const SequenceGrads& grads, const Tensor& lengths,
+    const Tensor& num_pairs, const Tensor& coefs, const Tensor& out) {
+  const int64_t numel = out.numel();
+  if (numel == 0) return;
+  const auto blocks = static_cast<unsigned>((numel + kThreads - 1) / kThreads);
+  density_ratio_bwd_kernel<T><<<blocks, kThreads, 0, current_stream(out)>>>(
+      layout, options, grads, lengths.const_data_ptr<int32_t>(), num_pairs.const_data_ptr<int32_t>(), coefs.const_data_ptr<T>(),
+      out.mutable_data_ptr<T>(), numel);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor density_ratio_bwd(
+    const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_losses,
+    const std::optional<Tensor>& grad_logratios, const std::optional<Tensor>& grad_logps, const Tensor& token_logps,
+    const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens, const Tensor& lengths,
+    const Tensor& num_pairs, const Tensor& coefs, bool average, bool interleaved, bool mean, int64_t ignore_index, bool shift) {
+  const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, ignore_index, shift);
+  const int64_t S = layout.num_sequences;
+  const LossOptions options{{}, {}, average, interleaved, mean};
+  const SequenceGrads grads{
+      grad_ptr(grad_loss, token_logps, 1), grad_ptr(grad_losses, token_logps, S / 2),
+      grad_ptr(grad_logratios, token_logps, S), grad_ptr(grad_logps, token_logps, S)};
+  const torch::stable::accelerator::DeviceGuard guard(token_logps.get_device_index());
+  Tensor out = torch::stable::empty_like(token_logps);
+  const auto launch = token_logps.scalar_type() == ScalarType::Double ? launch_bwd<double> : launch_bwd<float>;
+  launch(layout, options, grads, lengths, num_pairs, coefs, out);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dil_kernels, CUDA, m) {
+  m.impl("density_ratio_fwd", TORCH_BOX(&density_ratio_fwd));
+  m.impl("density_ratio_bwd", TORCH_BOX(&density_ratio_bwd));
+}
+
+}  // namespace dil

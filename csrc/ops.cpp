@@ -1,0 +1,93 @@
+// Schemas of the ops that the extension implements, and its Python face: build information and the scalar divergences.
+#include <map>
+#include <string>
+#include <vector>
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "checks.h"
+#include "cpu/dispatch.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dil_kernels, m) {
+  m.def("cpp_logps_fwd(Tensor logits, Tensor labels, int ignore_index, bool shift, float temperature) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cpp_logps_bwd(Tensor grad_logps, Tensor logits, Tensor labels, Tensor row_max, Tensor log_sum, int ignore_index, bool shift, "
+      "float temperature) -> Tensor");
+  m.def(
+      "cpp_logps_bwd_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor row_max, Tensor log_sum, int ignore_index, bool shift, "
+      "float temperature) -> ()");
+  m.def(
+      "density_ratio_fwd(Tensor token_logps, Tensor? labels, Tensor? cu_seqlens, Tensor? ref_token_logps, Tensor? ref_logps, "
+      "str loss_type, float beta, float alpha, bool average, bool interleaved, bool mean, int ignore_index, bool shift) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "density_ratio_bwd(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_logratios, Tensor? grad_logps, "
+      "Tensor token_logps, Tensor? labels, Tensor? cu_seqlens, Tensor lengths, Tensor num_pairs, Tensor coefs, "
+      "bool average, bool interleaved, bool mean, int ignore_index, bool shift) -> Tensor");
+}
+
+namespace py = pybind11;
+using namespace dil;
+
+namespace {
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"compiler", __VERSION__},
+      {"torch_headers", TORCH_VERSION},
+      {"torch_target", std::to_string((TORCH_TARGET_VERSION >> 56) & 0xff) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff)},
+      {"cpu_capability", row_kernels().name},
+  };
+}
+
+std::vector<std::string> divergence_names() {
+#define DIL_NAME(D) D::name,
+  return {DIL_DIVERGENCES(DIL_NAME)};
+#undef DIL_NAME
+}
+
+template <class D>
+py::object scalar_functions() {
+  if constexpr (!D::separable) {
+    return py::none();
+  } else {
+    py::dict out;
+    out["A"] = py::cpp_function(py::vectorize(&D::A));
+    out["P"] = py::cpp_function(py::vectorize(&D::P));
+    out["dA"] = py::cpp_function(py::vectorize(&D::dA));
+    out["dP"] = py::cpp_function(py::vectorize(&D::dP));
+    return std::move(out);
+  }
+}
+
+py::object divergence_scalars(const std::string& name) {
+#define DIL_SCALARS(D) \
+  if (name == D::name) return scalar_functions<D>();
+  DIL_DIVERGENCES(DIL_SCALARS)
+#undef DIL_SCALARS
+  throw py::value_error("unknown divergence " + name);
+}
+
+py::tuple divergence_pair(
+    const std::string& name, const py::array_t<double>& u_w, const py::array_t<double>& u_l, double beta, double alpha) {
+  const Divergence divergence = divergence_by_name(name);
+  const PairOptions options{beta, alpha};
+  const auto part = [&](auto member) {
+    return py::vectorize([=](double w, double l) { return pair_loss(divergence, w, l, options).*member; })(u_w, u_l);
+  };
+  return py::make_tuple(part(&PairLoss::loss), part(&PairLoss::grad_w), part(&PairLoss::grad_l));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled half of dil_kernels: registers torch ops when imported.";
+  m.def("build_info", &build_info, "What the extension was built with, and the instruction set in use.");
+  m.def("divergence_names", &divergence_names, "Every compiled loss.");
+  m.def("divergence_scalars", &divergence_scalars, py::arg("name"),
+        "A, P and their derivatives dA, dP of a separable loss as fp64 functions over arrays of log ratios; None if coupled.");
+  m.def("divergence_pair", &divergence_pair, py::arg("name"), py::arg("u_w"), py::arg("u_l"), py::arg("beta") = 0.1,
+        py::arg("alpha") = 0.0, "Loss, d loss/d u_w and d loss/d u_l of pairs, in fp64 over arrays of log ratios.");
+}

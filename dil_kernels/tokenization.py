@@ -1,0 +1,208 @@
+"""Preference pairs to token ids, and token ids to batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from dil_kernels.data import RESPONSES, Pair, PreferenceDataError, check_pair, is_conversational
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100
+TRUNCATION_MODES = ("keep_end", "keep_start")
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def tokenize_dataset(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    truncation_mode: str,
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """Token ids of every pair, checked and truncated; warns of how many pairs were truncated.
+
+    Args:
+        dataset: pairs in any form that `load_preference_pairs` accepts.
+        tokenizer: a transformers tokenizer; conversations need its chat template, strings its end-of-sequence token.
+        max_length, max_prompt_length, truncation_mode: as in `truncate`.
+        num_proc: processes to tokenise with.
+
+    Returns:
+        One row a pair: prompt_ids, chosen_ids and rejected_ids (lists of token ids), row (its place in `dataset`,
+        counted from 1) and length (tokens of the longer sequence).
+
+    Raises:
+        PreferenceDataError: a pair is broken, or its response cannot be told from its prompt exactly.
+    """
+
+    def tokenize(record: Pair, index: int) -> dict[str, Any]:
+        where = f"row {index + 1}"
+        ids = tokenize_pair(check_pair(record, where), tokenizer, where)
+        kept = truncate(
+            *ids, max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode
+        )
+        prompt_ids, chosen_ids, rejected_ids = kept
+        return {
+            "prompt_ids": prompt_ids,
+            "chosen_ids": chosen_ids,
+            "rejected_ids": rejected_ids,
+            "row": index + 1,
+            "length": len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)),
+            "truncated": kept != ids,
+            "identical": chosen_ids == rejected_ids,
+        }
+
+    tokenized = dataset.map(
+        tokenize,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        desc="Tokenizing preference pairs",
+    )
+    truncated, identical = sum(tokenized["truncated"]), sum(tokenized["identical"])
+    if truncated:
+        logger.warning("%d of %d pairs were truncated to %s tokens", truncated, len(dataset), max_length)
+    if identical:
+        logger.warning("%d of %d pairs have the same chosen and rejected tokens", identical, len(dataset))
+    return tokenized.remove_columns(["truncated", "identical"])
+
+
+def tokenize_pair(pair: Pair, tokenizer: Any, where: str) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of the prompt, the chosen and the rejected response, untruncated.
+
+    A conversation goes through the chat template: its prompt ends where generation starts, and its response is all
+    that follows, end-of-turn marks included. A response that is a string gets the end-of-sequence token. Where the end
+    of the prompt would merge with the response into one token, each is tokenised alone, as generation has it.
+
+    Raises:
+        PreferenceDataError: the template renders the prompt differently within the conversation, or a part has no
+            token.
+    """
+    conversational = is_conversational(pair)
+    prompt, texts = _render(pair, tokenizer, where) if conversational else _join(pair)
+    if not conversational and tokenizer.eos_token_id is None:
+        raise PreferenceDataError(f"{where}: the tokenizer has no end-of-sequence token to end a response with")
+    prompt_ids = _encode(tokenizer, prompt, special=not conversational)
+    if not prompt_ids:
+        raise PreferenceDataError(f"{where}, column 'prompt': the prompt has no token to predict the response from")
+    responses = []
+    for column, text in texts.items():
+        ids = _encode(tokenizer, text, special=not conversational)
+        if ids[: len(prompt_ids)] == prompt_ids:
+            ids = ids[len(prompt_ids) :]
+        else:
+            ids = _encode(tokenizer, text[len(prompt) :], special=False)
+        if not conversational and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+        if not ids:
+            raise PreferenceDataError(f"{where}, column {column!r}: the response has no token")
+        responses.append(ids)
+    return prompt_ids, responses[0], responses[1]
+
+
+def _join(pair: Pair) -> tuple[str, dict[str, str]]:
+    return pair["prompt"], {column: pair["prompt"] + pair[column] for column in RESPONSES}
+
+
+def _render(pair: Pair, tokenizer: Any, where: str) -> tuple[str, dict[str, str]]:
+    """The text of the prompt, and of the whole conversation with each response."""
+    try:
+        prompt: str = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
+        texts = {
+            column: str(tokenizer.apply_chat_template(pair["prompt"] + pair[column], tokenize=False))
+            for column in RESPONSES
+        }
+    except TemplateError as error:
+        raise PreferenceDataError(f"{where}: the chat template refuses this conversation: {error}") from error
+    for column, text in texts.items():
+        if not text.startswith(prompt):
+            raise PreferenceDataError(
+                f"{where}, column {column!r}: the template renders the prompt alone, ending with {prompt[-40:]!r}, "
+                "differently from the prompt within the conversation: which tokens are the response is not known"
+            )
+    return prompt, texts
+
+
+def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    # Some tokenizers end every text with this token, also a prompt.
+    if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        return ids[:-1]
+    return ids
+
+
+def truncate(
+    prompt_ids: list[int],
+    chosen_ids: list[int],
+    rejected_ids: list[int],
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    truncation_mode: str,
+) -> tuple[list[int], list[int], list[int]]:
+    """Cut a pair that is longer than `max_length`: first its prompt, then the ends of its responses.
+
+    Args:
+        max_length: tokens of prompt and response; None cuts nothing.
+        max_prompt_length: tokens of the prompt that a pair that is too long keeps; below `max_length`, so that each
+            response keeps a token.
+        truncation_mode: "keep_end" or "keep_start" of the prompt.
+
+    Returns:
+        The ids that remain.
+    """
+    if max_length is None or len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) <= max_length:
+        return prompt_ids, chosen_ids, rejected_ids
+    assert max_prompt_length is not None
+    prompt_ids = prompt_ids[-max_prompt_length:] if truncation_mode == "keep_end" else prompt_ids[:max_prompt_length]
+    room = max_length - len(prompt_ids)
+    return prompt_ids, chosen_ids[:room], rejected_ids[:room]
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Batches tokenised pairs: B chosen sequences, then the B rejected ones, padded on the right.
+
+    Attributes:
+        pad_token_id: fills the input ids; attention mask and labels keep it out of everything.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch of B pairs.
+
+        Returns:
+            input_ids, attention_mask and labels [2B, T] int64 (labels are -100 on prompt and padding). Where the pairs
+            have them: rows [B] int64, the place of each pair in its data set; ref_chosen_logps and ref_rejected_logps
+            [B] fp32.
+        """
+        sides = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+        shape = (len(sides), max(len(prompt) + len(response) for prompt, response in sides))
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE_INDEX)
+        for index, (prompt, response) in enumerate(sides):
+            end = len(prompt) + len(response)
+            input_ids[index, :end] = torch.tensor([*prompt, *response])
+            attention_mask[index, :end] = 1
+            labels[index, len(prompt) : end] = input_ids[index, len(prompt) : end]
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if "row" in pairs[0]:
+            batch["rows"] = torch.tensor([pair["row"] for pair in pairs])
+        for column in REF_COLUMNS:
+            if column in pairs[0]:
+                batch[column] = torch.tensor([pair[column] for pair in pairs], dtype=torch.float32)
+        return batch

@@ -1,0 +1,107 @@
+"""`DILConfig`: the options of `DILTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from dil_kernels.backends import BACKENDS
+from dil_kernels.divergences import resolve_options
+from dil_kernels.tokenization import TRUNCATION_MODES
+
+
+@dataclass
+class DILConfig(TrainingArguments):
+    """Options of `DILTrainer`, beside those of `transformers.TrainingArguments`; checked at construction.
+
+    Raises:
+        ValueError: an option that is unknown, out of range, or not used by the loss.
+    """
+
+    loss_type: str = field(
+        default="lsif",
+        metadata={"help": "The density-ratio loss: lsif (the paper's default), ukl, bce, dpo, or a registered one."},
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "Inverse temperature of the dpo loss (0.1 if not given); no other loss has one."},
+    )
+    alpha: float = field(
+        default=0.0,
+        metadata={"help": "Share of the chosen responses in the reference expectation, in [0, 1]; 0 is the paper's."},
+    )
+    average_log_prob: bool = field(
+        default=True,
+        metadata={"help": "Divide each log ratio by the number of scored tokens of its response."},
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Tokens of prompt and response beyond which a pair is truncated; None for no limit."},
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that the prompt of a truncated pair keeps; half of max_length if not given."},
+    )
+    truncation_mode: str = field(
+        default="keep_end",
+        metadata={"help": "Which end of a truncated prompt stays: keep_end or keep_start."},
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={"help": "Compute the reference log-probs once, before training, and keep no reference model."},
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Switch off every dropout of the model."},
+    )
+    backend: str = field(
+        default="auto",
+        metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
+    )
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata={"help": "Processes that tokenise the data; the main process alone if not given."},
+    )
+    learning_rate: float = field(
+        default=1e-6,
+        metadata={"help": "The highest learning rate of the schedule; the paper's are between 3e-7 and 1e-6."},
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Optimizer steps between two logs; below 1, their share of all steps."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Hide non-finite losses from the logged loss, which waits for the device every micro-batch."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        resolve_options(self.loss_type, self.beta, self.alpha)
+        _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        _check_choice("backend", self.backend, ("auto", *BACKENDS))
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} was given, but no DIL loss has one")
+        if self.max_length is not None:
+            self.max_prompt_length = _resolve_prompt_length(self.max_length, self.max_prompt_length)
+        elif self.max_prompt_length is not None:
+            raise ValueError(f"max_prompt_length={self.max_prompt_length} was given, but max_length=None cuts nothing")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; available: {', '.join(choices)}")
+
+
+def _resolve_prompt_length(max_length: int, max_prompt_length: int | None) -> int:
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, a token of prompt and one of response; got {max_length}")
+    if max_prompt_length is None:
+        return max_length // 2
+    if not 1 <= max_prompt_length < max_length:
+        raise ValueError(
+            f"max_prompt_length must be from 1 to max_length - 1 = {max_length - 1}, so that a token of each response "
+            f"is left; got {max_prompt_length}"
+        )
+    return max_prompt_length

@@ -1,0 +1,244 @@
+"""Build of the extension: two shared objects on PyTorch's stable ABI, compiled by ninja.
+
+    dil_kernels/_C.*.so   pybind11 module, op schemas, CPU kernels
+    dil_kernels/_cuda.so  CUDA kernels, loaded only where torch has CUDA
+
+Environment:
+    DIL_KERNELS_BUILD     auto (default: what the machine can build), cuda, cpu or none; a forced choice that cannot be met fails
+    TORCH_CUDA_ARCH_LIST  CUDA architectures, e.g. "9.0" or "8.0;9.0+PTX" (default 8.0, 9.0, 10.0, 12.0+PTX)
+    MAX_JOBS              compile jobs in parallel
+    CXX, CUDA_HOME        the C++ compiler; where bin/nvcc is
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+MINIMUM_TORCH = (2, 10)
+DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wno-maybe-uninitialized"]
+ISA_FLAGS = {
+    "row_kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "row_kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+}
+
+
+class Unavailable(Exception):
+    """Why a part cannot be built here."""
+
+
+def build_choice() -> str:
+    choice = os.environ.get("DIL_KERNELS_BUILD", "auto")
+    if choice not in ("auto", "cuda", "cpu", "none"):
+        raise SystemExit(f"DIL_KERNELS_BUILD must be auto, cuda, cpu or none, got {choice!r}")
+    return choice
+
+
+def find_torch() -> Path:
+    """The torch package whose headers to use; it is read, never imported.
+
+    A build-isolated environment hides the one that pip installs into, where torch usually is already; the stable ABI makes its
+    headers as good as any.
+    """
+    spec = importlib.util.find_spec("torch")
+    candidates = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    candidates += [Path(sysconfig.get_path(key)) / "torch" for key in ("purelib", "platlib")]
+    for path in candidates:
+        if (path / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            break
+    else:
+        raise Unavailable("PyTorch was not installed when the package was built (install torch first, then reinstall)")
+    match = re.search(r"__version__ = '(\d+)\.(\d+)", (path / "version.py").read_text())
+    if match is None or tuple(map(int, match.groups())) < MINIMUM_TORCH:
+        found = "unknown" if match is None else ".".join(match.groups())
+        raise Unavailable(f"PyTorch {found} is older than {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}")
+    return path
+
+
+def find_cxx() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        path = name and shutil.which(name)
+        if path:
+            return path
+    raise Unavailable("no C++ compiler was found (g++, clang++ or $CXX)")
+
+
+def find_ninja() -> str:
+    path = shutil.which("ninja")
+    if path is None and (spec := importlib.util.find_spec("ninja")) and spec.origin:
+        import ninja
+
+        path = str(Path(ninja.BIN_DIR) / "ninja")
+    if path is None:
+        raise Unavailable("ninja was not found (pip install ninja)")
+    return path
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    path = path or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if path is None:
+        raise Unavailable("nvcc was not found (on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin)")
+    return path
+
+
+def architectures(nvcc: str) -> list[str]:
+    """-gencode flags. Defaults that this nvcc does not know are left out; an explicit list is taken as it is."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    flags = []
+    for entry in re.split(r"[;,\s]+", (explicit or DEFAULT_ARCHS).strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
+        if match is None:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {entry!r} is not of the form 9.0 or 9.0+PTX")
+        number = match[1] + match[2]
+        if not explicit and f"compute_{number}" not in known:
+            continue
+        code = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return flags
+
+
+def quote(path: object) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class Ninja:
+    """A build.ninja file in the making."""
+
+    def __init__(self) -> None:
+        self.lines = [
+            "rule compile\n  command = $compiler $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            "rule link\n  command = $compiler -shared $in -o $out $flags",
+        ]
+
+    def edge(self, rule: str, out: Path, inputs: list[Path], compiler: str, flags: list[str]) -> Path:
+        self.lines.append(
+            f"build {quote(out)}: {rule} {' '.join(map(quote, inputs))}\n  compiler = {compiler}\n  flags = {' '.join(flags)}"
+        )
+        return out
+
+    def run(self, ninja: str, folder: Path) -> None:
+        (folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        try:
+            subprocess.run([ninja, "-C", str(folder), *jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                "dil_kernels: the extension did not compile (see above). "
+                "DIL_KERNELS_BUILD=cpu leaves out CUDA, DIL_KERNELS_BUILD=none everything."
+            ) from error
+
+
+class BuildExtension(build_ext):
+    def run(self) -> None:
+        choice = build_choice()
+        extension = Path(self.get_ext_fullpath("dil_kernels._C")).resolve()
+        self.folder = Path(self.build_temp).resolve() / "dil_kernels"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        extension.parent.mkdir(parents=True, exist_ok=True)
+        report: dict[str, str] = {}
+        self.graph = Ninja()
+        products = []
+        for part, target, plan in (
+            ("extension", extension, self.plan_cpu),
+            ("cuda", extension.parent / "_cuda.so", self.plan_cuda),
+        ):
+            target.unlink(missing_ok=True)
+            try:
+                if choice == "none" or (part == "cuda" and choice == "cpu"):
+                    raise Unavailable(f"DIL_KERNELS_BUILD={choice} left it out")
+                if part == "cuda" and not report["extension"].startswith("built"):
+                    raise Unavailable("the extension itself was not built")
+                products.append((plan(), target))
+                report[part] = "built"
+            except Unavailable as reason:
+                if choice == "cuda" or (choice == "cpu" and part == "extension"):
+                    raise SystemExit(f"dil_kernels: DIL_KERNELS_BUILD={choice} cannot be met: {reason}") from None
+                report[part] = str(reason)
+        for part, outcome in report.items():
+            print(f"dil_kernels: {part}: {outcome}", flush=True)
+        if products:
+            self.graph.run(find_ninja(), self.folder)
+        for product, target in products:
+            shutil.copy2(product, target)
+        (extension.parent / "_build_report.py").write_text(f'"""Written by the build."""\n\nREPORT = {report!r}\n')
+
+    def plan_cpu(self) -> Path:
+        torch, cxx = find_torch(), find_cxx()
+        find_ninja()
+        try:
+            import pybind11
+        except ImportError:
+            raise Unavailable("pybind11 was not found (pip install pybind11)") from None
+        includes = [torch / "include", pybind11.get_include(), sysconfig.get_path("include")]
+        x86 = sysconfig.get_platform().endswith("x86_64")
+        objects = []
+        for source in [ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
+            isa = ISA_FLAGS.get(source.name, [])
+            if isa and not x86:
+                continue
+            flags = [*CXX_FLAGS, *DEFINES, *isa, *(f"-isystem {quote(i)}" for i in includes)]
+            objects.append(self.graph.edge("compile", self.folder / f"{source.stem}.o", [source], cxx, flags))
+        return self.graph.edge("link", self.folder / "_C.so", objects, cxx, self.link_flags(torch / "lib"))
+
+    def plan_cuda(self) -> Path:
+        torch, nvcc, cxx = find_torch(), find_nvcc(), find_cxx()
+        flags = [*DEFINES, "-DUSE_CUDA", "-std=c++17", "-O3", "-Xcompiler -fPIC,-fvisibility=hidden", "--threads 2"]
+        flags += [*architectures(nvcc), f"-isystem {quote(torch / 'include')}"]
+        objects = [
+            self.graph.edge("compile", self.folder / f"cuda_{source.stem}.o", [source], nvcc, flags)
+            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+        ]
+        # A CPU-only torch has no libtorch_cuda to link with: a stand-in of that name records the dependency.
+        empty = self.folder / "empty.cpp"
+        empty.write_text("")
+        stand_in = self.graph.edge(
+            "link", self.folder / "libtorch_cuda.so", [empty], cxx, ["-fPIC", "-Wl,-soname,libtorch_cuda.so"]
+        )
+        link = [f"-ccbin {cxx}", "-cudart static", "-Xlinker --no-as-needed", quote(stand_in)]
+        return self.graph.edge(
+            "link", self.folder / "_cuda.so", [*objects, stand_in], nvcc, [*link, *self.link_flags(torch / "lib")]
+        )
+
+    @staticmethod
+    def link_flags(lib: Path) -> list[str]:
+        return [f"-L{quote(lib)}", "-ltorch_cpu", "-lc10"]
+
+
+def build_requirements() -> list[str]:
+    """torch, for a build-isolated environment, where one is needed and none is installed."""
+    if build_choice() == "none":
+        return []
+    try:
+        find_cxx()
+    except Unavailable:
+        return []
+    try:
+        find_torch()
+    except Unavailable:
+        return ["torch>=" + ".".join(map(str, MINIMUM_TORCH))]
+    return []
+
+
+if sys.platform == "win32":
+    os.environ.setdefault("DIL_KERNELS_BUILD", "none")
+
+setup(
+    ext_modules=[Extension("dil_kernels._C", sources=[])],
+    cmdclass={"build_ext": BuildExtension},
+    setup_requires=build_requirements(),
+)

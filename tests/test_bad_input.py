@@ -1,0 +1,150 @@
+"""Every bad input is refused with a message that names the argument."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from dil_kernels import dil_loss, fused_dil_loss, sequence_logps, token_logps
+
+LOGITS = torch.zeros(2, 4, 7)
+LABELS = torch.zeros(2, 4, dtype=torch.int64)
+PACKED = torch.zeros(6, 7)
+PACKED_LABELS = torch.zeros(6, dtype=torch.int64)
+REF = torch.zeros(1)
+
+
+def cu(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+TOKEN_CASES = [
+    ({"logits": LOGITS[0, 0]}, ValueError, "logits must be [B, T, V] or [N, V], got [7]"),
+    ({"logits": LOGITS.int()}, TypeError, "logits must be fp32, bf16, fp16 or fp64, got torch.int32"),
+    ({"labels": LABELS.int()}, TypeError, "labels must be int64, got torch.int32"),
+    ({"labels": LABELS[:, :3]}, ValueError, "labels must be [2, 4] to match logits [2, 4, 7], got [2, 3]"),
+    ({"labels": LABELS.to("meta")}, ValueError, "labels are on meta, but logits are on cpu"),
+    ({"logits": LOGITS[..., :0]}, ValueError, "logits have an empty vocabulary: [2, 4, 0]"),
+    ({"logits": LOGITS[:, :1], "labels": LABELS[:, :1]}, ValueError, "at least 2 are needed"),
+    ({"labels": LABELS + 7}, ValueError, "labels must be in [0, 7) or ignore_index=-100, got 7"),
+    ({"labels": LABELS - 1}, ValueError, "labels must be in [0, 7) or ignore_index=-100, got -1"),
+    ({"temperature": 0.0}, ValueError, "temperature must be a finite number > 0, got 0.0"),
+    ({"temperature": float("nan")}, ValueError, "temperature must be a finite number > 0, got nan"),
+    ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; available: auto, triton, cpp, eager"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), TOKEN_CASES)
+@pytest.mark.parametrize("backend", ["cpp", "eager", "triton"])
+def test_token_logps(change, error, message, backend) -> None:
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("a CUDA device is visible: the interpreter is off, and CPU tensors are refused first")
+    arguments = {"logits": LOGITS, "labels": LABELS, "backend": backend} | change
+    with pytest.raises(error, match=re.escape(message)):
+        token_logps(arguments.pop("logits"), arguments.pop("labels"), **arguments)
+
+
+PACKED_CASES = [
+    ({"cu_seqlens": cu(1, 6)}, ValueError, "cu_seqlens must start at 0, got 1"),
+    ({"cu_seqlens": cu(0, 4, 3, 6)}, ValueError, "cu_seqlens must not decrease, got [0, 4, 3, 6]"),
+    ({"cu_seqlens": cu(0, 5)}, ValueError, "cu_seqlens must end at the number of tokens, 6, got 5"),
+    ({"cu_seqlens": cu(0, 9)}, ValueError, "cu_seqlens must end at the number of tokens, 6, got 9"),
+    ({"cu_seqlens": cu(0, 6).long()}, TypeError, "cu_seqlens must be int32, got torch.int64"),
+    ({"cu_seqlens": cu(0)}, ValueError, "cu_seqlens must be [S + 1] with S >= 1, got [1]"),
+    ({"cu_seqlens": cu(0, 6).to("meta")}, ValueError, "cu_seqlens are on meta, but logits are on cpu"),
+    ({"logits": LOGITS, "labels": LABELS}, ValueError, "logits must be [N, V] or [1, N, V] with cu_seqlens, got [2, 4, 7]"),
+    ({"cu_seqlens": None}, ValueError, "logits must be [B, T, V] (or pass cu_seqlens for packed [N, V]), got [6, 7]"),
+    ({"labels": PACKED_LABELS[:5]}, ValueError, "labels must be [6] to match logits [6, 7], got [5]"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), PACKED_CASES)
+@pytest.mark.parametrize("backend", ["cpp", "eager"])
+def test_sequence_logps(change, error, message, backend) -> None:
+    arguments = {"logits": PACKED, "labels": PACKED_LABELS, "cu_seqlens": cu(0, 2, 6)} | change
+    with pytest.raises(error, match=re.escape(message)):
+        sequence_logps(arguments.pop("logits"), arguments.pop("labels"), backend=backend, **arguments)
+
+
+FUSED_CASES = [
+    ({"logits": LOGITS.new_zeros(3, 4, 7), "labels": LABELS.new_zeros(3, 4), "ref_logits": LOGITS.new_zeros(3, 4, 7)},
+     ValueError, "pairs need an even number of sequences, got 3 rows in logits [3, 4, 7]"),
+    ({"loss_type": "kl"}, ValueError, "unknown loss_type 'kl'; available: lsif, ukl, bce, dpo"),
+    ({"beta": 0.1}, ValueError, "beta=0.1 was given, but loss_type='lsif' has no beta"),
+    ({"loss_type": "dpo", "beta": -1.0}, ValueError, "beta must be a finite number > 0, got -1.0"),
+    ({"loss_type": "dpo", "alpha": 0.5}, ValueError, "alpha=0.5 was given, but loss_type='dpo' is not separable"),
+    ({"alpha": 1.5}, ValueError, "alpha must be in [0, 1], got 1.5"),
+    ({"alpha": float("nan")}, ValueError, "alpha must be in [0, 1], got nan"),
+    ({"reduction": "avg"}, ValueError, "unknown reduction 'avg'; available: mean, sum, none"),
+    ({"pair_layout": "zip"}, ValueError, "unknown pair_layout 'zip'; available: concatenated, interleaved"),
+    ({"ref_logits": None}, ValueError, "give the reference either as ref_logits, or as both"),
+    ({"ref_chosen_logps": REF, "ref_rejected_logps": REF}, ValueError, "give the reference either as ref_logits, or as both"),
+    ({"ref_logits": None, "ref_chosen_logps": REF}, ValueError, "ref_rejected_logps is missing"),
+    ({"ref_logits": None, "ref_rejected_logps": REF}, ValueError, "ref_chosen_logps is missing"),
+    ({"ref_logits": None, "ref_chosen_logps": torch.zeros(2), "ref_rejected_logps": REF},
+     ValueError, "ref_chosen_logps must be [1], got [2]"),
+    ({"ref_logits": None, "ref_chosen_logps": REF, "ref_rejected_logps": REF.bfloat16()},
+     TypeError, "ref_rejected_logps must be fp32 or fp64"),
+    ({"ref_logits": LOGITS[:, :3]}, ValueError, "ref_logits must be [2, 4, 7] as logits, got [2, 3, 7]"),
+    ({"ref_logits": LOGITS.to("meta")}, ValueError, "ref_logits are on meta, but logits are on cpu"),
+    ({"labels": LABELS + 9}, ValueError, "labels must be in [0, 7)"),
+    ({"cu_seqlens": cu(0, 4)}, ValueError, "logits must be [N, V] or [1, N, V] with cu_seqlens, got [2, 4, 7]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), FUSED_CASES)
+@pytest.mark.parametrize("backend", ["cpp", "eager"])
+def test_fused_dil_loss(change, error, message, backend) -> None:
+    arguments = {"logits": LOGITS, "labels": LABELS, "ref_logits": LOGITS} | change
+    with pytest.raises(error, match=re.escape(message)):
+        fused_dil_loss(arguments.pop("logits"), arguments.pop("labels"), backend=backend, **arguments)
+
+
+@pytest.mark.parametrize("odd", [cu(0, 2, 4, 6)])
+def test_an_odd_number_of_packed_sequences(odd) -> None:
+    with pytest.raises(ValueError, match=re.escape("got 3 in cu_seqlens [4]")):
+        fused_dil_loss(PACKED, PACKED_LABELS, ref_logits=PACKED, cu_seqlens=odd)
+
+
+DIL_LOSS_CASES = [
+    ({"policy_rejected_logps": torch.zeros(2)}, ValueError, "policy_rejected_logps must be [3], got [2]"),
+    ({"policy_chosen_logps": torch.zeros(3, 1)}, ValueError, "policy_chosen_logps must be [3], got [3, 1]"),
+    ({"ref_chosen_logps": torch.zeros(3).half()}, TypeError, "ref_chosen_logps must be fp32 or fp64"),
+    ({"ref_rejected_logps": torch.zeros(3, device="meta")}, ValueError, "ref_rejected_logps is on meta"),
+    ({"loss_type": ["lsif"]}, ValueError, "unknown loss_type ['lsif']"),
+    ({"loss_type": "bce", "beta": 1.0}, ValueError, "loss_type='bce' has no beta"),
+    ({"reduction": "batchmean"}, ValueError, "unknown reduction 'batchmean'"),
+    ({"backend": "fast"}, ValueError, "unknown backend 'fast'"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), DIL_LOSS_CASES)
+def test_dil_loss(change, error, message) -> None:
+    names = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    arguments = dict.fromkeys(names, torch.zeros(3)) | change
+    with pytest.raises(error, match=re.escape(message)):
+        dil_loss(*[arguments.pop(name) for name in names], **arguments)
+
+
+def test_ops_called_directly_keep_memory_safe() -> None:
+    ops = torch.ops.dil_kernels
+    with pytest.raises(RuntimeError, match=re.escape("labels must be in [0, 7) or ignore_index=-100, got 7 at [1, 2]")):
+        labels = LABELS.clone()
+        labels[1, 2] = 7
+        ops.cpp_logps_fwd(LOGITS, labels, -100, True, 1.0)
+    token_logps = torch.zeros(6)
+    options = ("lsif", 0.1, 0.0, True, False, True, -100, False)
+    for bad in (cu(0, 7, 6), cu(0, 6, 9), cu(-1, 3, 6), cu(0, 2, 5)):
+        with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, not decrease"):
+            ops.density_ratio_fwd(token_logps, PACKED_LABELS, bad, token_logps, None, *options)
+    with pytest.raises(RuntimeError, match="loss_type nope is not compiled"):
+        ops.density_ratio_fwd(token_logps[None].repeat(2, 1), None, None, None, torch.zeros(2), "nope", *options[1:])
+
+
+def test_an_explicit_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(RuntimeError, match="Triton kernels do not take fp64"):
+        token_logps(LOGITS.double(), LABELS, backend="triton")
+    with pytest.raises(RuntimeError, match="the C\\+\\+ kernels take CPU tensors, not meta"):
+        token_logps(LOGITS.to("meta"), LABELS.to("meta"), backend="cpp")

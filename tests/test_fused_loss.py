@@ -1,0 +1,180 @@
+"""fused_dil_loss: token vectors checked by hand, every option against the fp64 oracle, gradients through every output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from implementations import Implementation, every_implementation
+from problems import IGNORE, boundaries
+
+from dil_kernels import fused_dil_loss, sequence_logps
+from dil_kernels.ops.density_ratio import density_ratio
+
+pytestmark = pytest.mark.usefixtures("nan_poisoned")
+
+# Log-probs of two sequences under policy and reference: chosen with 4 tokens, rejected with 5.
+PW, RW = [-1.5, -0.25, -2.0, -0.5], [-1.25, -0.5, -2.25, -0.75]
+PL, RL = [-0.75, -3.0, -1.0, -2.5, -0.125], [-0.5, -2.0, -1.25, -1.5, -0.25]
+
+
+def two_way_logits(logps: list[float], length: int) -> torch.Tensor:
+    """[length, 2] logits whose entry 0 has the given log-probs."""
+    p = torch.tensor(logps + [-1.0] * (length - len(logps)), dtype=torch.float64)
+    return torch.stack([p, torch.log1p(-p.exp())], -1)
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    ("average", "loss_type", "loss", "grads"),
+    [
+        (False, "lsif", -1.6369623977721236, None),
+        (False, "ukl", -0.34664503315507154, None),
+        (True, "lsif", -0.89696517669631896, (-0.28328711326670658, 0.094473310548202941)),
+        (True, "bce", 1.1557222994570091, None),
+    ],
+)
+def test_published_token_vectors(impl: Implementation, average: bool, loss_type: str, loss: float, grads) -> None:
+    dtype = torch.float32 if impl.backend == "triton" else torch.float64
+    policy = torch.stack([two_way_logits(PW, 5), two_way_logits(PL, 5)]).to(impl.device, dtype).requires_grad_()
+    ref = torch.stack([two_way_logits(RW, 5), two_way_logits(RL, 5)]).to(impl.device, dtype)
+    labels = torch.zeros(2, 5, dtype=torch.int64, device=impl.device)
+    labels[0, 4] = IGNORE
+    out = fused_dil_loss(
+        policy, labels, ref_logits=ref, loss_type=loss_type, average_log_prob=average, shift=False, backend=impl.backend
+    )
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(out.loss.item(), loss, rtol=tolerance, atol=tolerance)
+    assert out.chosen_lengths.tolist() == [4]
+    assert out.rejected_lengths.tolist() == [5]
+    torch.testing.assert_close(out.chosen_logps.item(), sum(PW), rtol=tolerance, atol=tolerance)
+    u = (0.125, -0.375) if average else (0.5, -1.875)
+    torch.testing.assert_close((out.chosen_rewards.item(), out.rejected_rewards.item()), u, rtol=tolerance, atol=tolerance)
+    if grads is not None:
+        (grad,) = torch.autograd.grad(out.loss, policy)
+        per_token = grad.sum(-1).abs().max()  # rows sum to zero; entry 0 carries g (1 - p)
+        assert per_token < 1e-6
+        expected = torch.zeros(2, 5, dtype=torch.float64)
+        expected[0, :4], expected[1] = grads[0], grads[1]
+        factor = 1 - policy.detach().double().cpu()[..., 0].exp()
+        torch.testing.assert_close(grad[..., 0].double().cpu(), expected * factor, rtol=1e-5, atol=1e-7)
+
+
+def oracle_inputs(data: st.DataObject, packed: bool):
+    """A batch of two or three pairs, padded or packed, with some all-masked responses."""
+    B = data.draw(st.integers(1, 3))
+    gen = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    V = data.draw(st.sampled_from((2, 17, 130)))
+    shift = data.draw(st.booleans())
+    cu_seqlens = None
+    shape: tuple[int, ...]
+    if packed:
+        lengths = data.draw(boundaries(num_sequences=2 * B))
+        cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+        shape = (sum(lengths),)
+    else:
+        shape = (2 * B, data.draw(st.integers(1 + shift, 6)))
+    labels = torch.randint(0, V, shape, generator=gen)
+    labels[torch.rand(shape, generator=gen) < data.draw(st.sampled_from((0.0, 0.4, 0.9, 1.0)))] = IGNORE
+    logits, ref_logits = (torch.randn(*shape, V, generator=gen) for _ in range(2))
+    return logits, ref_logits, labels, cu_seqlens, shift
+
+
+@every_implementation
+@given(data=st.data())
+@settings(max_examples=60)
+def test_every_option_matches_the_oracle(impl: Implementation, data: st.DataObject) -> None:
+    logits, ref_logits, labels, cu_seqlens, shift = oracle_inputs(data, packed=data.draw(st.booleans()))
+    loss_type = data.draw(st.sampled_from(("lsif", "ukl", "bce", "dpo")))
+    options = {
+        "loss_type": loss_type,
+        "beta": data.draw(st.sampled_from((None, 0.1, 0.7))) if loss_type == "dpo" else None,
+        "alpha": 0.0 if loss_type == "dpo" else data.draw(st.sampled_from((0.0, 0.5))),
+        "average_log_prob": data.draw(st.booleans()),
+        "pair_layout": data.draw(st.sampled_from(("concatenated", "interleaved"))),
+        "reduction": data.draw(st.sampled_from(("mean", "sum", "none"))),
+        "shift": shift,
+    }
+    with_sums = data.draw(st.booleans())
+    results = {}
+    for name, device, backend, dtype in (
+        ("truth", "cpu", "eager", torch.float64),
+        ("actual", impl.device, impl.backend, torch.float32),
+    ):
+        x = logits.to(device, dtype).requires_grad_()
+        ref = {"ref_logits": ref_logits.to(device, dtype)}
+        cu = None if cu_seqlens is None else cu_seqlens.to(device)
+        if with_sums:
+            sums = sequence_logps(ref_logits.double(), labels, cu_seqlens=cu_seqlens, shift=shift, backend="eager")
+            halves = (sums[0::2], sums[1::2]) if options["pair_layout"] == "interleaved" else sums.chunk(2)
+            ref = {f"ref_{k}_logps": v.to(device, dtype) for k, v in zip(("chosen", "rejected"), halves, strict=True)}
+        out = fused_dil_loss(x, labels.to(device), cu_seqlens=cu, backend=backend, **ref, **options)
+        # A gradient through every differentiable output at once, different for each entry.
+        weight = torch.arange(1, out.losses.numel() + 1, device=device, dtype=dtype)
+        total = (out.losses * weight).sum() + 0.3 * out.loss.sum() + 0.1 * (out.chosen_logps * weight).sum()
+        total = total + 0.2 * (out.rejected_rewards * weight).sum()
+        (grad,) = torch.autograd.grad(total, x)
+        results[name] = [*(field.detach().cpu().double() for field in out), grad.cpu().double()]
+    for field, truth, actual in zip((*out._fields, "grad"), results["truth"], results["actual"], strict=True):
+        scale = max(truth.abs().max().item(), 1.0)
+        torch.testing.assert_close(actual, truth, rtol=1e-5, atol=2e-6 * scale, msg=lambda m, f=field: f"{f}: {m}")
+
+
+@every_implementation
+def test_left_out_pairs(impl: Implementation) -> None:
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 5, 11, generator=gen).to(impl.device).requires_grad_()
+    ref = torch.randn(6, 5, 11, generator=gen).to(impl.device)
+    labels = torch.randint(0, 11, (6, 5), generator=gen).to(impl.device)
+    labels[1] = IGNORE  # pair 1: its chosen response has no scored token
+    out = fused_dil_loss(logits, labels, ref_logits=ref, backend=impl.backend)
+    torch.testing.assert_close(out.loss, (out.losses[0] + out.losses[2]) / 2)
+    assert out.losses[1] == 0.0
+    assert out.chosen_rewards[1] == 0.0
+    assert out.chosen_lengths.tolist() == [4, 0, 4]
+    out.loss.backward()
+    assert logits.grad is not None
+    assert logits.grad[[1, 4]].abs().max() == 0.0
+    assert logits.grad[[0, 2, 3, 5]].abs().amax((1, 2)).min() > 0.0
+
+
+@every_implementation
+def test_a_batch_without_scored_tokens_is_a_differentiable_zero(impl: Implementation) -> None:
+    logits = torch.randn(2, 5, 11, device=impl.device, requires_grad=True)
+    labels = torch.full((2, 5), IGNORE, device=impl.device)
+    out = fused_dil_loss(logits, labels, ref_logits=torch.randn_like(logits), backend=impl.backend)
+    assert out.loss == 0.0
+    out.loss.backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@every_implementation
+def test_temperature_applies_to_both_models(impl: Implementation) -> None:
+    gen = torch.Generator().manual_seed(0)
+    logits, ref = (torch.randn(2, 4, 9, generator=gen).to(impl.device) for _ in range(2))
+    labels = torch.randint(0, 9, (2, 4), generator=gen).to(impl.device)
+    warm = fused_dil_loss(logits, labels, ref_logits=ref, temperature=2.0, backend=impl.backend)
+    halved = fused_dil_loss(logits / 2, labels, ref_logits=ref / 2, backend=impl.backend)
+    torch.testing.assert_close(warm.losses, halved.losses)
+
+
+@every_implementation
+def test_identical_policy_and_reference_in_bf16(impl: Implementation) -> None:
+    logits = torch.randn(2, 2000, 50, generator=torch.Generator().manual_seed(0)).bfloat16().to(impl.device)
+    labels = torch.randint(0, 50, (2, 2000), generator=torch.Generator().manual_seed(1)).to(impl.device)
+    out = fused_dil_loss(logits, labels, ref_logits=logits, average_log_prob=False, backend=impl.backend)
+    assert out.chosen_rewards.tolist() == [0.0]
+    assert out.loss == -0.5
+
+
+def test_the_loss_is_deterministic_and_in_fp64_inside() -> None:
+    # 1e8 + 1 is lost in fp32; the log ratio must not lose it.
+    token_logps = torch.tensor([[1e8, 1.0, -1e8], [0.0, 0.0, 0.0]])
+    ref = torch.zeros_like(token_logps)
+    options = {"loss_type": "ukl", "beta": 0.1, "alpha": 0.0, "average": False, "interleaved": False}
+    for compiled in (True, False):
+        out = density_ratio(
+            token_logps, None, None, ref, None, **options, reduction="mean", ignore_index=IGNORE, shift=False, compiled=compiled
+        )
+        assert out[2].tolist() == [1.0, 0.0]

@@ -1,0 +1,157 @@
+"""The losses on log ratios: published vectors, identities, the compiled math against the torch math, and their autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from implementations import Implementation, every_loss
+
+from dil_kernels import Divergence, dil_loss, fused_dil_loss, register_divergence
+from dil_kernels import _C as compiled  # the suite needs the extension; without it nothing here may pass
+from dil_kernels.divergences import _REGISTRY, divergence_names, get_divergence
+
+# mpmath, 50 digits: loss_type, options, u_w, u_l, loss, d/du_w, d/du_l
+VECTORS = [
+    ("lsif", {}, 0.0, 0.0, -0.5, -1.0, 1.0),
+    ("lsif", {}, 1.0, -2.0, -2.7091240090146781, -2.7182818284590452, 0.01831563888873418),
+    ("lsif", {}, -3.0, 0.25, 0.77457356698220013, -0.049787068367863943, 1.6487212707001281),
+    ("lsif", {}, 10.0, 5.0, -11013.232897403358, -22026.465794806717, 22026.465794806717),
+    ("ukl", {}, 0.5, -0.5, 0.10653065971263342, -1.0, 0.60653065971263342),
+    ("ukl", {}, 2.5, 1.5, 1.9816890703380648, -1.0, 4.4816890703380648),
+    ("ukl", {}, -100.0, -120.0, 100.0, -1.0, 7.6676480737219996e-53),
+    ("bce", {}, 0.0, 0.0, 1.3862943611198906, -0.5, 0.5),
+    ("bce", {}, 1.0, -2.0, 0.44018969856119533, -0.26894142136999512, 0.11920292202211756),
+    ("bce", {}, -50.0, 20.0, 70.000000002061154, -1.0, 0.99999999793884638),
+    ("dpo", {"beta": 0.1}, -0.5, 0.5, 0.74439666007357089, -0.052497918747893999, 0.052497918747893999),
+    ("dpo", {"beta": 1.0}, 1.0, -2.0, 0.048587351573742059, -0.047425873177566781, 0.047425873177566781),
+    ("lsif", {"alpha": 0.5}, 1.0, -2.0, -0.86643889400419913, 0.97624622100627988, 0.0091578194443670901),
+    ("bce", {"alpha": 0.5}, 1.0, -2.0, 1.0333565367988205, 0.096587867945007319, 0.059601461011058778),
+]
+SEPARABLE = [name for name in divergence_names() if get_divergence(name).separable]
+COMPILED = [name for name in divergence_names() if get_divergence(name).compiled]
+U = torch.linspace(-30.0, 30.0, 601, dtype=torch.float64)
+
+
+@every_loss
+@pytest.mark.parametrize(("loss_type", "options", "u_w", "u_l", "loss", "grad_w", "grad_l"), VECTORS)
+def test_published_vectors(impl: Implementation, loss_type, options, u_w, u_l, loss, grad_w, grad_l) -> None:
+    u = torch.tensor([[u_w], [u_l]], dtype=torch.float64, device=impl.device, requires_grad=True)
+    zero = torch.zeros(1, dtype=torch.float64, device=impl.device)
+    backend = "eager" if impl.backend == "eager" else "auto"
+    losses, chosen, rejected = dil_loss(u[0], u[1], zero, zero, loss_type=loss_type, backend=backend, **options)
+    (grad,) = torch.autograd.grad(losses.sum(), u)
+    expected = torch.tensor([loss, grad_w, grad_l], dtype=torch.float64)
+    actual = torch.stack([losses.detach()[0], grad[0, 0], grad[1, 0]]).cpu()
+    torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0.0)
+    assert (chosen.item(), rejected.item()) == (u_w, u_l)
+    assert not chosen.requires_grad
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_eager_identity_of_a_bregman_divergence(name: str) -> None:
+    divergence = get_divergence(name)
+    u = U.clone().requires_grad_()
+    (dA,) = torch.autograd.grad(divergence.A(u).sum(), u)
+    (dP,) = torch.autograd.grad(divergence.P(u).sum(), u)
+    torch.testing.assert_close(dP, U.exp() * dA, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("name", [name for name in SEPARABLE if get_divergence(name).compiled])
+def test_compiled_scalars_match_torch_and_the_identity(name: str) -> None:
+    divergence = get_divergence(name)
+    scalars = {key: torch.from_numpy(f(U.numpy())) for key, f in compiled.divergence_scalars(name).items()}
+    u = U.clone().requires_grad_()
+    A, P = divergence.A(u), divergence.P(u)
+    (dA,) = torch.autograd.grad(A.sum(), u)
+    (dP,) = torch.autograd.grad(P.sum(), u)
+    for key, expected in {"A": A, "P": P, "dA": dA, "dP": dP}.items():
+        torch.testing.assert_close(scalars[key], expected.detach(), rtol=1e-13, atol=1e-300, msg=key)
+    torch.testing.assert_close(scalars["dP"], U.exp() * scalars["dA"], rtol=1e-13, atol=0.0)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@given(u_w=st.floats(-40, 40), u_l=st.floats(-40, 40), beta=st.floats(0.01, 3), alpha=st.sampled_from([0.0, 0.3, 1.0]))
+def test_compiled_pairs_match_torch(name: str, u_w: float, u_l: float, beta: float, alpha: float) -> None:
+    divergence = get_divergence(name)
+    w, l = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (u_w, u_l))
+    loss = divergence.loss(w, l, beta=beta, alpha=alpha if divergence.separable else 0.0)
+    grads = torch.autograd.grad(loss.sum(), (w, l), allow_unused=True)
+    expected = [loss.item(), *(0.0 if g is None else g.item() for g in grads)]
+    actual = compiled.divergence_pair(name, u_w, u_l, beta=beta, alpha=alpha)
+    terms = max(abs(math.exp(min(2 * max(u_w, u_l), 80))), 1.0)  # what cancels in the loss
+    torch.testing.assert_close(
+        torch.tensor([float(v) for v in actual], dtype=torch.float64),
+        torch.tensor(expected, dtype=torch.float64),
+        rtol=1e-11,
+        atol=1e-14 * terms,
+    )
+
+
+def test_the_compiled_list_is_the_python_list() -> None:
+    assert compiled.divergence_names() == COMPILED
+
+
+@every_loss
+@pytest.mark.parametrize("loss_type", COMPILED)
+def test_gradcheck(impl: Implementation, loss_type: str) -> None:
+    gen = torch.Generator().manual_seed(0)
+    policy = torch.randn(2, 3, generator=gen, dtype=torch.float64).to(impl.device).requires_grad_()
+    ref = torch.randn(2, 3, generator=gen, dtype=torch.float64).to(impl.device)
+    backend = "eager" if impl.backend == "eager" else "auto"
+    for reduction in ("none", "mean", "sum"):
+
+        def f(p: torch.Tensor, reduction: str = reduction) -> torch.Tensor:
+            return dil_loss(p[0], p[1], ref[0], ref[1], loss_type=loss_type, reduction=reduction, backend=backend)[0]
+
+        assert torch.autograd.gradcheck(f, (policy,))
+
+
+@every_loss
+@pytest.mark.parametrize("loss_type", COMPILED)
+@pytest.mark.parametrize("u", [-700.0, -90.0, 90.0, 700.0])
+def test_extreme_log_ratios_never_give_nan(impl: Implementation, loss_type: str, u: float) -> None:
+    backend = "eager" if impl.backend == "eager" else "auto"
+    for u_w, u_l in ((u, -u), (-u, u), (u, 0.0), (0.0, u)):
+        p = torch.tensor([[u_w], [u_l]], device=impl.device, requires_grad=True)
+        zero = torch.zeros(1, device=impl.device)
+        losses, _, _ = dil_loss(p[0], p[1], zero, zero, loss_type=loss_type, backend=backend)
+        (grad,) = torch.autograd.grad(losses.sum(), p)
+        assert not losses.isnan().any()
+        assert not grad.isnan().any()
+
+
+def test_a_registered_divergence_works_everywhere() -> None:
+    itakura_saito = Divergence(name="test_is", source="h = -log r", A=lambda u: -(-u).exp(), P=lambda u: 1.0 * u)
+    register_divergence(itakura_saito)
+    try:
+        gen = torch.Generator().manual_seed(0)
+        logits = torch.randn(2, 4, 7, generator=gen, requires_grad=True)
+        labels = torch.randint(0, 7, (2, 4), generator=gen)
+        ref = torch.randn(2, 4, 7, generator=gen)
+        out = fused_dil_loss(logits, labels, ref_logits=ref, loss_type="test_is")
+        expected = (-out.chosen_rewards).exp() + out.rejected_rewards
+        torch.testing.assert_close(out.losses, expected)
+        out.loss.backward()
+        with pytest.raises(ValueError, match="already registered"):
+            register_divergence(itakura_saito)
+    finally:
+        del _REGISTRY["test_is"]
+
+
+@pytest.mark.parametrize(
+    ("A", "P", "message"),
+    [
+        (lambda u: u.exp(), lambda u: u.exp(), "breaks"),
+        (lambda u: -u.exp(), lambda u: -0.5 * (2 * u).exp(), "convex"),
+    ],
+)
+def test_registration_refuses_what_is_no_bregman_divergence(A, P, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        register_divergence(Divergence(name="wrong", source="", A=A, P=P))
+    assert "wrong" not in divergence_names()
+    with pytest.raises(ValueError, match="either both A and P"):
+        Divergence(name="wrong", source="", A=A)

@@ -1,0 +1,194 @@
+"""The torch.library ops: schemas and fakes by opcheck, tracing by torch.compile, gradients by gradcheck."""
+
+from __future__ import annotations
+
+import implementations
+import pytest
+import torch
+from implementations import Implementation, every_implementation, every_kernel
+
+from dil_kernels import dil_loss, fused_dil_loss, sequence_logps, token_logps
+
+OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+
+
+def logps_inputs(device: str, dtype: torch.dtype = torch.float32):
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 33, generator=gen).to(device, dtype)
+    labels = torch.randint(0, 33, (2, 4), generator=gen).to(device)
+    labels[0, 1] = -100
+    return logits, labels
+
+
+@every_kernel
+@pytest.mark.parametrize("shift", [True, False])
+def test_opcheck_logps(impl: Implementation, shift: bool) -> None:
+    ops = torch.ops.dil_kernels
+    logits, labels = logps_inputs(impl.device)
+    options = (-100, shift, 0.7)
+    forward = getattr(ops, f"{impl.backend}_logps_fwd").default
+    torch.library.opcheck(forward, (logits, labels, *options), test_utils=OPCHECKS)
+    logps, row_max, log_sum = forward(logits, labels, *options)
+    grad = torch.randn_like(logps)
+    for name in ("logps_bwd", "logps_bwd_"):
+        backward = getattr(ops, f"{impl.backend}_{name}").default
+        torch.library.opcheck(backward, (grad, logits.clone(), labels, row_max, log_sum, *options), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("impl", [p for p in implementations.LOSSES if p.values[0].backend != "eager"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_opcheck_density_ratio(impl: Implementation, packed: bool) -> None:
+    ops = torch.ops.dil_kernels
+    shape = (11,) if packed else (4, 5)
+    token_logps = torch.randn(shape, device=impl.device)
+    labels = torch.randint(-1, 3, (12,) if packed else (4, 6), device=impl.device)
+    cu_seqlens = torch.tensor([0, 3, 3, 8, 12], dtype=torch.int32, device=impl.device) if packed else None
+    for ref in ((torch.randn_like(token_logps), None), (None, torch.randn(4, device=impl.device))):
+        inputs = (token_logps, labels, cu_seqlens, *ref, "lsif", 0.1, 0.5, True, False, True, -1, True)
+        torch.library.opcheck(ops.density_ratio_fwd.default, inputs, test_utils=OPCHECKS)
+        loss, losses, logratios, logps, lengths, num_pairs, coefs = ops.density_ratio_fwd(*inputs)
+        grads = (torch.ones_like(loss), None, torch.randn_like(logratios), None)
+        inputs = (*grads, token_logps, labels, cu_seqlens, lengths, num_pairs, coefs, True, False, True, -1, True)
+        torch.library.opcheck(ops.density_ratio_bwd.default, inputs, test_utils=OPCHECKS)
+
+
+@every_implementation
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("with_sums", [True, False])
+def test_compile_fullgraph(impl: Implementation, packed: bool, with_sums: bool) -> None:
+    torch._dynamo.reset()
+
+    def step(logits, labels, ref_logits, cu_seqlens, chosen, rejected):
+        ref = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected} if with_sums else {"ref_logits": ref_logits}
+        # Ops around the call, so that the graph holds more than it.
+        out = fused_dil_loss(logits * 2, labels, cu_seqlens=cu_seqlens, backend=impl.backend, **ref)
+        return out.loss * 3, out.chosen_rewards - out.rejected_rewards
+
+    compiled = torch.compile(step, fullgraph=True)
+    for T in (6, 9):  # the second length makes the shapes dynamic
+        gen = torch.Generator().manual_seed(T)
+        shape = (4 * T,) if packed else (4, T)
+        labels = torch.randint(0, 19, shape, generator=gen).to(impl.device)
+        ref, base = (torch.randn(*shape, 19, generator=gen).to(impl.device) for _ in range(2))
+        sums = torch.randn(2, 2, generator=gen).to(impl.device)
+        cu = torch.tensor([0, T, T + 1, 3 * T, 4 * T], dtype=torch.int32, device=impl.device) if packed else None
+        results = []
+        for function in (step, compiled):
+            logits = base.clone().requires_grad_()
+            loss, margins = function(logits, labels, ref, cu, *sums)
+            loss.backward()
+            results.append((loss.detach(), margins.detach(), logits.grad))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+@every_implementation
+def test_compile_fullgraph_of_the_other_functions(impl: Implementation) -> None:
+    torch._dynamo.reset()
+    logits, labels = logps_inputs(impl.device)
+    loss_backend = "eager" if impl.backend == "eager" else "auto"
+
+    def step(x):
+        w, l = sequence_logps(x, labels, backend=impl.backend).chunk(2)
+        tokens = token_logps(x, labels, backend=impl.backend)
+        return dil_loss(w, l, w.detach() - 1, l.detach() + 1, loss_type="bce", reduction="mean", backend=loss_backend)[
+            0
+        ] + tokens.sum()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        x = logits.clone().requires_grad_()
+        function(x).backward()
+        results.append(x.grad)
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_gradcheck_of_cpp_logps(shift: bool) -> None:
+    logits, labels = logps_inputs("cpu", torch.float64)
+
+    def f(x):
+        return token_logps(x, labels, shift=shift, temperature=1.3, backend="cpp")
+
+    assert torch.autograd.gradcheck(f, (logits.requires_grad_(),))
+
+
+@pytest.mark.parametrize("loss_type", ["lsif", "ukl", "bce", "dpo"])
+def test_gradcheck_of_the_fused_loss(loss_type: str) -> None:
+    logits, labels = logps_inputs("cpu", torch.float64)
+    ref = torch.randn_like(logits)
+
+    def f(x):
+        out = fused_dil_loss(x, labels, ref_logits=ref, loss_type=loss_type)
+        return out.loss, out.losses, out.chosen_logps, out.rejected_rewards
+
+    assert torch.autograd.gradcheck(f, (logits.requires_grad_(),))
+
+
+@every_kernel
+def test_second_derivatives_are_refused(impl: Implementation) -> None:
+    logits, labels = logps_inputs(impl.device)
+    logits.requires_grad_()
+    logps = token_logps(logits, labels, backend=impl.backend)
+    with pytest.raises(RuntimeError, match="token_logps can be differentiated once"):
+        torch.autograd.grad(logps.sum(), logits, create_graph=True)
+    w, l = torch.zeros(2, 1, device=impl.device, requires_grad=True)
+    loss = dil_loss(w, l, w.detach(), l.detach(), reduction="sum")[0]
+    with pytest.raises(RuntimeError, match="density-ratio loss can be differentiated once"):
+        torch.autograd.grad(loss, w, create_graph=True)
+
+
+@every_kernel
+def test_repeated_backward_out_of_place(impl: Implementation) -> None:
+    logits, labels = logps_inputs(impl.device)
+    logits.requires_grad_()
+    logps = token_logps(logits, labels, backend=impl.backend)
+    first, second = (torch.autograd.grad(logps.sum(), logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@every_kernel
+def test_inplace_backward(impl: Implementation) -> None:
+    hidden, labels = logps_inputs(impl.device)
+    weight = torch.randn(33, 33, device=impl.device)
+    grads = []
+    for inplace in (False, True):
+        h = hidden.clone().requires_grad_()
+        logits = h @ weight
+        address = logits.data_ptr()
+        logps = token_logps(logits, labels, inplace_backward=inplace, backend=impl.backend)
+        seen: list[int] = []
+        logits.register_hook(lambda grad, seen=seen: seen.append(grad.data_ptr()))
+        logps.square().sum().backward(retain_graph=True)
+        assert (seen[0] == address) == inplace
+        grads.append(h.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.square().sum().backward()
+
+
+@every_kernel
+def test_inplace_backward_never_corrupts_another_user_of_the_logits(impl: Implementation) -> None:
+    hidden, labels = logps_inputs(impl.device)
+    logits = hidden.requires_grad_().exp()  # exp needs its own output for its backward
+    logps = token_logps(logits, labels, inplace_backward=True, backend=impl.backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
+@every_kernel
+def test_inplace_backward_refusals(impl: Implementation) -> None:
+    logits, labels = logps_inputs(impl.device)
+
+    def run(x, backend=impl.backend):
+        return token_logps(x, labels, inplace_backward=True, backend=backend)
+
+    with pytest.raises(ValueError, match="leaf"):
+        run(logits.clone().requires_grad_())
+    with pytest.raises(ValueError, match="stride 0"):
+        run(logits[:1].requires_grad_().expand(2, 4, 33))
+    with pytest.raises(ValueError, match="contiguous vocabulary"):
+        run(logits.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() * 1)
+    with pytest.raises(RuntimeError, match="eager"):
+        run(logits, backend="eager")
+    with pytest.raises(Exception, match=r"torch\.compile"):
+        torch.compile(run, fullgraph=True)(logits)

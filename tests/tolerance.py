@@ -1,0 +1,30 @@
+"""The one rule for what is exact enough: no worse than eager PyTorch in the same dtype, up to a small factor.
+
+Errors are against the fp64 oracle, as the largest over a tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0  # times the error of eager PyTorch on the same inputs in the same dtype
+FLOOR = 2.0  # units in the last place of the largest true value, where eager happens to be luckier than it can promise
+
+
+def assert_as_exact_as_eager(actual: Tensor, eager: Tensor, truth: Tensor, what: str) -> None:
+    """Also: non-finite values must be the same ones."""
+    actual, eager, truth = actual.detach().cpu(), eager.detach().cpu(), truth.detach().cpu()
+    eps = torch.finfo(actual.dtype).eps
+    actual64, eager64, truth64 = actual.double(), eager.double(), truth.double()
+    torch.testing.assert_close(actual64.isnan(), truth64.isnan(), msg=f"{what}: NaN where the truth is not, or the reverse")
+    finite = truth64.isfinite()
+    assert torch.equal(actual64[~finite & ~truth64.isnan()], truth64[~finite & ~truth64.isnan()]), f"{what}: infinities differ"
+    if not finite.any():
+        return
+    error = (actual64 - truth64)[finite].abs().max().item()
+    eager_error = (eager64 - truth64)[finite].nan_to_num(0.0).abs().max().item()
+    scale = truth64[finite].abs().max().item()
+    smallest = torch.finfo(actual.dtype).tiny
+    allowed = FACTOR * eager_error + FLOOR * eps * scale + smallest
+    assert error <= allowed, f"{what}: error {error:.3e} > {allowed:.3e} (eager {eager_error:.3e}, scale {scale:.3e})"
