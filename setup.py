@@ -4,10 +4,9 @@
     dil_kernels/_cuda.so  CUDA kernels, loaded only where torch has CUDA
 
 Environment:
-    DIL_KERNELS_BUILD     auto (default: what the machine can build), cuda, cpu or none; a forced choice that cannot be met fails
-    TORCH_CUDA_ARCH_LIST  CUDA architectures, e.g. "9.0" or "8.0;9.0+PTX" (default 8.0, 9.0, 10.0, 12.0+PTX)
-    MAX_JOBS              compile jobs in parallel
-    CXX, CUDA_HOME        the C++ compiler; where bin/nvcc is
+    DIL_KERNELS_BUILD     auto (default: what the machine can build), cuda, cpu or none; a forced choice that cannot be
+    met fails TORCH_CUDA_ARCH_LIST  CUDA architectures, e.g. "9.0" or "8.0;9.0+PTX" (default 8.0, 9.0, 10.0, 12.0+PTX)
+    MAX_JOBS              compile jobs in parallel CXX, CUDA_HOME        the C++ compiler; where bin/nvcc is
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,14 +28,22 @@ ROOT = Path(__file__).parent
 MINIMUM_TORCH = (2, 10)
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wno-maybe-uninitialized"]
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+]
 ISA_FLAGS = {
     "row_kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "row_kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818 - a state, not a failure
     """Why a part cannot be built here."""
 
 
@@ -49,8 +57,8 @@ def build_choice() -> str:
 def find_torch() -> Path:
     """The torch package whose headers to use; it is read, never imported.
 
-    A build-isolated environment hides the one that pip installs into, where torch usually is already; the stable ABI makes its
-    headers as good as any.
+    A build-isolated environment hides the one that pip installs into, where torch usually is already; the stable ABI
+    makes its headers as good as any.
     """
     spec = importlib.util.find_spec("torch")
     candidates = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
@@ -88,10 +96,14 @@ def find_ninja() -> str:
 
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
-    path = path or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if home:
+        path = shutil.which("nvcc", path=str(Path(home) / "bin"))
+        place = f"in $CUDA_HOME/bin ({home}/bin)"
+    else:
+        path = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+        place = "on PATH or in /usr/local/cuda/bin"
     if path is None:
-        raise Unavailable("nvcc was not found (on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin)")
+        raise Unavailable(f"nvcc was not found {place}")
     return path
 
 
@@ -112,6 +124,10 @@ def architectures(nvcc: str) -> list[str]:
     return flags
 
 
+def shell(path: object) -> str:
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
 def quote(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -121,14 +137,14 @@ class Ninja:
 
     def __init__(self) -> None:
         self.lines = [
-            "rule compile\n  command = $compiler $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            "rule compile\n  command = $compiler $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc",
             "rule link\n  command = $compiler -shared $in -o $out $flags",
         ]
 
     def edge(self, rule: str, out: Path, inputs: list[Path], compiler: str, flags: list[str]) -> Path:
-        self.lines.append(
-            f"build {quote(out)}: {rule} {' '.join(map(quote, inputs))}\n  compiler = {compiler}\n  flags = {' '.join(flags)}"
-        )
+        self.lines.append(f"build {quote(out)}: {rule} {' '.join(map(quote, inputs))}")
+        self.lines.append(f"  compiler = {shell(compiler)}\n  flags = {' '.join(flags)}")
         return out
 
     def run(self, ninja: str, folder: Path) -> None:
@@ -191,14 +207,14 @@ class BuildExtension(build_ext):
             isa = ISA_FLAGS.get(source.name, [])
             if isa and not x86:
                 continue
-            flags = [*CXX_FLAGS, *DEFINES, *isa, *(f"-isystem {quote(i)}" for i in includes)]
+            flags = [*CXX_FLAGS, *DEFINES, *isa, *(f"-isystem {shell(i)}" for i in includes)]
             objects.append(self.graph.edge("compile", self.folder / f"{source.stem}.o", [source], cxx, flags))
         return self.graph.edge("link", self.folder / "_C.so", objects, cxx, self.link_flags(torch / "lib"))
 
     def plan_cuda(self) -> Path:
         torch, nvcc, cxx = find_torch(), find_nvcc(), find_cxx()
         flags = [*DEFINES, "-DUSE_CUDA", "-std=c++17", "-O3", "-Xcompiler -fPIC,-fvisibility=hidden", "--threads 2"]
-        flags += [*architectures(nvcc), f"-isystem {quote(torch / 'include')}"]
+        flags += [*architectures(nvcc), f"-isystem {shell(torch / 'include')}", f"-ccbin {shell(cxx)}"]
         objects = [
             self.graph.edge("compile", self.folder / f"cuda_{source.stem}.o", [source], nvcc, flags)
             for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -209,14 +225,14 @@ class BuildExtension(build_ext):
         stand_in = self.graph.edge(
             "link", self.folder / "libtorch_cuda.so", [empty], cxx, ["-fPIC", "-Wl,-soname,libtorch_cuda.so"]
         )
-        link = [f"-ccbin {cxx}", "-cudart static", "-Xlinker --no-as-needed", quote(stand_in)]
+        link = [f"-ccbin {shell(cxx)}", "-cudart static", "-Xlinker --no-as-needed", shell(stand_in)]
         return self.graph.edge(
             "link", self.folder / "_cuda.so", [*objects, stand_in], nvcc, [*link, *self.link_flags(torch / "lib")]
         )
 
     @staticmethod
     def link_flags(lib: Path) -> list[str]:
-        return [f"-L{quote(lib)}", "-ltorch_cpu", "-lc10"]
+        return [f"-L{shell(lib)}", "-ltorch_cpu", "-lc10"]
 
 
 def build_requirements() -> list[str]:

@@ -19,6 +19,12 @@ namespace dil {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Items for one thread at least, when each is `size` elements of work: less is not worth waking another thread.
+inline int64_t grain(int64_t size) {
+  constexpr int64_t kElements = 32768;
+  return size >= kElements ? 1 : kElements / (size > 0 ? size : 1);
+}
+
 inline Divergence divergence_by_name(const std::string& name) {
 #define DIL_NAME(D) \
   if (name == D::name) return Divergence::D;
@@ -42,17 +48,19 @@ inline SequenceLayout sequence_layout(
   layout.shift = labels && shift ? 1 : 0;
   if (labels) {
     STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long, "labels must be int64");
-    STD_TORCH_CHECK(labels->dim() == ndim && labels->size(ndim - 1) == layout.num_values + layout.shift &&
-                        (cu_seqlens || labels->size(0) == layout.num_sequences),
-                    "labels do not match token_logps");
+    STD_TORCH_CHECK(
+        labels->dim() == ndim && labels->size(ndim - 1) == layout.num_values + layout.shift &&
+            (cu_seqlens || labels->size(0) == layout.num_sequences),
+        "labels do not match token_logps");
     layout.labels = labels->const_data_ptr<int64_t>();
     layout.label_stride_s = cu_seqlens ? 0 : labels->stride(0);
     layout.label_stride_t = labels->stride(ndim - 1);
   }
   if (cu_seqlens) {
-    STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 &&
-                        cu_seqlens->is_contiguous(),
-                    "cu_seqlens must be a contiguous int32 [S + 1]");
+    STD_TORCH_CHECK(
+        cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 &&
+            cu_seqlens->is_contiguous(),
+        "cu_seqlens must be a contiguous int32 [S + 1]");
     layout.cu_seqlens = cu_seqlens->const_data_ptr<int32_t>();
   }
   STD_TORCH_CHECK(layout.num_sequences % 2 == 0, "pairs need an even number of sequences, got ", layout.num_sequences);
@@ -65,8 +73,9 @@ inline void check_reference(
   STD_TORCH_CHECK(ref_token_logps.has_value() != ref_logps.has_value(), "give one of ref_token_logps and ref_logps");
   const Tensor& ref = ref_logps ? *ref_logps : *ref_token_logps;
   const int64_t numel = ref_logps ? layout.num_sequences : token_logps.numel();
-  STD_TORCH_CHECK(ref.scalar_type() == token_logps.scalar_type() && ref.numel() == numel && ref.is_contiguous(),
-                  "the reference log-probs must be contiguous, of the dtype of token_logps, and match it in shape");
+  STD_TORCH_CHECK(
+      ref.scalar_type() == token_logps.scalar_type() && ref.numel() == numel && ref.is_contiguous(),
+      "the reference log-probs must be contiguous, of the dtype of token_logps, and match it in shape");
 }
 
 struct DensityRatioOutputs {
@@ -90,8 +99,9 @@ struct DensityRatioOutputs {
 
 inline const void* grad_ptr(const std::optional<Tensor>& grad, const Tensor& like, int64_t numel) {
   if (!grad) return nullptr;
-  STD_TORCH_CHECK(grad->scalar_type() == like.scalar_type() && grad->numel() == numel && grad->is_contiguous(),
-                  "upstream gradients must be contiguous, of the dtype of token_logps, and match the outputs in shape");
+  STD_TORCH_CHECK(
+      grad->scalar_type() == like.scalar_type() && grad->numel() == numel && grad->is_contiguous(),
+      "upstream gradients must be contiguous, of the dtype of token_logps, and match the outputs in shape");
   return grad->const_data_ptr();
 }
 

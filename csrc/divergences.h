@@ -1,8 +1,8 @@
 // Scalar math of every density-ratio loss, for host and device, in fp64. No torch, no allocation.
 //
 // u is the log ratio log pi_theta/pi_ref. A separable loss is A(u) = h'(e^u) and P(u) = e^u h'(e^u) - h(e^u) of a convex
-// generator h, with P'(u) = e^u A'(u); a coupled one is a pair loss. DIL_DIVERGENCES is the one list; dil_kernels/divergences.py
-// is its twin in torch, and the tests compare the two.
+// generator h, with P'(u) = e^u A'(u); a coupled one is a pair loss. DIL_DIVERGENCES is the one list;
+// dil_kernels/divergences.py is its twin in torch, and the tests compare the two.
 #pragma once
 
 #include <cmath>

@@ -11,12 +11,16 @@
 #include "cpu/dispatch.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dil_kernels, m) {
-  m.def("cpp_logps_fwd(Tensor logits, Tensor labels, int ignore_index, bool shift, float temperature) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "cpp_logps_bwd(Tensor grad_logps, Tensor logits, Tensor labels, Tensor row_max, Tensor log_sum, int ignore_index, bool shift, "
+      "cpp_logps_fwd(Tensor logits, Tensor labels, int ignore_index, bool shift, float temperature) -> (Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "cpp_logps_bwd(Tensor grad_logps, Tensor logits, Tensor labels, Tensor row_max, Tensor log_sum, int ignore_index, bool "
+      "shift, "
       "float temperature) -> Tensor");
   m.def(
-      "cpp_logps_bwd_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor row_max, Tensor log_sum, int ignore_index, bool shift, "
+      "cpp_logps_bwd_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor row_max, Tensor log_sum, int ignore_index, "
+      "bool shift, "
       "float temperature) -> ()");
   m.def(
       "density_ratio_fwd(Tensor token_logps, Tensor? labels, Tensor? cu_seqlens, Tensor? ref_token_logps, Tensor? ref_logps, "
@@ -37,7 +41,8 @@ std::map<std::string, std::string> build_info() {
   return {
       {"compiler", __VERSION__},
       {"torch_headers", TORCH_VERSION},
-      {"torch_target", std::to_string((TORCH_TARGET_VERSION >> 56) & 0xff) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff)},
+      {"torch_target",
+       std::to_string((TORCH_TARGET_VERSION >> 56) & 0xff) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff)},
       {"cpu_capability", row_kernels().name},
   };
 }
@@ -86,8 +91,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of dil_kernels: registers torch ops when imported.";
   m.def("build_info", &build_info, "What the extension was built with, and the instruction set in use.");
   m.def("divergence_names", &divergence_names, "Every compiled loss.");
-  m.def("divergence_scalars", &divergence_scalars, py::arg("name"),
-        "A, P and their derivatives dA, dP of a separable loss as fp64 functions over arrays of log ratios; None if coupled.");
-  m.def("divergence_pair", &divergence_pair, py::arg("name"), py::arg("u_w"), py::arg("u_l"), py::arg("beta") = 0.1,
-        py::arg("alpha") = 0.0, "Loss, d loss/d u_w and d loss/d u_l of pairs, in fp64 over arrays of log ratios.");
+  m.def(
+      "divergence_scalars", &divergence_scalars, py::arg("name"),
+      "A, P and their derivatives dA, dP of a separable loss as fp64 functions over arrays of log ratios; None if coupled.");
+  m.def(
+      "divergence_pair", &divergence_pair, py::arg("name"), py::arg("u_w"), py::arg("u_l"), py::arg("beta") = 0.1,
+      py::arg("alpha") = 0.0, "Loss, d loss/d u_w and d loss/d u_l of pairs, in fp64 over arrays of log ratios.");
 }

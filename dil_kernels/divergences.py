@@ -1,13 +1,13 @@
 """The definition of every density-ratio loss, in log-ratio space.
 
 A Bregman divergence with generator ``h`` fits the density ratio ``r = pi_theta / pi_ref`` to data. With the log ratio
-``u = log r``, ``A(u) = h'(e^u)`` and ``P(u) = e^u h'(e^u) - h(e^u)``, the loss of one pair (DIL, arXiv 2503.05079, eq. 19,
-with the reference expectation taken as ``alpha`` chosen + ``1 - alpha`` rejected) is
+``u = log r``, ``A(u) = h'(e^u)`` and ``P(u) = e^u h'(e^u) - h(e^u)``, the loss of one pair (DIL, arXiv 2503.05079,
+eq. 19, with the reference expectation taken as ``alpha`` chosen + ``1 - alpha`` rejected) is
 
     L = -A(u_w) + alpha P(u_w) + (1 - alpha) P(u_l)
 
-Every entry satisfies ``P'(u) = e^u A'(u)``. `csrc/divergences.h` holds the same math for the compiled backend; a test ties
-the two together.
+Every entry satisfies ``P'(u) = e^u A'(u)``. `csrc/divergences.h` holds the same math for the compiled backend; a test
+ties the two together.
 """
 
 from __future__ import annotations
@@ -52,17 +52,20 @@ class Divergence:
 
     @property
     def separable(self) -> bool:
+        """Whether each response's gradient depends on that response alone."""
         return self.pair is None
 
     @property
     def takes_beta(self) -> bool:
+        """Whether the loss has a beta."""
         return self.pair is not None
 
     def loss(self, u_w: Tensor, u_l: Tensor, *, beta: float = DEFAULT_DPO_BETA, alpha: float = 0.0) -> Tensor:
         """Loss of each pair, from chosen log ratios ``u_w`` and rejected log ratios ``u_l`` (same shape)."""
         if self.pair is not None:
             return self.pair(u_w, u_l, beta)
-        assert self.A is not None and self.P is not None
+        assert self.A is not None
+        assert self.P is not None
         loss = -self.A(u_w)
         if alpha != 0.0:
             loss = loss + alpha * self.P(u_w)
@@ -112,8 +115,8 @@ def resolve_options(loss_type: str, beta: float | None, alpha: float) -> tuple[D
 def register_divergence(divergence: Divergence) -> Divergence:
     """Make a loss available by name wherever a ``loss_type`` is taken.
 
-    A separable divergence is checked on a grid of log ratios in fp64: ``P'(u) = e^u A'(u)`` and ``A'(u) > 0`` (``h`` strictly
-    convex). One that is not in the compiled list is evaluated by autograd on per-sequence log ratios.
+    A separable divergence is checked on a grid of log ratios in fp64: ``P'(u) = e^u A'(u)`` and ``A'(u) > 0`` (``h``
+    strictly convex). One that is not in the compiled list is evaluated by autograd on per-sequence log ratios.
 
     Args:
         divergence: the loss; its name must be new.

@@ -47,7 +47,9 @@ def _check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: b
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels must be {list(logits.shape[:-1])} to match logits {_shape(logits)}, got {_shape(labels)}")
+        raise ValueError(
+            f"labels must be {list(logits.shape[:-1])} to match logits {_shape(logits)}, got {_shape(labels)}"
+        )
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}, but logits are on {logits.device}")
     if logits.shape[-1] == 0:
@@ -77,7 +79,9 @@ def _check_inplace(logits: Tensor) -> None:
     if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
         raise ValueError("inplace_backward=True needs logits without expanded (stride 0) dimensions")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        raise ValueError(f"inplace_backward=True needs a contiguous vocabulary dimension, got strides {logits.stride()}")
+        raise ValueError(
+            f"inplace_backward=True needs a contiguous vocabulary dimension, got strides {logits.stride()}"
+        )
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor) -> None:
@@ -145,17 +149,17 @@ def token_logps(
         ignore_index: the label of positions that are not scored.
         shift: position t scores label t + 1, as causal models are trained; no shifted copy of the logits is made.
         temperature: divides the logits; > 0.
-        inplace_backward: write the gradient over the logits instead of into a new buffer. Whoever else needs the logits for
-            its backward gets autograd's error, as does a second backward.
+        inplace_backward: write the gradient over the logits instead of into a new buffer. Whoever else needs the logits
+            for its backward gets autograd's error, as does a second backward.
         backend: "auto", "triton" (CUDA), "cpp" (CPU) or "eager".
 
     Returns:
-        fp32 (fp64 for fp64 logits), natural log, 0 where ignored: [B, T - 1] or [N - 1] with `shift`, else the labels' shape.
-        Non-finite logits give NaN, never a plausible number. Differentiable once.
+        fp32 (fp64 for fp64 logits), natural log, 0 where ignored: [B, T - 1] or [N - 1] with `shift`, else the labels'
+        shape. Non-finite logits give NaN, never a plausible number. Differentiable once.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or option that does not fit; on the CPU also a label outside [0, V). On
-            CUDA such a label makes its log-prob NaN, since checking it would synchronise with the host.
+        ValueError, TypeError: a shape, dtype, device or option that does not fit; on the CPU also a label outside [0,
+            V). On CUDA such a label makes its log-prob NaN, since checking it would synchronise with the host.
         RuntimeError: a backend that cannot run here.
     """
     _check_logits(logits, labels, ignore_index=ignore_index, shift=shift, temperature=temperature)
@@ -188,8 +192,8 @@ def sequence_logps(
     Args:
         logits: [B, T, V]; packed [1, N, V] or [N, V] with `cu_seqlens`.
         labels: [B, T]; [1, N] or [N] with `cu_seqlens`.
-        cu_seqlens: int32 [S + 1], boundaries of the packed sequences: starts at 0, does not decrease, ends at N. No label is
-            ever predicted across a boundary: with `shift`, the first label of each sequence is ignored.
+        cu_seqlens: int32 [S + 1], boundaries of the packed sequences: starts at 0, does not decrease, ends at N. No
+            label is ever predicted across a boundary: with `shift`, the first label of each sequence is ignored.
         average_log_prob: divide by the number of scored tokens.
         ignore_index, shift, temperature, inplace_backward, backend: as in `token_logps`.
 
@@ -250,8 +254,8 @@ def dil_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Density-ratio loss from per-sequence log-probs, the contract that trainers share.
 
-    Takes log-probs as given and normalises nothing: LSIF and UKL on summed log-probs of long responses overflow; divide by
-    the lengths first, or use `fused_dil_loss`, which knows them.
+    Takes log-probs as given and normalises nothing: LSIF and UKL on summed log-probs of long responses overflow; divide
+    by the lengths first, or use `fused_dil_loss`, which knows them.
 
     Args:
         policy_chosen_logps: [B] fp32 or fp64 (lower precisions cannot hold a sum of log-probs).
@@ -309,7 +313,9 @@ def _check_per_pair(name: str, tensor: Tensor, shape: tuple[int, ...], device: t
     if tensor.ndim != 1 or tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must be {list(shape) or '[B]'}, got {_shape(tensor)}")
     if tensor.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be fp32 or fp64 (a sum of log-probs does not fit a lower precision), got {tensor.dtype}")
+        raise TypeError(
+            f"{name} must be fp32 or fp64 (a sum of log-probs does not fit a lower precision), got {tensor.dtype}"
+        )
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, but {device} is needed")
 
@@ -337,23 +343,25 @@ def fused_dil_loss(
     """DIL loss of preference pairs straight from logits (arXiv 2503.05079, eq. 19).
 
     Args:
-        logits: [2B, T, V], chosen and rejected responses under the policy; packed [1, N, V] or [N, V] with `cu_seqlens`.
+        logits: [2B, T, V], chosen and rejected responses under the policy; packed [1, N, V] or [N, V] with
+            `cu_seqlens`.
         labels: [2B, T] int64; [1, N] or [N] if packed. `ignore_index` where not scored (prompt, padding).
         ref_chosen_logps: [B], summed log-probs of the chosen responses under the reference model.
         ref_rejected_logps: [B], likewise for the rejected responses.
-        ref_logits: the logits of the reference model, shaped as `logits`; give either these or both sums. The log ratio is
-            then summed token by token, which is more exact than the difference of two sums.
+        ref_logits: the logits of the reference model, shaped as `logits`; give either these or both sums. The log ratio
+            is then summed token by token, which is more exact than the difference of two sums.
         loss_type, beta, alpha: as in `dil_loss`.
-        average_log_prob: divide each log ratio by its number of scored tokens, as the authors' code does. LSIF on summed log
-            ratios diverges within steps.
+        average_log_prob: divide each log ratio by its number of scored tokens, as the authors' code does. LSIF on
+            summed log ratios diverges within steps.
         cu_seqlens: int32 [2B + 1], boundaries of packed sequences.
         pair_layout: "concatenated" (pair i is sequences i and B + i) or "interleaved" (2i and 2i + 1).
         reduction: "mean" (over the pairs whose responses both have a scored token), "sum" or "none".
-        ignore_index, shift, temperature, inplace_backward, backend: as in `token_logps`; temperature applies to both models.
+        ignore_index, shift, temperature, inplace_backward, backend: as in `token_logps`; temperature applies to both
+            models.
 
     Returns:
-        A `DILOutput`. A pair with a response that has no scored token has loss 0 and no gradient; a batch of nothing else
-        gives a differentiable zero.
+        A `DILOutput`. A pair with a response that has no scored token has loss 0 and no gradient; a batch of nothing
+        else gives a differentiable zero.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logps`, `sequence_logps` and `dil_loss`.
@@ -379,10 +387,26 @@ def fused_dil_loss(
     if (ref_logits is None) == (ref_logps is None):
         raise ValueError("give the reference either as ref_logits, or as both ref_chosen_logps and ref_rejected_logps")
 
-    options = {"ignore_index": ignore_index, "shift": shift, "temperature": temperature, "backend": backend}
-    policy_token_logps = token_logps(logits, labels, inplace_backward=inplace_backward, **options)  # type: ignore[arg-type]
-    ref_token_logps = None if ref_logits is None else token_logps(ref_logits.detach(), labels, **options)  # type: ignore[arg-type]
+    policy_token_logps = token_logps(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        shift=shift,
+        temperature=temperature,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
     name = resolve_backend(backend, logits.device, logits.dtype)
+    ref_token_logps = None
+    if ref_logits is not None:
+        ref_token_logps = token_logps(
+            ref_logits.detach(),
+            labels,
+            ignore_index=ignore_index,
+            shift=shift,
+            temperature=temperature,
+            backend=backend,
+        )
     loss, losses, logratios, logps, lengths, _ = density_ratio(
         policy_token_logps,
         labels,

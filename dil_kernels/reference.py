@@ -21,8 +21,8 @@ def token_logps(
         labels: [B, T] int64.
 
     Returns:
-        [B, T - 1] with `shift` (position t scores label t + 1), else [B, T]; fp64 for fp64 logits, fp32 otherwise. 0 where
-        the label is `ignore_index`, NaN where it is outside [0, V).
+        [B, T - 1] with `shift` (position t scores label t + 1), else [B, T]; fp64 for fp64 logits, fp32 otherwise. 0
+        where the label is `ignore_index`, NaN where it is outside [0, V).
     """
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -46,8 +46,8 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
 def sequence_sums(values: Tensor, cu_seqlens: Tensor | None, num_tokens: int) -> Tensor:
     """Sum of each sequence: rows of [S, T], or the segments of a packed [N] that `cu_seqlens` [S + 1] delimits.
 
-    `num_tokens` is where `cu_seqlens` must end; packed values may be one short of it (with a shift, the last position has
-    nothing to predict). On the CPU the boundaries have been checked; elsewhere invalid ones make every sum NaN.
+    `num_tokens` is where `cu_seqlens` must end; packed values may be one short of it (with a shift, the last position
+    has nothing to predict). On the CPU the boundaries have been checked; elsewhere invalid ones make every sum NaN.
     """
     if cu_seqlens is None:
         return values.sum(-1)

@@ -14,14 +14,19 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 settings.register_profile(
-    "default", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True
+    "default",
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    print_blob=True,
 )
 settings.load_profile("default")
 
 
 @pytest.fixture
 def nan_poisoned():
-    """Fill memory that torch allocates without initialising with NaN, so that whatever a kernel forgets to write shows."""
+    """Fill memory that torch allocates without initialising with NaN, so that whatever a kernel forgets to write
+    shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(8).isnan().all()
     yield

@@ -1,4 +1,5 @@
-"""Every backend on every device that it serves, as pytest parameters. What cannot run here is skipped with the reason."""
+"""Every backend on every device that it serves, as pytest parameters. What cannot run here is skipped with the
+reason."""
 
 from __future__ import annotations
 

@@ -54,7 +54,11 @@ PACKED_CASES = [
     ({"cu_seqlens": cu(0, 6).long()}, TypeError, "cu_seqlens must be int32, got torch.int64"),
     ({"cu_seqlens": cu(0)}, ValueError, "cu_seqlens must be [S + 1] with S >= 1, got [1]"),
     ({"cu_seqlens": cu(0, 6).to("meta")}, ValueError, "cu_seqlens are on meta, but logits are on cpu"),
-    ({"logits": LOGITS, "labels": LABELS}, ValueError, "logits must be [N, V] or [1, N, V] with cu_seqlens, got [2, 4, 7]"),
+    (
+        {"logits": LOGITS, "labels": LABELS},
+        ValueError,
+        "logits must be [N, V] or [1, N, V] with cu_seqlens, got [2, 4, 7]",
+    ),
     ({"cu_seqlens": None}, ValueError, "logits must be [B, T, V] (or pass cu_seqlens for packed [N, V]), got [6, 7]"),
     ({"labels": PACKED_LABELS[:5]}, ValueError, "labels must be [6] to match logits [6, 7], got [5]"),
 ]
@@ -80,7 +84,8 @@ FUSED_CASES = [
     ({"reduction": "avg"}, ValueError, "unknown reduction 'avg'; available: mean, sum, none"),
     ({"pair_layout": "zip"}, ValueError, "unknown pair_layout 'zip'; available: concatenated, interleaved"),
     ({"ref_logits": None}, ValueError, "give the reference either as ref_logits, or as both"),
-    ({"ref_chosen_logps": REF, "ref_rejected_logps": REF}, ValueError, "give the reference either as ref_logits, or as both"),
+    ({"ref_chosen_logps": REF, "ref_rejected_logps": REF},
+     ValueError, "give the reference either as ref_logits, or as both"),
     ({"ref_logits": None, "ref_chosen_logps": REF}, ValueError, "ref_rejected_logps is missing"),
     ({"ref_logits": None, "ref_rejected_logps": REF}, ValueError, "ref_chosen_logps is missing"),
     ({"ref_logits": None, "ref_chosen_logps": torch.zeros(2), "ref_rejected_logps": REF},
@@ -130,9 +135,9 @@ def test_dil_loss(change, error, message) -> None:
 
 def test_ops_called_directly_keep_memory_safe() -> None:
     ops = torch.ops.dil_kernels
+    labels = LABELS.clone()
+    labels[1, 2] = 7
     with pytest.raises(RuntimeError, match=re.escape("labels must be in [0, 7) or ignore_index=-100, got 7 at [1, 2]")):
-        labels = LABELS.clone()
-        labels[1, 2] = 7
         ops.cpp_logps_fwd(LOGITS, labels, -100, True, 1.0)
     token_logps = torch.zeros(6)
     options = ("lsif", 0.1, 0.0, True, False, True, -100, False)

@@ -325,6 +325,7 @@ PROMPT, CHOSEN, REJECTED = [1, 2, 3, 4, 5, 6], [11, 12, 13, 14], [21, 22]
         (9, 5, "keep_end", (PROMPT[1:], CHOSEN, REJECTED)),  # one too long: the prompt gives way
         (9, 5, "keep_start", (PROMPT[:5], CHOSEN, REJECTED)),
         (9, 6, "keep_end", (PROMPT, CHOSEN[:3], REJECTED)),  # the prompt is within its limit: the response gives way
+        (9, 8, "keep_start", (PROMPT, CHOSEN[:3], REJECTED)),  # and takes what a short prompt leaves
         (8, 5, "keep_end", (PROMPT[1:], CHOSEN[:3], REJECTED)),
         (7, 6, "keep_start", (PROMPT, CHOSEN[:1], REJECTED[:1])),
         (2, 1, "keep_end", ([6], [11], [21])),

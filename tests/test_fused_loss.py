@@ -1,4 +1,5 @@
-"""fused_dil_loss: token vectors checked by hand, every option against the fp64 oracle, gradients through every output."""
+"""fused_dil_loss: token vectors checked by hand, every option against the fp64 oracle, gradients through every
+output."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def test_published_token_vectors(impl: Implementation, average: bool, loss_type:
     assert out.rejected_lengths.tolist() == [5]
     torch.testing.assert_close(out.chosen_logps.item(), sum(PW), rtol=tolerance, atol=tolerance)
     u = (0.125, -0.375) if average else (0.5, -1.875)
-    torch.testing.assert_close((out.chosen_rewards.item(), out.rejected_rewards.item()), u, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        (out.chosen_rewards.item(), out.rejected_rewards.item()), u, rtol=tolerance, atol=tolerance
+    )
     if grads is not None:
         (grad,) = torch.autograd.grad(out.loss, policy)
         per_token = grad.sum(-1).abs().max()  # rows sum to zero; entry 0 carries g (1 - p)
@@ -175,6 +178,15 @@ def test_the_loss_is_deterministic_and_in_fp64_inside() -> None:
     options = {"loss_type": "ukl", "beta": 0.1, "alpha": 0.0, "average": False, "interleaved": False}
     for compiled in (True, False):
         out = density_ratio(
-            token_logps, None, None, ref, None, **options, reduction="mean", ignore_index=IGNORE, shift=False, compiled=compiled
+            token_logps,
+            None,
+            None,
+            ref,
+            None,
+            **options,
+            reduction="mean",
+            ignore_index=IGNORE,
+            shift=False,
+            compiled=compiled,
         )
         assert out[2].tolist() == [1.0, 0.0]

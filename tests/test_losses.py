@@ -1,4 +1,5 @@
-"""The losses on log ratios: published vectors, identities, the compiled math against the torch math, and their autograd."""
+"""The losses on log ratios: published vectors, identities, the compiled math against the torch math, and their
+autograd."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from implementations import Implementation, every_loss
 
-from dil_kernels import Divergence, dil_loss, fused_dil_loss, register_divergence
 from dil_kernels import _C as compiled  # the suite needs the extension; without it nothing here may pass
+from dil_kernels import Divergence, dil_loss, fused_dil_loss, register_divergence
 from dil_kernels.divergences import _REGISTRY, divergence_names, get_divergence
 
 # mpmath, 50 digits: loss_type, options, u_w, u_l, loss, d/du_w, d/du_l

@@ -46,7 +46,7 @@ def test_opcheck_density_ratio(impl: Implementation, packed: bool) -> None:
     for ref in ((torch.randn_like(token_logps), None), (None, torch.randn(4, device=impl.device))):
         inputs = (token_logps, labels, cu_seqlens, *ref, "lsif", 0.1, 0.5, True, False, True, -1, True)
         torch.library.opcheck(ops.density_ratio_fwd.default, inputs, test_utils=OPCHECKS)
-        loss, losses, logratios, logps, lengths, num_pairs, coefs = ops.density_ratio_fwd(*inputs)
+        loss, _, logratios, _, lengths, num_pairs, coefs = ops.density_ratio_fwd(*inputs)
         grads = (torch.ones_like(loss), None, torch.randn_like(logratios), None)
         inputs = (*grads, token_logps, labels, cu_seqlens, lengths, num_pairs, coefs, True, False, True, -1, True)
         torch.library.opcheck(ops.density_ratio_bwd.default, inputs, test_utils=OPCHECKS)
@@ -90,9 +90,10 @@ def test_compile_fullgraph_of_the_other_functions(impl: Implementation) -> None:
     def step(x):
         w, l = sequence_logps(x, labels, backend=impl.backend).chunk(2)
         tokens = token_logps(x, labels, backend=impl.backend)
-        return dil_loss(w, l, w.detach() - 1, l.detach() + 1, loss_type="bce", reduction="mean", backend=loss_backend)[
-            0
-        ] + tokens.sum()
+        return (
+            dil_loss(w, l, w.detach() - 1, l.detach() + 1, loss_type="bce", reduction="mean", backend=loss_backend)[0]
+            + tokens.sum()
+        )
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True)):

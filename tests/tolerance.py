@@ -17,9 +17,13 @@ def assert_as_exact_as_eager(actual: Tensor, eager: Tensor, truth: Tensor, what:
     actual, eager, truth = actual.detach().cpu(), eager.detach().cpu(), truth.detach().cpu()
     eps = torch.finfo(actual.dtype).eps
     actual64, eager64, truth64 = actual.double(), eager.double(), truth.double()
-    torch.testing.assert_close(actual64.isnan(), truth64.isnan(), msg=f"{what}: NaN where the truth is not, or the reverse")
+    torch.testing.assert_close(
+        actual64.isnan(), truth64.isnan(), msg=f"{what}: NaN where the truth is not, or the reverse"
+    )
     finite = truth64.isfinite()
-    assert torch.equal(actual64[~finite & ~truth64.isnan()], truth64[~finite & ~truth64.isnan()]), f"{what}: infinities differ"
+    assert torch.equal(actual64[~finite & ~truth64.isnan()], truth64[~finite & ~truth64.isnan()]), (
+        f"{what}: infinities differ"
+    )
     if not finite.any():
         return
     error = (actual64 - truth64)[finite].abs().max().item()

@@ -19,11 +19,15 @@ SequenceSums sum_sequence(const SequenceLayout& layout, int64_t s, const T* toke
   return sums;
 }
 
+int64_t token_logps_per_sequence(const SequenceLayout& layout) {  // on average
+  return layout.cu_seqlens ? layout.num_values / (layout.num_sequences > 0 ? layout.num_sequences : 1) : layout.num_values;
+}
+
 void check_boundaries(const SequenceLayout& layout) {
   for (int64_t s = 0; s < layout.num_sequences; ++s) {
-    STD_TORCH_CHECK(layout.valid(s),
-                    "cu_seqlens must start at 0, not decrease, and end at the number of tokens, ",
-                    layout.num_values + layout.shift);
+    STD_TORCH_CHECK(
+        layout.valid(s), "cu_seqlens must start at 0, not decrease, and end at the number of tokens, ",
+        layout.num_values + layout.shift);
   }
 }
 
@@ -33,7 +37,7 @@ void forward(
     const T* ref_logps, const DensityRatioOutputs& out) {
   const int64_t S = layout.num_sequences, B = S / 2;
   std::vector<SequenceSums> sums(S);
-  torch::stable::parallel_for(0, S, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, S, grain(token_logps_per_sequence(layout)), [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) sums[s] = sum_sequence(layout, s, token_logps, ref_token_logps);
   });
   T* losses = out.losses.mutable_data_ptr<T>();
@@ -75,8 +79,9 @@ DensityRatioOutputs::Tuple density_ratio_fwd(
   DensityRatioOutputs out(token_logps, layout.num_sequences);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    forward<T>(layout, options, token_logps.const_data_ptr<T>(), ref_token_logps ? ref_token_logps->const_data_ptr<T>() : nullptr,
-               ref_logps ? ref_logps->const_data_ptr<T>() : nullptr, out);
+    forward<T>(
+        layout, options, token_logps.const_data_ptr<T>(), ref_token_logps ? ref_token_logps->const_data_ptr<T>() : nullptr,
+        ref_logps ? ref_logps->const_data_ptr<T>() : nullptr, out);
   };
   token_logps.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return std::move(out).tuple();
@@ -87,7 +92,7 @@ void backward(
     const SequenceLayout& layout, const LossOptions& options, const SequenceGrads& grads, const int32_t* lengths,
     int64_t num_pairs, const T* coefs, T* grad_token_logps) {
   const int64_t B = layout.num_sequences / 2;
-  torch::stable::parallel_for(0, B, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, B, grain(2 * token_logps_per_sequence(layout)), [&](int64_t first, int64_t last) {
     for (int64_t pair = first; pair < last; ++pair) {
       for (const int64_t s : {layout.chosen(pair, options.interleaved), layout.rejected(pair, options.interleaved)}) {
         const T g = static_cast<T>(token_grad<T>(grads, s, pair, coefs[s], lengths[s], num_pairs, options));
@@ -107,13 +112,14 @@ Tensor density_ratio_bwd(
   const int64_t S = layout.num_sequences;
   const LossOptions options{{}, {}, average, interleaved, mean};
   const SequenceGrads grads{
-      grad_ptr(grad_loss, token_logps, 1), grad_ptr(grad_losses, token_logps, S / 2),
-      grad_ptr(grad_logratios, token_logps, S), grad_ptr(grad_logps, token_logps, S)};
+      grad_ptr(grad_loss, token_logps, 1), grad_ptr(grad_losses, token_logps, S / 2), grad_ptr(grad_logratios, token_logps, S),
+      grad_ptr(grad_logps, token_logps, S)};
   Tensor out = torch::stable::empty_like(token_logps);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    backward<T>(layout, options, grads, lengths.const_data_ptr<int32_t>(), *num_pairs.const_data_ptr<int32_t>(),
-                coefs.const_data_ptr<T>(), out.mutable_data_ptr<T>());
+    backward<T>(
+        layout, options, grads, lengths.const_data_ptr<int32_t>(), *num_pairs.const_data_ptr<int32_t>(),
+        coefs.const_data_ptr<T>(), out.mutable_data_ptr<T>());
   };
   token_logps.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return out;

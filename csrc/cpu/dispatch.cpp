@@ -6,7 +6,8 @@
 namespace dil {
 namespace {
 
-// DIL_KERNELS_CPU_CAPABILITY=avx2|baseline asks for less than the machine has, to test those kernels; results agree to rounding.
+// DIL_KERNELS_CPU_CAPABILITY=avx2|baseline asks for less than the machine has, to test those kernels; results agree to
+// rounding.
 const RowKernels& choose() {
 #if defined(__x86_64__)
   const char* wanted = std::getenv("DIL_KERNELS_CPU_CAPABILITY");

@@ -24,8 +24,9 @@ struct Rows {
 Rows list_rows(const Tensor& logits, const Tensor& labels, int64_t ignore_index, bool shift) {
   STD_TORCH_CHECK(logits.dim() == 3, "logits must be [B, T, V], got ", logits.dim(), " dimensions");
   const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2);
-  STD_TORCH_CHECK(labels.dim() == 2 && labels.size(0) == B && labels.size(1) == T && labels.scalar_type() == ScalarType::Long,
-                  "labels must be int64 [", B, ", ", T, "]");
+  STD_TORCH_CHECK(
+      labels.dim() == 2 && labels.size(0) == B && labels.size(1) == T && labels.scalar_type() == ScalarType::Long,
+      "labels must be int64 [", B, ", ", T, "]");
   STD_TORCH_CHECK(V > 0, "logits have an empty vocabulary");
   const int64_t* y = labels.const_data_ptr<int64_t>();
   const int64_t stride_b = labels.stride(0), stride_t = labels.stride(1);
@@ -39,8 +40,9 @@ Rows list_rows(const Tensor& logits, const Tensor& labels, int64_t ignore_index,
         rows.ignored.push_back({b, t, label});
         continue;
       }
-      STD_TORCH_CHECK(label >= 0 && label < V, "labels must be in [0, ", V, ") or ignore_index=", ignore_index, ", got ", label,
-                      " at [", b, ", ", t + shift, "]");
+      STD_TORCH_CHECK(
+          label >= 0 && label < V, "labels must be in [0, ", V, ") or ignore_index=", ignore_index, ", got ", label, " at [", b,
+          ", ", t + shift, "]");
       rows.scored.push_back({b, t, label});
     }
   }
@@ -134,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> logps_fwd(
     Acc* logps_out = logps.mutable_data_ptr<Acc>();
     Acc* max_out = row_max.mutable_data_ptr<Acc>();
     Acc* log_sum_out = log_sum.mutable_data_ptr<Acc>();
-    torch::stable::parallel_for(0, static_cast<int64_t>(rows.scored.size()), 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, static_cast<int64_t>(rows.scored.size()), grain(V), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const auto [b, t, label] = rows.scored[i];
         const Value* row = x + b * stride_b + t * stride_t;
@@ -151,15 +153,16 @@ std::tuple<Tensor, Tensor, Tensor> logps_fwd(
 }
 
 void run_backward(
-    const Tensor& grad_logps, const Tensor& logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index, bool shift,
-    double temperature, const Tensor& grad_logits) {
+    const Tensor& grad_logps, const Tensor& logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum,
+    int64_t ignore_index, bool shift, double temperature, const Tensor& grad_logits) {
   const Rows rows = list_rows(logits, labels, ignore_index, shift);
   const int64_t V = logits.size(2), T_out = logits.size(1) - shift;
-  STD_TORCH_CHECK(grad_logps.dim() == 2 && grad_logps.size(0) == logits.size(0) && grad_logps.size(1) == T_out &&
-                      grad_logps.scalar_type() == row_max.scalar_type() && row_max.is_contiguous() &&
-                      row_max.numel() == logits.size(0) * T_out && log_sum.is_contiguous() &&
-                      log_sum.numel() == row_max.numel() && log_sum.scalar_type() == row_max.scalar_type(),
-                  "grad_logps, row_max and log_sum must match the log-probs");
+  STD_TORCH_CHECK(
+      grad_logps.dim() == 2 && grad_logps.size(0) == logits.size(0) && grad_logps.size(1) == T_out &&
+          grad_logps.scalar_type() == row_max.scalar_type() && row_max.is_contiguous() &&
+          row_max.numel() == logits.size(0) * T_out && log_sum.is_contiguous() && log_sum.numel() == row_max.numel() &&
+          log_sum.scalar_type() == row_max.scalar_type(),
+      "grad_logps, row_max and log_sum must match the log-probs");
   dispatch(logits, [&](auto kind) {
     using K = decltype(kind);
     using Value = typename K::Value;
@@ -173,7 +176,7 @@ void run_backward(
     const int64_t dx_b = grad_logits.stride(0), dx_t = grad_logits.stride(1);
     const int64_t g_b = grad_logps.stride(0), g_t = grad_logps.stride(1);
     const Acc inv_temperature = static_cast<Acc>(1.0 / temperature);
-    torch::stable::parallel_for(0, static_cast<int64_t>(rows.scored.size()), 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, static_cast<int64_t>(rows.scored.size()), grain(V), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const auto [b, t, label] = rows.scored[i];
         const Value* row = x + b * x_b + t * x_t;
@@ -186,7 +189,7 @@ void run_backward(
         dx[b * dx_b + t * dx_t + label] = static_cast<Value>(label_grad);
       }
     });
-    torch::stable::parallel_for(0, static_cast<int64_t>(rows.ignored.size()), 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, static_cast<int64_t>(rows.ignored.size()), grain(V), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const auto [b, t, label] = rows.ignored[i];
         std::memset(static_cast<void*>(dx + b * dx_b + t * dx_t), 0, V * sizeof(Value));
@@ -206,8 +209,8 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 }
 
 Tensor logps_bwd(
-    const Tensor& grad_logps, const Tensor& given_logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index,
-    bool shift, double temperature) {
+    const Tensor& grad_logps, const Tensor& given_logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum,
+    int64_t ignore_index, bool shift, double temperature) {
   const Tensor logits = rows_contiguous(given_logits);
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
   dispatch(logits, [&](auto kind) {
@@ -218,10 +221,11 @@ Tensor logps_bwd(
 }
 
 void logps_bwd_(
-    const Tensor& grad_logps, const Tensor& logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum, int64_t ignore_index, bool shift,
-    double temperature) {
-  STD_TORCH_CHECK(logits.dim() == 3 && (logits.stride(2) == 1 || logits.size(2) == 1),
-                  "an in-place backward needs logits [B, T, V] with a contiguous vocabulary");
+    const Tensor& grad_logps, const Tensor& logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum,
+    int64_t ignore_index, bool shift, double temperature) {
+  STD_TORCH_CHECK(
+      logits.dim() == 3 && (logits.stride(2) == 1 || logits.size(2) == 1),
+      "an in-place backward needs logits [B, T, V] with a contiguous vocabulary");
   run_backward(grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature, logits);
 }
 

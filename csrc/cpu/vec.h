@@ -68,9 +68,7 @@ inline void store(BFloat16* x, VecF v) {  // to nearest, ties to even
 }
 
 #if DIL_VEC_BYTES == 64
-inline VecF load(const Half* x) {
-  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
+inline VecF load(const Half* x) { return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
 inline void store(Half* x, VecF v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -124,7 +122,7 @@ inline VecF exp2(VecF t) {
   t = t < -127.0f ? broadcast(-127.0f) : t;  // written so that NaN stays
   constexpr float kRound = 0x1.8p23f;        // adding it leaves the nearest integer in the low bits
   const VecF shifted = t + kRound;
-  const VecF f = t - (shifted - kRound);  // in [-0.5, 0.5]
+  const VecF f = t - (shifted - kRound);          // in [-0.5, 0.5]
   VecF p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;  // minimax in relative error, with p(0) = 1
   p = p * f + 0x1.c6b752p-5f;
   p = p * f + 0x1.ebf9bcp-3f;

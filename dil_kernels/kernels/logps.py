@@ -1,7 +1,7 @@
 """Log-probabilities from logits: one read forward, one read and one write backward.
 
-A row is one position of a [B, T] batch. Exponentials are taken in base 2 of differences from a running maximum, which is
-kept per lane and rescaled once per tile; lanes meet once per row.
+A row is one position of a [B, T] batch. Exponentials are taken in base 2 of differences from a running maximum, which
+is kept per lane and rescaled once per tile; lanes meet once per row.
 """
 
 from __future__ import annotations

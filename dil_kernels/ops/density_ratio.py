@@ -3,15 +3,18 @@
     density_ratio_fwd(token_logps, labels?, cu_seqlens?, ref_token_logps?, ref_logps?, loss_type, beta, alpha, average,
                       interleaved, mean, ignore_index, shift)
         -> (loss [], losses [B], logratios [S], logps [S], lengths [S] int32, num_pairs [] int32, coefs [S])
-    density_ratio_bwd(grad_loss?, grad_losses?, grad_logratios?, grad_logps?, token_logps, labels?, cu_seqlens?, lengths,
-                      num_pairs, coefs, average, interleaved, mean, ignore_index, shift) -> grad_token_logps
+    density_ratio_bwd(grad_loss?, grad_losses?, grad_logratios?, grad_logps?, token_logps, labels?, cu_seqlens?,
+                      lengths, num_pairs, coefs, average, interleaved, mean, ignore_index, shift) -> grad_token_logps
 
-Sequences are rows of token_logps [S, T_out], or segments of a packed [N_out] delimited by cu_seqlens [S + 1]. A token counts
-where its label (shifted by one if `shift`) is not ignore_index; every token does without labels. Pair i is sequences i and
-B + i, or 2i and 2i + 1 if interleaved. `coefs` is d losses / d logratio of each sequence. Both ops are declared in csrc/ops.cpp.
+Sequences are rows of token_logps [S, T_out], or segments of a packed [N_out] delimited by cu_seqlens [S + 1]. A token
+counts where its label (shifted by one if `shift`) is not ignore_index; every token does without labels. Pair i is
+sequences i and B + i, or 2i and 2i + 1 if interleaved. `coefs` is d losses / d logratio of each sequence. Both ops are
+declared in csrc/ops.cpp.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +84,7 @@ class DensityRatio(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         token_logps: Tensor,
         labels: Tensor | None,
         cu_seqlens: Tensor | None,
@@ -96,6 +99,7 @@ class DensityRatio(torch.autograd.Function):
         ignore_index: int,
         shift: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See the head of this file."""
         loss, losses, logratios, logps, lengths, num_pairs, coefs = torch.ops.dil_kernels.density_ratio_fwd(
             token_logps,
             labels,
@@ -114,15 +118,23 @@ class DensityRatio(torch.autograd.Function):
         ctx.save_for_backward(token_logps, labels, cu_seqlens, lengths, num_pairs, coefs)
         ctx.mark_non_differentiable(lengths, num_pairs)
         ctx.set_materialize_grads(False)
-        ctx.options = (average, interleaved, mean, ignore_index, shift)  # type: ignore[attr-defined]
+        ctx.options = (average, interleaved, mean, ignore_index, shift)
         return loss, losses, logratios, logps, lengths, num_pairs
 
     @staticmethod
-    def backward(ctx, grad_loss, grad_losses, grad_logratios, grad_logps, *_):  # type: ignore[no-untyped-def,override]
+    def backward(
+        ctx: Any,
+        grad_loss: Tensor | None,
+        grad_losses: Tensor | None,
+        grad_logratios: Tensor | None,
+        grad_logps: Tensor | None,
+        *_: None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradient of the token log-probs."""
         refuse_double_backward("The density-ratio loss")
         grads = (grad_loss, grad_losses, grad_logratios, grad_logps)
-        grads = tuple(None if grad is None else grad.contiguous() for grad in grads)
-        grad = torch.ops.dil_kernels.density_ratio_bwd(*grads, *ctx.saved_tensors, *ctx.options)
+        given = [None if grad is None else grad.contiguous() for grad in grads]
+        grad = torch.ops.dil_kernels.density_ratio_bwd(*given, *ctx.saved_tensors, *ctx.options)
         return (grad,) + (None,) * 12
 
 
@@ -145,8 +157,8 @@ def density_ratio(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [], losses [B], log ratios [S], log-prob sums [S], lengths [S] and the number of pairs counted [].
 
-    A pair with a response that has no scored token has loss 0, no gradient, and is left out of the mean. Sums and losses are
-    taken in fp64 and returned in the dtype of `token_logps`.
+    A pair with a response that has no scored token has loss 0, no gradient, and is left out of the mean. Sums and
+    losses are taken in fp64 and returned in the dtype of `token_logps`.
     """
     if not compiled:
         return reference.density_ratio(

@@ -6,14 +6,15 @@ Each backend provides
     {backend}_logps_bwd(grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature) -> grad_logits
     {backend}_logps_bwd_(grad_logps, logits!, labels, row_max, log_sum, ignore_index, shift, temperature) -> ()
 
-with logits [B, T, V], labels [B, T] int64; logps, row_max and log_sum [B, T - shift] in fp32 (fp64 for fp64 logits). The
-log-sum-exp of a row, row_max / temperature + log_sum, is kept in two parts so that nothing is rounded at its size. The Triton ops are
-declared here, the C++ ops in csrc/ops.cpp.
+with logits [B, T, V], labels [B, T] int64; logps, row_max and log_sum [B, T - shift] in fp32 (fp64 for fp64 logits).
+The log-sum-exp of a row, row_max / temperature + log_sum, is kept in two parts so that nothing is rounded at its size.
+The Triton ops are declared here, the C++ ops in csrc/ops.cpp.
 """
 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,19 +35,35 @@ def _rows_contiguous(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _fake_fwd(logits: Tensor, labels: Tensor, ignore_index: int, shift: bool, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_fwd(
+    logits: Tensor, labels: Tensor, ignore_index: int, shift: bool, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     logps = logits.new_empty(_output_shape(logits, shift), dtype=_statistics_dtype(logits))
     return logps, torch.empty_like(logps), torch.empty_like(logps)
 
 
 def _fake_bwd(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor, ignore_index: int, shift: bool, temperature: float
+    grad_logps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    shift: bool,
+    temperature: float,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 def _fake_bwd_(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor, ignore_index: int, shift: bool, temperature: float
+    grad_logps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    shift: bool,
+    temperature: float,
 ) -> None:
     return None
 
@@ -140,7 +157,14 @@ def _launch_bwd(
 
 @torch.library.custom_op("dil_kernels::triton_logps_bwd", mutates_args=())
 def _triton_logps_bwd(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor, ignore_index: int, shift: bool, temperature: float
+    grad_logps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    shift: bool,
+    temperature: float,
 ) -> Tensor:
     logits = _rows_contiguous(logits)
     grad_logits = logits.new_empty(logits.shape)
@@ -150,7 +174,14 @@ def _triton_logps_bwd(
 
 @torch.library.custom_op("dil_kernels::triton_logps_bwd_", mutates_args=("logits",))
 def _triton_logps_bwd_(
-    grad_logps: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor, ignore_index: int, shift: bool, temperature: float
+    grad_logps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    shift: bool,
+    temperature: float,
 ) -> None:
     _launch_bwd(logits, grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature)
 
@@ -174,7 +205,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         logits: Tensor,
         labels: Tensor,
         ignore_index: int,
@@ -183,23 +214,25 @@ class TokenLogps(torch.autograd.Function):
         inplace_backward: bool,
         backend: str,
     ) -> Tensor:
+        """Log-probs [B, T - shift] of labels [B, T] under logits [B, T, V]."""
         logps, row_max, log_sum = _op(backend, "logps_fwd")(logits, labels, ignore_index, shift, temperature)
         ctx.save_for_backward(logits, labels, row_max, log_sum)
-        ctx.options = (ignore_index, shift, temperature)  # type: ignore[attr-defined]
-        ctx.inplace_backward = inplace_backward  # type: ignore[attr-defined]
-        ctx.backend = backend  # type: ignore[attr-defined]
+        ctx.options = (ignore_index, shift, temperature)
+        ctx.inplace_backward = inplace_backward
+        ctx.backend = backend
         return logps
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_logps: Tensor):  # type: ignore[override,no-untyped-def]
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the logits, in a buffer of its own or over them."""
         refuse_double_backward("token_logps")
         # Unpacking checks the version of the logits, so a second backward after one in place raises here.
-        logits, labels, row_max, log_sum = ctx.saved_tensors  # type: ignore[attr-defined]
-        if ctx.inplace_backward:  # type: ignore[attr-defined]
-            logits = logits.detach()
-            _op(ctx.backend, "logps_bwd_")(grad_logps, logits, labels, row_max, log_sum, *ctx.options)  # type: ignore[attr-defined]
-            torch.autograd.graph.increment_version(logits)
-            grad_logits = logits
+        logits, labels, row_max, log_sum = ctx.saved_tensors
+        inputs = (labels, row_max, log_sum, *ctx.options)
+        if ctx.inplace_backward:
+            grad_logits = logits.detach()
+            _op(ctx.backend, "logps_bwd_")(grad_logps, grad_logits, *inputs)
+            torch.autograd.graph.increment_version(grad_logits)
         else:
-            grad_logits = _op(ctx.backend, "logps_bwd")(grad_logps, logits, labels, row_max, log_sum, *ctx.options)  # type: ignore[attr-defined]
+            grad_logits = _op(ctx.backend, "logps_bwd")(grad_logps, logits, *inputs)
         return grad_logits, None, None, None, None, None, None

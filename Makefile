@@ -1,0 +1,71 @@
+# Everything runs in .venv, which is made on first use. Versions are those the suite was last passed with (constraints.txt).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+
+.PHONY: help install quickstart test lint format bench gpu-check gpu-bench aot-report env clean
+
+help:
+	@echo "make quickstart   train SmolLM2-135M with the fused DIL loss and show what it learned"
+	@echo "make test         the whole test suite; says what could not run here and why"
+	@echo "make bench        the CPU benchmarks, into benchmarks/results/"
+	@echo "make gpu-check    on an NVIDIA GPU: the GPU tests, then compute-sanitizer on small cases"
+	@echo "make gpu-bench    on an NVIDIA GPU: the benchmarks"
+	@echo "make aot-report   what the compilers make of every Triton kernel, without a GPU"
+	@echo "make lint         ruff, mypy, import-linter, clang-format; make format applies the formatters"
+	@echo "make env          versions, backends, and why one is unavailable"
+
+# torch comes first, so that the extension builds against it without a second copy in an isolated build environment.
+$(VENV)/.installed: $(SOURCES) constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel pybind11 ninja
+	$(PIP) torch
+	$(PIP) --no-build-isolation -e ".[train]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --no-build-isolation -e ".[train,bench,dev]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+quickstart: install
+	$(BIN)/python -m dil_kernels.quickstart $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/bench_logprob.py --device cpu $(ARGS)
+
+# On a GPU machine with its own PyTorch: make gpu-check BIN=/path/to/bin, after `pip install -e . --no-build-isolation` there.
+gpu-check:
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu -k "sanitize"
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu -k "sanitize"
+
+gpu-bench:
+	$(BIN)/python benchmarks/bench_logprob.py --device cuda $(ARGS)
+
+aot-report: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/aot_report.py
+
+env: install
+	$(BIN)/dil-env
+
+clean:
+	rm -rf build *.egg-info $(VENV)/.installed $(VENV)/.installed-dev dil_kernels/*.so dil_kernels/_build_report.py

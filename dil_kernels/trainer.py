@@ -1,0 +1,363 @@
+"""`DILTrainer`: Direct Imitation Learning on the Hugging Face Trainer.
+
+One forward of the wrapped model for both responses of a pair, one fused loss. The metrics and the search for non-finite
+losses stay on the device until something is logged.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+try:
+    import datasets
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+    from transformers.utils.logging import tqdm
+except ImportError as error:
+    raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
+
+from dil_kernels.functional import DILOutput, fused_dil_loss, sequence_logps
+from dil_kernels.metrics import NonFinitePairs, counted_pairs, means, pair_metrics, zero_sums
+from dil_kernels.tokenization import IGNORE_INDEX, REF_COLUMNS, TOKEN_COLUMNS, PreferenceCollator, tokenize_dataset
+from dil_kernels.training_config import DILConfig
+
+__all__ = ["DILConfig", "DILTrainer", "disable_dropout", "last_complete_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+
+class DILTrainer(Trainer):
+    """Trains a causal language model on preference pairs by Direct Imitation Learning (arXiv 2503.05079).
+
+    The loss is the mean over the pairs whose responses both have a scored token, over all micro-batches and processes
+    of an optimizer step together: gradient accumulation and data parallelism give the gradients of one large batch.
+
+    Metrics, in training averaged since the last log and in evaluation over all pairs: loss, rewards/chosen and
+    rewards/rejected (log ratios, per token with `average_log_prob`), rewards/margins, rewards/accuracies, logps/chosen
+    and logps/rejected (sums over tokens).
+
+    A training loss that is not finite ends training with a `FloatingPointError` that names the step and the rows of the
+    data: at the next log, before the next checkpoint or at the end, whichever is first.
+
+    Args:
+        model: the policy, a causal language model; it is trained in place.
+        ref_model: the reference; None for the policy as it is now, of which a frozen copy is kept. With precomputed
+            log-probs no reference is kept. Resuming from a checkpoint does not change the reference.
+        args: the options.
+        train_dataset: pairs in any form that `dil_kernels.data.load_preference_pairs` accepts, or tokenised ones.
+        eval_dataset: likewise, one data set or several by name.
+        processing_class: the tokenizer.
+        data_collator: makes batches as `PreferenceCollator` does; that one if None.
+        callbacks, optimizers: as of `transformers.Trainer`.
+
+    Raises:
+        PreferenceDataError: a broken pair.
+        NotImplementedError: a set-up in which the loss would not be exact.
+    """
+
+    args: DILConfig
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None = None,
+        args: DILConfig | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ) -> None:
+        args = DILConfig("dil_output") if args is None else args
+        if not isinstance(args, DILConfig):
+            raise TypeError(f"args must be a DILConfig, got {type(args).__name__}")
+        if ref_model is model:
+            raise ValueError("ref_model is the model that training changes; leave it None for a frozen copy")
+        if processing_class is None:
+            raise ValueError("processing_class must be the tokenizer of the model, got None")
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_tokenized(train_dataset, processing_class, args),
+            eval_dataset=_tokenized(eval_dataset, processing_class, args),
+            data_collator=data_collator or PreferenceCollator(_pad_token_id(processing_class)),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._refuse_inexact_setups()
+        # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
+        self.model_accepts_loss_kwargs = True
+        if args.disable_dropout:
+            disable_dropout(model)
+        self.ref_model: nn.Module | None = None
+        if args.precompute_ref_log_probs:
+            self._precompute_reference(model if ref_model is None else ref_model)
+        else:
+            self.ref_model = copy.deepcopy(model) if ref_model is None else ref_model
+            self.ref_model.requires_grad_(False).eval().to(args.device)
+        self._start_record()
+        self._eval_sums = zero_sums(args.device)
+
+    def _refuse_inexact_setups(self) -> None:
+        """Refuse set-ups in which the reference would be misplaced or the pairs of a step miscounted."""
+        if self.args.n_gpu > 1:
+            raise NotImplementedError(
+                f"{self.args.n_gpu} GPUs in one process would split a batch across its pairs; use torchrun, or make "
+                "one GPU visible with CUDA_VISIBLE_DEVICES"
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise NotImplementedError(
+                "DILTrainer runs on one process or with DDP; DeepSpeed and FSDP are not supported"
+            )
+        if getattr(self.accelerator, "parallelism_config", None) is not None:
+            raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*TOKEN_COLUMNS, "row", "length", *REF_COLUMNS]  # type: ignore[assignment]
+
+    def _precompute_reference(self, model: nn.Module) -> None:
+        """Add the reference log-probs to the data sets, under `model` as it is now."""
+        device, training = next(model.parameters()).device, model.training
+        model.eval().to(self.args.device)
+        if self.train_dataset is not None:
+            batch_size = self.args.per_device_train_batch_size
+            self.train_dataset = self._add_reference(self.train_dataset, model, batch_size)
+        batch_size = self.args.per_device_eval_batch_size
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {
+                name: self._add_reference(dataset, model, batch_size) for name, dataset in self.eval_dataset.items()
+            }
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._add_reference(self.eval_dataset, model, batch_size)
+        model.train(training).to(device)
+
+    def _add_reference(self, dataset: datasets.Dataset, model: nn.Module, batch_size: int) -> datasets.Dataset:
+        """The data set with the columns ref_chosen_logps and ref_rejected_logps: fp32 sums over tokens."""
+        if set(REF_COLUMNS) <= set(dataset.column_names):
+            return dataset
+        loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
+        sums = []
+        for batch in tqdm(loader, desc="Reference log-probs", disable=self.args.disable_tqdm):
+            with torch.no_grad(), self.accelerator.autocast():
+                logits = _logits(model, batch)
+            chosen, rejected = sequence_logps(logits, batch["labels"], backend=self.args.backend).chunk(2)
+            sums.append(self.accelerator.gather_for_metrics(torch.stack([chosen, rejected], dim=1)))
+        values = torch.cat(sums).float().cpu().numpy()
+        for index, column in enumerate(REF_COLUMNS):
+            dataset = dataset.add_column(column, values[:, index])
+        return dataset
+
+    def get_eval_dataloader(self, eval_dataset: str | datasets.Dataset | None = None) -> DataLoader[Any]:
+        """The loader of an evaluation set; pairs that are not tokenised yet may be given, too."""
+        return super().get_eval_dataloader(self._evaluable(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader[Any]:
+        """Likewise for `predict`."""
+        return super().get_test_dataloader(self._evaluable(test_dataset))
+
+    def _evaluable(self, dataset: Any) -> Any:
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        dataset = _tokenized(dataset, self.processing_class, self.args)
+        if self.ref_model is None and not set(REF_COLUMNS) <= set(dataset.column_names):
+            raise ValueError(
+                "the reference log-probs were precomputed, and the reference model is gone: give every evaluation set "
+                "to the constructor, or set precompute_ref_log_probs=False"
+            )
+        return dataset
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; see `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the last one in `output_dir` that was written to its end.
+            args, kwargs: handed on.
+
+        Raises:
+            FloatingPointError: a loss was not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_complete_checkpoint(str(self.args.output_dir)))
+        self._start_record()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of one optimizer step, and how many pairs count in it over all processes."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        num_pairs = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batches:
+            scored = (batch["labels"][:, 1:] != IGNORE_INDEX).any(1)
+            num_pairs += torch.logical_and(*scored.chunk(2)).sum().to(device)
+        return batches, self.accelerator.reduce(num_pairs, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, DILOutput]:
+        """The share of a micro-batch in the loss of its optimizer step.
+
+        Args:
+            model: the wrapped policy.
+            inputs: a batch as of `PreferenceCollator`, on the device.
+            return_outputs: return the `DILOutput` of the batch, too.
+            num_items_in_batch: the pairs that count in the step over all processes; those of this batch if None.
+
+        Returns:
+            The loss []. Its sum over the micro-batches, averaged over the processes, is the mean over the pairs.
+        """
+        output = self._run_pairs(model, inputs)
+        if num_items_in_batch is None:
+            loss = output.loss / counted_pairs(output).sum().clamp(min=1)
+        else:
+            # DDP averages gradients over the processes, but the mean is over the pairs of all of them.
+            loss = output.loss * (self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1))
+        if model.training:
+            self._train_sums += pair_metrics(output).sum(0)
+            self._non_finite.add(output.losses, inputs.get("rows"), self.state.global_step + 1)
+        return (loss, output) if return_outputs else loss
+
+    def _run_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> DILOutput:
+        """The fused loss of a batch, summed over its pairs."""
+        ref_logits = None
+        if self.ref_model is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                ref_logits = _logits(self.ref_model, inputs)
+        return fused_dil_loss(
+            _logits(model, inputs),
+            inputs["labels"],
+            ref_chosen_logps=inputs["ref_chosen_logps"] if ref_logits is None else None,
+            ref_rejected_logps=inputs["ref_rejected_logps"] if ref_logits is None else None,
+            ref_logits=ref_logits,
+            loss_type=self.args.loss_type,
+            beta=self.args.beta,
+            alpha=self.args.alpha,
+            average_log_prob=self.args.average_log_prob,
+            backend=self.args.backend,
+            reduction="sum",
+        )
+
+    def _start_record(self) -> None:
+        self._train_sums = zero_sums(self.args.device)
+        self._non_finite = NonFinitePairs(self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, in training with the means of the metrics since the last log, which waits for the device."""
+        if self.is_in_train:
+            self._non_finite.check(self.accelerator.gather)
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self._train_sums, reduction="sum")
+            logs |= {name: value for name, value in means(sums).items() if name != "loss"}
+            self._train_sums = zero_sums(self.args.device)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._non_finite.check(self.accelerator.gather)
+        super()._save_checkpoint(model, trial)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate; the metrics are means over all pairs of the data set, whatever the batches."""
+        self._eval_sums = zero_sums(self.args.device)
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means(self._eval_sums).items()}
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The mean loss of a batch; its logits are not kept."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = self._run_pairs(model, inputs)
+        self._eval_sums += self.accelerator.gather_for_metrics(pair_metrics(output)).sum(0)
+        return output.loss / counted_pairs(output).sum().clamp(min=1), None, None
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0: the modules, and the rates that modules hand to functions."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
+    """The checkpoint of the highest step that was written to its end: the trainer state, which comes last, is whole.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    checkpoints = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            checkpoints[json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"]] = path
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end; it is left out", path)
+    if not checkpoints:
+        raise FileNotFoundError(f"{output_dir}: no complete checkpoint to resume from")
+    return checkpoints[max(checkpoints)]
+
+
+def _tokenized(dataset: Any, tokenizer: Any, args: DILConfig) -> Any:
+    """Token ids of a data set, of each of several, or of none."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: _tokenized(part, tokenizer, args) for name, part in dataset.items()}
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(f"preference pairs must come as a datasets.Dataset, got {type(dataset).__name__}")
+    if set(TOKEN_COLUMNS) <= set(dataset.column_names):
+        return dataset
+    with args.main_process_first(desc="tokenisation"):
+        return tokenize_dataset(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
+            num_proc=args.dataset_num_proc,
+        )
+
+
+def _pad_token_id(tokenizer: Any) -> int:
+    """Any valid id serves: padding is masked out of attention and labels."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:  # [2B, T, V]
+    logits: Tensor = model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+    ).logits
+    return logits

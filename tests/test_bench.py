@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dil_kernels
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import bench_logprob
+
+from harness.cases import CPU_GRID, CUDA_GRID, FORWARD, FORWARD_BACKWARD, PASSES, QUICK_GRID, Case, make_inputs
+from harness.check import allowed_errors, make_oracle, measure_errors
+from harness.machine import cpu_name, last_cache_bytes
+from harness.memory import peak_bytes
+from harness.providers import BASELINE, OURS, PROVIDERS, Provider, eager_sequence_logps
+from harness.timing import CALLS_PER_ROUND, WARMUP_CALLS, Budget, quantiles, time_interleaved
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    with (folder / "logprob.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """The command as a person runs it, on the quick grid: what it printed, its CSV, its folder."""
+    folder = tmp_path_factory.mktemp("bench")
+    package_root = str(Path(dil_kernels.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "benchmarks/bench_logprob.py", "--quick", "--device", "cpu", "--output", str(folder)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([package_root, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, read_csv(folder), folder
+
+
+def test_csv_has_every_case_provider_and_pass(quick_run):
+    _, rows, _ = quick_run
+    expected = [(case.name, provider, timed.name) for case in QUICK_GRID for timed in PASSES for provider in PROVIDERS]
+    assert [(row["case"], row["provider"], row["pass"]) for row in rows] == expected
+
+
+def test_timed_rows_are_complete_and_consistent(quick_run):
+    _, rows, _ = quick_run
+    timed = [row for row in rows if row["status"] == "ok"]
+    assert {row["provider"] for row in timed} >= {OURS, BASELINE, "eager"}
+    for row in timed:
+        assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert int(row["samples"]) == 2 * CALLS_PER_ROUND
+        assert math.isfinite(float(row["max_error"]))
+        assert float(row["max_error"]) <= float(row["max_error_allowed"])
+        gbps = int(row["bytes"]) / float(row["p50_ms"]) / 1e6
+        assert float(row["gbps"]) == pytest.approx(gbps, rel=1e-4)
+        assert float(row["share_of_copy"]) == pytest.approx(gbps / float(row["copy_gbps"]), rel=1e-4)
+        assert float(row["floor_ms"]) == pytest.approx(int(row["bytes"]) / float(row["copy_gbps"]) / 1e6, rel=1e-4)
+        (baseline,) = [
+            r for r in timed if (r["case"], r["pass"], r["provider"]) == (row["case"], row["pass"], BASELINE)
+        ]
+        ratio = float(baseline["p50_ms"]) / float(row["p50_ms"])
+        assert float(row["times_faster_than_authors"]) == pytest.approx(ratio, rel=1e-4)
+        assert row["device"]
+        assert (row["torch"], row["dil_kernels"]) == (torch.__version__, dil_kernels.__version__)
+        assert row["commit"]
+        assert row["date"].endswith("+00:00")
+
+
+def test_unavailable_providers_are_listed_with_reasons(quick_run):
+    printed, rows, _ = quick_run
+    for name in ("trl", "liger"):
+        mine = [row for row in rows if row["provider"] == name]
+        assert {row["status"] for row in mine} == {"unavailable"}
+        (reason,) = {row["reason"] for row in mine}
+        assert "not installed" in reason or "needs CUDA" in reason
+        assert f"not run    {name}: {reason}" in printed
+        assert {row["p50_ms"] for row in mine} == {""}
+
+
+def test_output_fits_110_columns(quick_run):
+    printed, _, _ = quick_run
+    # The names of the device, the versions and the output folder are as long as they are.
+    free = ("device ", "versions ", "written: ")
+    assert [line for line in printed.splitlines() if len(line) > 110 and not line.startswith(free)] == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_picture_is_written(quick_run):
+    _, _, folder = quick_run
+    assert (folder / "logprob.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.parametrize(
+    ("case", "forward", "forward_backward"),
+    [
+        # 16 rows of 4,000 bytes, 8 scored: 8 rows read; 8 read twice and 16 written.
+        (Case(2, 8, 1000, torch.float32, 50), 32_000, 128_000),
+        # 16 rows of 2,006 bytes, 7 of each 8 scored, since the last predicts nothing: 14 read; 14 twice and 16 written.
+        (Case(2, 8, 1003, torch.bfloat16, 100), 28_084, 88_264),
+        # 8,192 rows of 256,512 bytes, 4,096 scored.
+        (Case(4, 2048, 128256, torch.bfloat16, 50), 1_050_673_152, 4_202_692_608),
+    ],
+)
+def test_bytes_counted(case, forward, forward_backward):
+    assert FORWARD.bytes_counted(case) == forward
+    assert FORWARD_BACKWARD.bytes_counted(case) == forward_backward
+
+
+def test_case_names_are_unique():
+    for grid in (CPU_GRID, CUDA_GRID, QUICK_GRID):
+        assert len({case.name for case in grid}) == len(grid)
+
+
+@pytest.mark.parametrize("percent", [50, 100])
+def test_inputs_score_as_many_rows_as_the_case_says(percent):
+    case = Case(3, 8, 11, torch.float32, percent)
+    inputs = make_inputs(case, CPU)
+    assert int((inputs.labels[:, 1:] != -100).sum()) == case.scored_rows == {50: 12, 100: 21}[percent]
+    assert len(set(inputs.upstream.tolist())) == 3
+
+
+class EditGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, edit):
+        ctx.edit = edit
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.edit(grad), None
+
+
+def edit_logits_gradient(edit):
+    return lambda logits, labels: eager_sequence_logps(EditGradient.apply(logits, edit), labels)
+
+
+def raise_error(logits, labels):
+    raise RuntimeError("no kernel image\nand more")
+
+
+WRONG_PROVIDERS = {
+    "labels not shifted": (
+        lambda logits, labels: eager_sequence_logps(logits, labels.roll(1, 1)),
+        "wrong",
+        "wrong log-probs",
+    ),
+    "fp16 softmax": (lambda logits, labels: eager_sequence_logps(logits.half(), labels), "wrong", "wrong log-probs"),
+    "NaN": (lambda logits, labels: eager_sequence_logps(logits, labels) * math.nan, "wrong", "wrong log-probs"),
+    "wrong shape": (lambda logits, labels: eager_sequence_logps(logits, labels).sum(), "failed", "RuntimeError"),
+    "gradient of the label alone": (
+        edit_logits_gradient(lambda grad: torch.where(grad.abs() == grad.abs().amax(-1, keepdim=True), grad, 0)),
+        "wrong",
+        "wrong gradient: relative",
+    ),
+    "upstream gradient ignored": (
+        lambda logits, labels: EditGradient.apply(eager_sequence_logps(logits, labels), torch.ones_like),
+        "wrong",
+        "wrong gradient: relative",
+    ),
+    "gradient in ignored rows": (
+        edit_logits_gradient(lambda grad: torch.where(grad == 0, 1e-12, grad)),
+        "wrong",
+        "wrong gradient: rows that are not scored",
+    ),
+    "raises": (raise_error, "failed", "RuntimeError: no kernel image"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PROVIDERS)
+def test_wrong_provider_is_caught_and_not_timed(name, tmp_path):
+    fn, status, reason = WRONG_PROVIDERS[name]
+    providers = {OURS: Provider(OURS, name, lambda: fn), BASELINE: PROVIDERS[BASELINE]}
+    arguments = ["--quick", "--device", "cpu", "--cases", "fp32", "--output", str(tmp_path)]
+    assert bench_logprob.main(arguments, providers) == 1
+    rows = read_csv(tmp_path)
+    assert {row["status"] for row in rows if row["provider"] == BASELINE} == {"ok"}
+    for row in rows:
+        if row["provider"] == OURS:
+            assert row["status"] == status
+            assert row["reason"].startswith(reason)
+            assert row["p50_ms"] == ""
+
+
+def test_wrong_peer_is_reported_but_does_not_fail_the_run(tmp_path, capsys):
+    wrong = Provider("peer", "twice too large", lambda: lambda logits, labels: 2 * eager_sequence_logps(logits, labels))
+    providers = {OURS: PROVIDERS[OURS], "peer": wrong}
+    arguments = ["--quick", "--device", "cpu", "--cases", "fp32", "--output", str(tmp_path)]
+    assert bench_logprob.main(arguments, providers) == 0
+    assert "not timed, wrong: wrong log-probs: relative error 1.0e+00" in capsys.readouterr().out
+    statuses = {row["provider"]: row["status"] for row in read_csv(tmp_path)}
+    assert statuses == {OURS: "ok", "peer": "wrong"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "module"), [("trl", "trl.kernels"), ("liger", "liger_kernel.transformers")])
+def test_peers_are_called_rightly(name, module, dtype):
+    """Where they are installed; on a machine without CUDA, in Triton's interpreter."""
+    pytest.importorskip(module.split(".")[0])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = make_inputs(Case(2, 6, 1003, dtype, 50), device)
+    oracle = make_oracle(inputs)
+    eager = measure_errors(eager_sequence_logps, inputs, oracle)
+    provider = PROVIDERS[name]
+    errors = measure_errors(provider.build(), inputs, oracle)
+    assert errors.problem(allowed_errors(eager, dtype, provider.logps_in_logits_dtype)) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--providers", "dil_kernels,quick"], "--providers quick: unknown; there are dil_kernels, authors"),
+        (["--cases", "int4"], "--cases int4: no case has that in its name; there are"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        bench_logprob.main(["--device", "cpu", *arguments])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rounds_interleave_and_rotate():
+    order: list[tuple[str, int]] = []
+    calls = {name: lambda i, name=name: order.append((name, i)) for name in "abc"}
+    times = time_interleaved(calls, CPU, Budget(seconds=0.0, min_rounds=2, max_rounds=2))
+    per_turn = 1 + CALLS_PER_ROUND
+    turns = order[3 * WARMUP_CALLS :]
+    assert [name for name, _ in turns[::per_turn]] == ["a", "b", "c", "b", "c", "a"]
+    # Every call of a provider takes the next buffer.
+    assert [i for name, i in turns if name == "b"] == list(range(2 * per_turn))
+    assert {name: time.samples for name, time in times.items()} == dict.fromkeys("abc", 2 * CALLS_PER_ROUND)
+
+
+def test_quantiles():
+    result = quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    assert (result.p20, result.p50, result.p80, result.samples) == (2.0, 3.5, 5.0, 6)
+
+
+def test_peak_memory_counts_what_is_held_together():
+    def call(i: int) -> None:
+        torch.zeros(1000)  # freed before the next is made
+        held = torch.zeros(500)
+        held.exp().exp()
+
+    assert peak_bytes(call, CPU) == 3 * 500 * 4
+
+
+def test_machine_is_named():
+    assert cpu_name()
+    assert last_cache_bytes(CPU) > 0

@@ -1,0 +1,163 @@
+"""The choices of setup.py, with stand-ins for the tools; the package without its extension; every SIMD level."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dil_kernels import _C as compiled
+
+ROOT = Path(__file__).parent.parent
+
+FAKE_NVCC = """#!/bin/sh
+printf 'compute_80\\ncompute_90\\ncompute_100\\n'
+"""
+FAKE_NINJA = """#!/bin/sh
+touch "$2/_C.so" "$2/_cuda.so"
+"""
+
+
+@pytest.fixture
+def build(tmp_path: Path):
+    """Run build_ext with only the given tools on the PATH."""
+
+    def run(*tools: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        for tool in tools:
+            script = folder / tool
+            script.write_text({"nvcc": FAKE_NVCC, "ninja": FAKE_NINJA}.get(tool, "#!/bin/sh\n"))
+            script.chmod(0o755)
+        clean = {
+            k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")
+        }
+        # /usr/bin holds sh; it may hold compilers too, so PATH is the folder alone and the scripts name /bin/sh
+        # themselves.
+        clean |= {"PATH": str(folder), **environment}
+        command = [
+            sys.executable,
+            "setup.py",
+            "build_ext",
+            "--build-temp",
+            str(tmp_path),
+            "--build-lib",
+            str(tmp_path / "lib"),
+        ]
+        return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
+
+    return run
+
+
+def report(tmp_path: Path) -> dict[str, str]:
+    scope: dict = {}
+    exec((tmp_path / "lib" / "dil_kernels" / "_build_report.py").read_text(), scope)
+    return scope["REPORT"]
+
+
+STAND_INS = pytest.mark.skipif(not Path("/bin/sh").exists(), reason="the stand-ins are shell scripts")
+
+
+def test_unknown_choice(build) -> None:
+    result = build(DIL_KERNELS_BUILD="gpu")
+    assert result.returncode != 0
+    assert "DIL_KERNELS_BUILD must be auto, cuda, cpu or none, got 'gpu'" in result.stderr
+
+
+def test_none(build, tmp_path: Path) -> None:
+    assert build("g++", "nvcc", DIL_KERNELS_BUILD="none").returncode == 0
+    assert report(tmp_path) == dict.fromkeys(("extension", "cuda"), "DIL_KERNELS_BUILD=none left it out")
+    assert not list((tmp_path / "lib").rglob("*.so"))
+
+
+def test_auto_without_a_compiler(build, tmp_path: Path) -> None:
+    result = build()
+    assert result.returncode == 0
+    assert "extension: no C++ compiler was found" in result.stdout
+    assert report(tmp_path)["cuda"] == "the extension itself was not built"
+
+
+@STAND_INS
+def test_auto_without_nvcc(build, tmp_path: Path) -> None:
+    result = build("g++", "ninja", PATH=f"{tmp_path / 'bin'}:/bin", CUDA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert report(tmp_path) == {"extension": "built", "cuda": f"nvcc was not found in $CUDA_HOME/bin ({tmp_path}/bin)"}
+
+
+@pytest.mark.parametrize("choice", ["cuda", "cpu"])
+def test_a_forced_choice_that_cannot_be_met_fails(build, choice: str) -> None:
+    result = build(DIL_KERNELS_BUILD=choice)
+    assert result.returncode != 0
+    assert f"DIL_KERNELS_BUILD={choice} cannot be met: no C++ compiler was found" in result.stderr
+
+
+@STAND_INS
+@pytest.mark.parametrize(
+    ("arch_list", "expected"),
+    [
+        (None, ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_100,code=sm_100"]),  # this nvcc has no 120
+        ("9.0", ["compute_90,code=sm_90"]),
+        ("8.6;9.0a+PTX", ["compute_86,code=sm_86", "compute_90a,code=[sm_90a,compute_90a]"]),
+    ],
+)
+def test_architectures(build, tmp_path: Path, arch_list: str | None, expected: list[str]) -> None:
+    environment = {"TORCH_CUDA_ARCH_LIST": arch_list} if arch_list else {}
+    result = build("g++", "nvcc", "ninja", PATH=f"{tmp_path / 'bin'}:/bin", DIL_KERNELS_BUILD="cuda", **environment)
+    assert result.returncode == 0, result.stderr
+    plan = (tmp_path / "dil_kernels" / "build.ninja").read_text()
+    (flags,) = {line for line in plan.splitlines() if "-gencode" in line}
+    assert [word.removeprefix("-gencode=arch=") for word in flags.split() if "-gencode" in word] == expected
+
+
+@STAND_INS
+def test_a_malformed_architecture(build, tmp_path: Path) -> None:
+    result = build("g++", "nvcc", "ninja", PATH=f"{tmp_path / 'bin'}:/bin", TORCH_CUDA_ARCH_LIST="9.0;hopper")
+    assert result.returncode != 0
+    assert "'hopper' is not of the form 9.0 or 9.0+PTX" in result.stderr
+
+
+WITHOUT_EXTENSION = """
+import sys, warnings
+sys.modules["dil_kernels._C"] = None
+import torch
+from dil_kernels import backends, dil_loss, fused_dil_loss, token_logps
+logits, labels = torch.randn(2, 4, 9, requires_grad=True), torch.randint(0, 9, (2, 4))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        fused_dil_loss(logits, labels, ref_logits=logits.detach()).loss.backward()
+assert len(caught) == 1 and "no fast log-probs for torch.float32 on cpu (not built" in str(caught[0].message), caught
+try:
+    token_logps(logits, labels, backend="cpp")
+except RuntimeError as error:
+    assert "backend='cpp' was asked for but cannot run: not built" in str(error)
+else:
+    raise AssertionError("an explicit backend was replaced")
+"""
+
+
+def test_the_package_without_its_extension() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], check=True)
+
+
+def test_the_binary_targets_the_oldest_supported_torch() -> None:
+    assert compiled.build_info()["torch_target"] == "2.10"
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "baseline"])
+def test_every_simd_level_is_exact(capability: str) -> None:
+    """The oracle tests of the C++ backend again, with the CPU's better instructions left unused."""
+    levels = ["AVX-512", "AVX2", "baseline"]
+    current = compiled.build_info()["cpu_capability"]
+    if levels.index(current) >= levels.index(capability):
+        pytest.skip(f"this CPU offers {current}: {capability} is tested already, or cannot run")
+    environment = os.environ | {"DIL_KERNELS_CPU_CAPABILITY": capability.lower()}
+    check = f"from dil_kernels import _C; assert _C.build_info()['cpu_capability'] == {capability!r}"
+    subprocess.run([sys.executable, "-c", check], check=True, env=environment)
+    tests = ["-k", "cpp and not packed", str(ROOT / "tests" / "test_logps.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
