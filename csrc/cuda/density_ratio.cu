@@ -134,6 +134,15 @@ __global__ void __launch_bounds__(kThreads) density_ratio_bwd_kernel(
   grad_token_logps[i] = layout.scored(s, i) ? g : T{0};
 }
 
+template <class... P, class... A>
+void launch(void (*kernel)(P...), int64_t blocks, cudaStream_t stream, A... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+}
+
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
@@ -162,8 +171,7 @@ void launch_fwd(
     STD_CUDA_CHECK(cudaMemsetAsync(pointers.loss, 0, sizeof(T), stream));
     return;
   }
-  density_ratio_fwd_kernel<T><<<static_cast<unsigned>(B), kThreads, 0, stream>>>(layout, options, pointers);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(density_ratio_fwd_kernel<T>, B, stream, layout, options, pointers);
 }
 
 DensityRatioOutputs::Tuple density_ratio_fwd(
@@ -175,8 +183,8 @@ DensityRatioOutputs::Tuple density_ratio_fwd(
   const LossOptions options{divergence_by_name(loss_type), {beta, alpha}, average, interleaved, mean};
   const torch::stable::accelerator::DeviceGuard guard(token_logps.get_device_index());
   DensityRatioOutputs out(token_logps, layout.num_sequences);
-  const auto launch = token_logps.scalar_type() == ScalarType::Double ? launch_fwd<double> : launch_fwd<float>;
-  launch(layout, options, token_logps, ref_token_logps, ref_logps, out);
+  const auto run = token_logps.scalar_type() == ScalarType::Double ? launch_fwd<double> : launch_fwd<float>;
+  run(layout, options, token_logps, ref_token_logps, ref_logps, out);
   return std::move(out).tuple();
 }
 
@@ -186,11 +194,10 @@ void launch_bwd(
     const Tensor& num_pairs, const Tensor& coefs, const Tensor& out) {
   const int64_t numel = out.numel();
   if (numel == 0) return;
-  const auto blocks = static_cast<unsigned>((numel + kThreads - 1) / kThreads);
-  density_ratio_bwd_kernel<T><<<blocks, kThreads, 0, current_stream(out)>>>(
-      layout, options, grads, lengths.const_data_ptr<int32_t>(), num_pairs.const_data_ptr<int32_t>(), coefs.const_data_ptr<T>(),
+  launch(
+      density_ratio_bwd_kernel<T>, (numel + kThreads - 1) / kThreads, current_stream(out), layout, options, grads,
+      lengths.const_data_ptr<int32_t>(), num_pairs.const_data_ptr<int32_t>(), coefs.const_data_ptr<T>(),
       out.mutable_data_ptr<T>(), numel);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor density_ratio_bwd(
@@ -206,8 +213,8 @@ Tensor density_ratio_bwd(
       grad_ptr(grad_logps, token_logps, S)};
   const torch::stable::accelerator::DeviceGuard guard(token_logps.get_device_index());
   Tensor out = torch::stable::empty_like(token_logps);
-  const auto launch = token_logps.scalar_type() == ScalarType::Double ? launch_bwd<double> : launch_bwd<float>;
-  launch(layout, options, grads, lengths, num_pairs, coefs, out);
+  const auto run = token_logps.scalar_type() == ScalarType::Double ? launch_bwd<double> : launch_bwd<float>;
+  run(layout, options, grads, lengths, num_pairs, coefs, out);
   return out;
 }
 

@@ -1,0 +1,319 @@
+"""The options of `dil-train`: its own and every field of `DILConfig`, from the command line and from a YAML recipe."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import enum
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import TrainingArguments
+
+from dil_kernels.backends import BACKENDS
+from dil_kernels.divergences import divergence_names
+from dil_kernels.tokenization import TRUNCATION_MODES
+from dil_kernels.training_config import DILConfig
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+MAX_LISTED = 4  # choices that --help lists
+REQUIRED = ("model", "train_file", "output_dir")
+COMMON_FIELDS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "bf16",
+    "activation_checkpointing",
+    "logging_steps",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+    "report_to",
+)
+# Declared by hand below, without an effect in this program, or not expressible as text.
+OMITTED_FIELDS = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "parallelism_config",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What `dil-train` needs beside its `DILConfig`."""
+
+    model: str
+    train_file: str
+    eval_file: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    ref_model: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    resume_from_checkpoint: str | bool = False
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and name the option nearest to an unknown one."""
+
+    source = ""  # where the options being parsed stand, for the messages
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {self.source}{' '.join(message.split())}\n")
+
+    def parse_known(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse options, of which ``--max_steps`` and ``--max-steps`` are the same.
+
+        Raises:
+            SystemExit: with status 2, an unknown option or a bad value.
+        """
+        namespace, unknown = self.parse_known_args([_dashed_option(token) for token in argv])
+        if unknown:
+            option = next((token for token in unknown if token.startswith("-")), unknown[0]).split("=")[0]
+            nearest = difflib.get_close_matches(option, self._option_string_actions, n=1)
+            self.error(f"unknown option {option}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        return namespace
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
+    """The options of a run: a recipe's, where ``--config`` names one, overridden by the command line's.
+
+    Raises:
+        SystemExit: with status 2 and a line on stderr: an option is unknown, missing or bad; with status 0 after --help.
+    """
+    parser = build_parser()
+    command_line = vars(parser.parse_known(argv))
+    recipe_path = command_line.pop("config", None)
+    values = read_recipe(recipe_path, parser) if recipe_path is not None else {}
+    values.update(command_line)
+    missing = [_option(name) for name in REQUIRED if values.get(name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} must be given, here or in a recipe (--config)")
+    run_fields = {field.name for field in dataclasses.fields(RunOptions)}
+    run = RunOptions(**{name: value for name, value in values.items() if name in run_fields})
+    try:
+        config = DILConfig(**{name: value for name, value in values.items() if name not in run_fields})
+    except (ValueError, TypeError, ImportError) as error:
+        parser.error(str(error))
+    if run.eval_file is None and config.eval_strategy != "no":
+        parser.error(f"--eval-strategy {config.eval_strategy.value} needs --eval-file")
+    return run, config
+
+
+def read_recipe(path: str, parser: Parser) -> dict[str, Any]:
+    """The options in a YAML file, checked and converted as the command line's.
+
+    Args:
+        path: a file with one mapping of option names, with dashes or underscores, to values; null stands for None.
+        parser: as of `build_parser`.
+
+    Returns:
+        Values by name, of those options that the file sets.
+
+    Raises:
+        SystemExit: with status 2: the file cannot be read, or an option in it is unknown or bad.
+    """
+
+    parser.source = f"recipe {path}: "
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"cannot be read: {error}")
+    except yaml.YAMLError as error:
+        parser.error(f"broken YAML: {error}")
+    if not isinstance(recipe, dict):
+        parser.error(f"must be a mapping of options to values, got {type(recipe).__name__}")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    values: dict[str, Any] = {}
+    tokens: list[str] = []
+    for key, value in recipe.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            nearest = difflib.get_close_matches(name, actions, n=1)
+            parser.error(f"unknown option {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+        if value is None:
+            values[name] = None
+        elif isinstance(value, list) and actions[name].nargs != "+":
+            parser.error(f"option {key!r} takes one value, got a list")
+        else:
+            # An unquoted `no` is a boolean in YAML.
+            is_no = value is False and "no" in (actions[name].choices or ())
+            tokens += _as_tokens(name, "no" if is_no else value)
+    values.update(vars(parser.parse_args(tokens)))
+    parser.source = ""
+    return values
+
+
+def _as_tokens(name: str, value: Any) -> list[str]:
+    """The command line that sets an option to a value of a recipe."""
+    if isinstance(value, list):
+        return [_option(name), *map(str, value)]
+    if isinstance(value, dict):
+        return [f"{_option(name)}={json.dumps(value)}"]
+    return [f"{_option(name)}={value}"]
+
+
+def build_parser() -> Parser:
+    """The parser of `dil-train`. Options that are not given are left out of its result."""
+    parser = Parser(
+        prog="dil-train",
+        description="Train a causal language model on preference pairs by Direct Imitation Learning (DIL).",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=120),
+        usage="dil-train --model MODEL --train-file FILE --output-dir DIR [options]\n"
+        "       dil-train --config RECIPE.yaml [options]",
+    )
+    _add_run_options(parser)
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    fields = {field.name: field for field in dataclasses.fields(DILConfig) if field.name not in OMITTED_FIELDS}
+    own = [name for name in fields if name not in inherited]
+    common = [name for name in COMMON_FIELDS if name in fields]
+    others = [name for name in fields if name not in {*own, *common}]
+    hints = typing.get_type_hints(DILConfig)
+    for title, names, brief in (
+        ("Direct Imitation Learning", own, False),
+        ("training", common, True),
+        ("further options of transformers.TrainingArguments", others, True),
+    ):
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_field(group, fields[name], hints[name], brief)
+    return parser
+
+
+def _add_run_options(parser: Parser) -> None:
+    group = parser.add_argument_group("model, data and output")
+    group.add_argument("--config", metavar="FILE", help="YAML recipe of any of these options; the command line overrides it")
+    group.add_argument("--model", metavar="NAME", help="the model to train: a directory, or a name on the hub")
+    group.add_argument(
+        "--train-file",
+        metavar="FILE",
+        help="preference pairs (prompt, chosen, rejected): a .jsonl, .json or .parquet file, or a data set on the hub",
+    )
+    group.add_argument("--eval-file", metavar="FILE", help="held-out pairs for the before/after table; likewise")
+    group.add_argument("--output-dir", metavar="DIR", help="where checkpoints, model, table and plot are written")
+    group.add_argument("--train-split", metavar="NAME", help="split of a hub data set to train on (default: train)")
+    group.add_argument(
+        "--eval-split", metavar="NAME", help="split of a hub data set to evaluate on (default: test; train of a file)"
+    )
+    group.add_argument(
+        "--ref-model", metavar="NAME", help="the reference model (default: the model as it is before training)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="precision of the weights (default: float32, which small learning rates need; see --bf16 for the rest)",
+    )
+    group.add_argument("--attn-implementation", metavar="NAME", help="attention of transformers, e.g. flash_attention_2")
+    group.add_argument(
+        "--resume-from-checkpoint",
+        metavar="DIR",
+        nargs="?",
+        const=True,
+        type=_checkpoint,
+        help="continue from this checkpoint, or without DIR from the last complete one in --output-dir",
+    )
+
+
+def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any, brief: bool) -> None:
+    """Add an option for a field of `DILConfig`.
+
+    Args:
+        group: of options.
+        field: with metadata help.
+        hint: its resolved type.
+        brief: show only the first sentence of its help.
+    """
+    options = _type_options(hint)
+    if field.name in _choices():
+        options = {"choices": _choices()[field.name]}
+    text = " ".join(str(field.metadata.get("help", "")).split())
+    if brief:
+        text = re.split(r"(?<=[a-z)`][.!?])\s", text)[0]
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = default.value if isinstance(default, enum.Enum) else default
+    if default is not None:
+        text = f"{text.rstrip('.')} (default: {default})"
+    group.add_argument(_option(field.name), dest=field.name, help=text.replace("%", "%%"), **options)
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    return {
+        "loss_type": tuple(divergence_names()),
+        "backend": ("auto", *BACKENDS),
+        "truncation_mode": TRUNCATION_MODES,
+    }
+
+
+def _type_options(hint: Any) -> dict[str, Any]:
+    """What `add_argument` needs for a field of a type."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    optional = type(None) in members
+    for member in members:
+        if isinstance(member, type) and issubclass(member, enum.Enum):
+            choices = tuple(choice.value for choice in member)
+            return {"choices": choices} if len(choices) <= MAX_LISTED else {"choices": choices, "metavar": "NAME"}
+    if any(typing.get_origin(member) is list for member in members):
+        return {"nargs": "+", "metavar": "NAME"}
+    if str in members:
+        return {"metavar": "TEXT"}
+    if bool in members:
+        return {"type": _or_none(_boolean, optional), "nargs": "?", "const": True, "metavar": "BOOL"}
+    for kind, metavar in ((int, "INT"), (float, "FLOAT")):
+        if kind in members:
+            return {"type": _or_none(kind, optional), "metavar": metavar}
+    return {"type": json.loads, "metavar": "JSON"}
+
+
+def _or_none(convert: Callable[[str], Any], optional: bool) -> Callable[[str], Any]:
+    if not optional:
+        return convert
+
+    def convert_or_none(text: str) -> Any:
+        return None if text.lower() == "none" else convert(text)
+
+    convert_or_none.__name__ = convert.__name__.strip("_")
+    return convert_or_none
+
+
+def _boolean(text: str) -> bool:
+    value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return value
+
+
+def _checkpoint(text: str) -> str | bool:
+    return text.lower() == "true" if text.lower() in ("true", "false") else text
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _dashed_option(token: str) -> str:
+    """``--max_steps=1`` as ``--max-steps=1``; a value as it is."""
+    if not token.startswith("--"):
+        return token
+    option, separator, value = token.partition("=")
+    return option.replace("_", "-") + separator + value

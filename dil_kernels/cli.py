@@ -1,0 +1,147 @@
+"""`dil-train` and `dil-env`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+    from dil_kernels.arguments import RunOptions
+    from dil_kernels.trainer import DILConfig
+
+BAD_INPUT = 2
+FAILED = 1
+INTERRUPTED = 130
+
+
+class InputError(Exception):
+    """Something given to `dil-train` that it cannot start with."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dil-train`.
+
+    Args:
+        argv: the command line without the program; that of the process if None.
+
+    Returns:
+        The exit status: 0, 2 for bad input (nothing was written), 1 for a failed training.
+    """
+    try:
+        from dil_kernels.arguments import parse_arguments
+        from dil_kernels.data import PreferenceDataError
+    except ImportError as error:
+        return _fail(f"dil-train needs the extra [train]: pip install 'dil-kernels[train]' ({error})", BAD_INPUT)
+    options, config = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        train(options, config)
+    except (InputError, PreferenceDataError) as error:
+        return _fail(str(error), BAD_INPUT)
+    except FloatingPointError as error:
+        return _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; --resume-from-checkpoint continues from the last checkpoint", INTERRUPTED)
+    return 0
+
+
+def env_main() -> int:
+    """Run `dil-env`: print what is installed, which backends are available, and why the others are not."""
+    from dil_kernels.environment import describe_environment
+
+    print(describe_environment())
+    return 0
+
+
+def train(options: RunOptions, config: DILConfig) -> None:
+    """Load data and models, check them, and train.
+
+    Raises:
+        InputError: a checkpoint, model or tokenizer that cannot be used.
+        PreferenceDataError: a broken preference pair.
+        FloatingPointError: a loss was not finite.
+    """
+    checkpoint = _resolve_checkpoint(options, config)
+    train_dataset, eval_dataset = _load_data(options)
+    from dil_kernels.training_run import run_training
+
+    tokenizer = _load_tokenizer(options.model)
+    run_training(
+        _load_model(options.model, options),
+        tokenizer,
+        config,
+        train_dataset,
+        eval_dataset,
+        ref_model=None if options.ref_model is None else _load_model(options.ref_model, options),
+        resume_from_checkpoint=checkpoint,
+    )
+
+
+def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | bool:
+    """The checkpoint to resume from, or False.
+
+    Raises:
+        InputError: it does not exist, or a fresh run would mix its checkpoints with those of another.
+    """
+    from dil_kernels.trainer import last_complete_checkpoint
+
+    output_dir = str(config.output_dir)
+    if options.resume_from_checkpoint is True:
+        try:
+            return str(last_complete_checkpoint(output_dir))
+        except FileNotFoundError as error:
+            raise InputError(f"--resume-from-checkpoint: {error}") from error
+    if options.resume_from_checkpoint:
+        if not Path(options.resume_from_checkpoint).is_dir():
+            raise InputError(f"--resume-from-checkpoint {options.resume_from_checkpoint}: no such directory")
+        return options.resume_from_checkpoint
+    if any(Path(output_dir).glob("checkpoint-*")):
+        raise InputError(
+            f"--output-dir {output_dir} holds checkpoints of an earlier run: continue it with "
+            "--resume-from-checkpoint, or name another directory"
+        )
+    return False
+
+
+def _load_data(options: RunOptions) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    from dil_kernels.data import FILE_SUFFIXES, load_preference_pairs
+
+    train_dataset = load_preference_pairs(options.train_file, split=options.train_split)
+    if options.eval_file is None:
+        return train_dataset, None
+    path = Path(options.eval_file)
+    is_file = path.is_file() or path.suffix.lower() in FILE_SUFFIXES
+    split = options.eval_split or ("train" if is_file else "test")
+    return train_dataset, load_preference_pairs(options.eval_file, split=split)
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {name}: no tokenizer could be loaded: {' '.join(str(error).split())}") from error
+
+
+def _load_model(name: str, options: RunOptions) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=options.dtype, attn_implementation=options.attn_implementation
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"model {name} could not be loaded: {' '.join(str(error).split())}") from error
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"dil-train: error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
