@@ -27,6 +27,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 MINIMUM_TORCH = (2, 10)
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+LIBTORCH_CUDA_SYMBOLS = (
+    "aoti_torch_get_current_cuda_stream",
+    "torch_c10_cuda_check_msg",
+    "torch_c10_cuda_free_error_msg",
+)
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 CXX_FLAGS = [
     "-std=c++17",
@@ -219,13 +224,13 @@ class BuildExtension(build_ext):
             self.graph.edge("compile", self.folder / f"cuda_{source.stem}.o", [source], nvcc, flags)
             for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         ]
-        # A CPU-only torch has no libtorch_cuda to link with: a stand-in of that name records the dependency.
-        empty = self.folder / "empty.cpp"
-        empty.write_text("")
+        # A CPU-only torch has no libtorch_cuda to link with: an import library of that name records the dependency.
+        imports = self.folder / "libtorch_cuda.cpp"
+        imports.write_text("".join(f'extern "C" void {symbol}() {{}}\n' for symbol in LIBTORCH_CUDA_SYMBOLS))
         stand_in = self.graph.edge(
-            "link", self.folder / "libtorch_cuda.so", [empty], cxx, ["-fPIC", "-Wl,-soname,libtorch_cuda.so"]
+            "link", self.folder / "libtorch_cuda.so", [imports], cxx, ["-fPIC", "-Wl,-soname,libtorch_cuda.so"]
         )
-        link = [f"-ccbin {shell(cxx)}", "-cudart static", "-Xlinker --no-as-needed", shell(stand_in)]
+        link = [f"-ccbin {shell(cxx)}", "-cudart static"]
         return self.graph.edge(
             "link", self.folder / "_cuda.so", [*objects, stand_in], nvcc, [*link, *self.link_flags(torch / "lib")]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,18 +46,35 @@ def test_aligned_rows_move_16_bytes_a_thread(triton_reports) -> None:
     assert {report["store_bytes"] for report in aligned if report["kernel"] == "logps_bwd"} == {16}
 
 
-def test_the_cuda_extension_holds_every_architecture_without_spills() -> None:
-    import triton
-
-    library = Path(dil_kernels.__file__).parent / "_cuda.so"
-    if not library.exists():
+@pytest.fixture
+def cuda_library() -> Path:
+    path = Path(dil_kernels.__file__).parent / "_cuda.so"
+    if not path.exists():
         from dil_kernels.backends import build_report
 
         pytest.skip(f"the CUDA extension was not built: {build_report().get('cuda', 'unknown')}")
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a Linux shared object")
+def test_the_cuda_extension_asks_for_the_libraries_that_hold_its_symbols(cuda_library: Path) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf (binutils) was not found")
+    dynamic = subprocess.run(["readelf", "-d", cuda_library], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\]", dynamic))
+    assert needed >= {"libtorch_cuda.so", "libtorch_cpu.so"}
+    assert not {name for name in needed if name.startswith("libcudart")}  # static: any CUDA of torch will do
+
+
+def test_the_cuda_extension_holds_every_architecture_without_spills(cuda_library: Path) -> None:
+    import triton
+
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         pytest.skip("TORCH_CUDA_ARCH_LIST chose other architectures")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([cuobjdump, "-res-usage", str(library)], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [cuobjdump, "-res-usage", str(cuda_library)], capture_output=True, text=True, check=True
+    ).stdout
     assert set(re.findall(r"arch = (sm_\d+)", usage)) >= ARCHITECTURES
     kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", usage)
     assert len(kernels) >= 4 * len(ARCHITECTURES)  # forward and backward, fp32 and fp64

@@ -1,4 +1,4 @@
-"""The CUDA source of the density-ratio loss, run on CPU threads against the CPU op. Slow and complete: no GPU is needed."""
+"""The CUDA source of the density-ratio loss, run on CPU threads against the CPU op: no GPU is needed."""
 
 from __future__ import annotations
 
