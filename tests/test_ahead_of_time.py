@@ -72,7 +72,8 @@ def test_the_cuda_extension_holds_every_architecture_without_spills(cuda_library
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         pytest.skip("TORCH_CUDA_ARCH_LIST chose other architectures")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run(
+    command = [cuobjdump, "-res-usage", str(cuda_library)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         [cuobjdump, "-res-usage", str(cuda_library)], capture_output=True, text=True, check=True
     ).stdout
     assert set(re.findall(r"arch = (sm_\d+)", usage)) >= ARCHITECTURES
