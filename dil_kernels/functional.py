@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,11 +9,11 @@ from torch import Tensor
 
 from dil_kernels import reference
 from dil_kernels.backends import loss_is_compiled, resolve_backend
+from dil_kernels.checks import check_choice, check_cu_seqlens, check_inplace, check_logits, check_per_pair, shape_of
 from dil_kernels.divergences import resolve_options
 from dil_kernels.ops.density_ratio import density_ratio
 from dil_kernels.ops.logps import TokenLogps
 
-LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 PAIR_LAYOUTS = ("concatenated", "interleaved")
 
@@ -33,79 +32,6 @@ class DILOutput(NamedTuple):
     rejected_rewards: Tensor  # [B]
     chosen_lengths: Tensor  # [B] int32
     rejected_lengths: Tensor  # [B] int32
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
-
-
-def _check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bool, temperature: float) -> None:
-    if logits.ndim not in (2, 3):
-        raise ValueError(f"logits must be [B, T, V] or [N, V], got {_shape(logits)}")
-    if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"logits must be fp32, bf16, fp16 or fp64, got {logits.dtype}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must be {list(logits.shape[:-1])} to match logits {_shape(logits)}, got {_shape(labels)}"
-        )
-    if labels.device != logits.device:
-        raise ValueError(f"labels are on {labels.device}, but logits are on {logits.device}")
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits have an empty vocabulary: {_shape(logits)}")
-    if shift and logits.shape[-2] < 2:
-        raise ValueError(
-            f"logits {_shape(logits)} have {logits.shape[-2]} position(s); with shift=True at least 2 are needed, "
-            "since position t predicts label t + 1"
-        )
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-
-
-def _check_label_range(targets: Tensor, V: int, ignore_index: int) -> None:
-    invalid = (targets != ignore_index) & ((targets < 0) | (targets >= V))
-    if bool(invalid.any()):
-        raise ValueError(f"labels must be in [0, {V}) or ignore_index={ignore_index}, got {int(targets[invalid][0])}")
-
-
-def _check_inplace(logits: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        raise RuntimeError("inplace_backward=True is not supported under torch.compile, which owns its buffers")
-    if logits.requires_grad and logits.is_leaf:
-        raise ValueError("inplace_backward=True would overwrite logits that are a leaf tensor")
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError("inplace_backward=True needs logits without expanded (stride 0) dimensions")
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        raise ValueError(
-            f"inplace_backward=True needs a contiguous vocabulary dimension, got strides {logits.stride()}"
-        )
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor) -> None:
-    N = logits.shape[-2]
-    if logits.ndim == 3 and logits.shape[0] != 1:
-        raise ValueError(f"logits must be [N, V] or [1, N, V] with cu_seqlens, got {_shape(logits)}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must be [S + 1] with S >= 1, got {_shape(cu_seqlens)}")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != logits.device:
-        raise ValueError(f"cu_seqlens are on {cu_seqlens.device}, but logits are on {logits.device}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        if int(cu_seqlens[0]) != 0:
-            raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
-        if bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
-        if int(cu_seqlens[-1]) != N:
-            raise ValueError(f"cu_seqlens must end at the number of tokens, {N}, got {int(cu_seqlens[-1])}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; available: {', '.join(choices)}")
 
 
 def _mask_boundaries(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:
@@ -162,12 +88,12 @@ def token_logps(
             V). On CUDA such a label makes its log-prob NaN, since checking it would synchronise with the host.
         RuntimeError: a backend that cannot run here.
     """
-    _check_logits(logits, labels, ignore_index=ignore_index, shift=shift, temperature=temperature)
+    check_logits(logits, labels, ignore_index=ignore_index, shift=shift, temperature=temperature)
     name = resolve_backend(backend, logits.device, logits.dtype)
     if inplace_backward:
         if name == "eager":
             raise RuntimeError("inplace_backward=True needs the triton or cpp backend; the eager backend cannot do it")
-        _check_inplace(logits)
+        check_inplace(logits)
     if logits.ndim == 3:
         return _token_logps(logits, labels, ignore_index, shift, temperature, inplace_backward, name)
     return _token_logps(
@@ -229,10 +155,10 @@ def _prepare(
     """Padded input as it is; packed input as [N, V] and [N], where a shift cannot cross a boundary."""
     if cu_seqlens is None:
         if logits.ndim != 3:
-            raise ValueError(f"logits must be [B, T, V] (or pass cu_seqlens for packed [N, V]), got {_shape(logits)}")
+            raise ValueError(f"logits must be [B, T, V] (or pass cu_seqlens for packed [N, V]), got {shape_of(logits)}")
         return logits, labels
     if logits.ndim in (2, 3):
-        _check_cu_seqlens(cu_seqlens, logits)
+        check_cu_seqlens(cu_seqlens, logits)
     if labels.shape == logits.shape[:-1] and logits.ndim == 3:
         logits, labels = logits.squeeze(0), labels.squeeze(0)
     if shift and labels.ndim == 1:
@@ -275,7 +201,7 @@ def dil_loss(
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
     """
     divergence, beta_value = resolve_options(loss_type, beta, alpha)
-    _check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     tensors = {
         "policy_chosen_logps": policy_chosen_logps,
         "policy_rejected_logps": policy_rejected_logps,
@@ -284,7 +210,7 @@ def dil_loss(
     }
     first = policy_chosen_logps
     for name, tensor in tensors.items():
-        _check_per_pair(name, tensor, first.shape[:1], first.device)
+        check_per_pair(name, tensor, first.shape[:1], first.device)
     chosen = policy_chosen_logps.to(torch.promote_types(policy_chosen_logps.dtype, policy_rejected_logps.dtype))
     name = "eager" if backend == "eager" else "cpp"
     if backend == "cpp" or backend not in ("auto", "eager"):
@@ -307,17 +233,6 @@ def dil_loss(
     )
     chosen_rewards, rejected_rewards = logratios.detach().chunk(2)
     return losses if reduction == "none" else loss, chosen_rewards, rejected_rewards
-
-
-def _check_per_pair(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor.ndim != 1 or tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must be {list(shape) or '[B]'}, got {_shape(tensor)}")
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{name} must be fp32 or fp64 (a sum of log-probs does not fit a lower precision), got {tensor.dtype}"
-        )
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, but {device} is needed")
 
 
 def fused_dil_loss(
@@ -367,11 +282,11 @@ def fused_dil_loss(
         ValueError, TypeError, RuntimeError: as `token_logps`, `sequence_logps` and `dil_loss`.
     """
     divergence, beta_value = resolve_options(loss_type, beta, alpha)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    _check_choice("pair_layout", pair_layout, PAIR_LAYOUTS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("pair_layout", pair_layout, PAIR_LAYOUTS)
     interleaved = pair_layout == "interleaved"
     if ref_logits is not None and ref_logits.shape != logits.shape:
-        raise ValueError(f"ref_logits must be {_shape(logits)} as logits, got {_shape(ref_logits)}")
+        raise ValueError(f"ref_logits must be {shape_of(logits)} as logits, got {shape_of(ref_logits)}")
     if ref_logits is not None and ref_logits.device != logits.device:
         raise ValueError(f"ref_logits are on {ref_logits.device}, but logits are on {logits.device}")
     if ref_logits is not None and cu_seqlens is not None and ref_logits.ndim == 3:
@@ -381,7 +296,7 @@ def fused_dil_loss(
     if S % 2:
         raise ValueError(
             f"pairs need an even number of sequences, got {S} "
-            + (f"rows in logits {_shape(logits)}" if cu_seqlens is None else f"in cu_seqlens {_shape(cu_seqlens)}")
+            + (f"rows in logits {shape_of(logits)}" if cu_seqlens is None else f"in cu_seqlens {shape_of(cu_seqlens)}")
         )
     ref_logps = _merge_ref_logps(ref_chosen_logps, ref_rejected_logps, S // 2, logits.device, interleaved)
     if (ref_logits is None) == (ref_logps is None):
@@ -454,6 +369,6 @@ def _merge_ref_logps(
         missing = "ref_chosen_logps" if chosen is None else "ref_rejected_logps"
         raise ValueError(f"{missing} is missing; the log-probs of both responses are needed")
     for name, tensor in (("ref_chosen_logps", chosen), ("ref_rejected_logps", rejected)):
-        _check_per_pair(name, tensor, (B,), device)
+        check_per_pair(name, tensor, (B,), device)
     merged = torch.stack([chosen, rejected], dim=1).flatten() if interleaved else torch.cat([chosen, rejected])
     return merged.detach()

@@ -74,8 +74,6 @@ def test_the_cuda_extension_holds_every_architecture_without_spills(cuda_library
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [cuobjdump, "-res-usage", str(cuda_library)]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        [cuobjdump, "-res-usage", str(cuda_library)], capture_output=True, text=True, check=True
-    ).stdout
     assert set(re.findall(r"arch = (sm_\d+)", usage)) >= ARCHITECTURES
     kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", usage)
     assert len(kernels) >= 4 * len(ARCHITECTURES)  # forward and backward, fp32 and fp64

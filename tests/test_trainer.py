@@ -189,7 +189,6 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path: Path, batch_size
         ref_model=ref,
         train_dataset=datasets.Dataset.from_list(rows),
         callbacks=[recorder],
-        train_sampling_strategy="sequential",
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=1,

@@ -1,0 +1,104 @@
+"""Checks of the public functions' arguments: each error names the argument, what it got and what it wants.
+
+Checks that would read a tensor run on the CPU only, and not while torch.compile traces.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape_of(tensor: Tensor) -> str:
+    """The shape of a tensor, as errors show it."""
+    return str(list(tensor.shape))
+
+
+def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bool, temperature: float) -> None:
+    """Logits [B, T, V] or [N, V], labels [B, T] or [N], and the options of `token_logps`."""
+    if logits.ndim not in (2, 3):
+        raise ValueError(f"logits must be [B, T, V] or [N, V], got {shape_of(logits)}")
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"logits must be fp32, bf16, fp16 or fp64, got {logits.dtype}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must be {list(logits.shape[:-1])} to match logits {shape_of(logits)}, got {shape_of(labels)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"labels are on {labels.device}, but logits are on {logits.device}")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits have an empty vocabulary: {shape_of(logits)}")
+    if shift and logits.shape[-2] < 2:
+        raise ValueError(
+            f"logits {shape_of(logits)} have {logits.shape[-2]} position(s); with shift=True at least 2 are needed, "
+            "since position t predicts label t + 1"
+        )
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+
+
+def check_label_range(targets: Tensor, V: int, ignore_index: int) -> None:
+    """Targets in [0, V) or `ignore_index`."""
+    invalid = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    if bool(invalid.any()):
+        raise ValueError(f"labels must be in [0, {V}) or ignore_index={ignore_index}, got {int(targets[invalid][0])}")
+
+
+def check_inplace(logits: Tensor) -> None:
+    """Logits that a backward may overwrite."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("inplace_backward=True is not supported under torch.compile, which owns its buffers")
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError("inplace_backward=True would overwrite logits that are a leaf tensor")
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError("inplace_backward=True needs logits without expanded (stride 0) dimensions")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            f"inplace_backward=True needs a contiguous vocabulary dimension, got strides {logits.stride()}"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor) -> None:
+    """Boundaries int32 [S + 1] of packed logits."""
+    N = logits.shape[-2]
+    if logits.ndim == 3 and logits.shape[0] != 1:
+        raise ValueError(f"logits must be [N, V] or [1, N, V] with cu_seqlens, got {shape_of(logits)}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must be [S + 1] with S >= 1, got {shape_of(cu_seqlens)}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != logits.device:
+        raise ValueError(f"cu_seqlens are on {cu_seqlens.device}, but logits are on {logits.device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if int(cu_seqlens[0]) != 0:
+            raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
+        if bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()}")
+        if int(cu_seqlens[-1]) != N:
+            raise ValueError(f"cu_seqlens must end at the number of tokens, {N}, got {int(cu_seqlens[-1])}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of the names that exist."""
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; available: {', '.join(choices)}")
+
+
+def check_per_pair(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Log-probs of one response per pair, [B]."""
+    if tensor.ndim != 1 or tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {list(shape) or '[B]'}, got {shape_of(tensor)}")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} must be fp32 or fp64 (a sum of log-probs does not fit a lower precision), got {tensor.dtype}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but {device} is needed")
