@@ -28,6 +28,7 @@ try:
 except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
+from dil_kernels.backends import resolve_backend
 from dil_kernels.functional import DILOutput, fused_dil_loss, sequence_logps
 from dil_kernels.metrics import NonFinitePairs, counted_pairs, means, pair_metrics, zero_sums
 from dil_kernels.tokenization import IGNORE_INDEX, REF_COLUMNS, TOKEN_COLUMNS, PreferenceCollator, tokenize_dataset
@@ -242,8 +243,10 @@ class DILTrainer(Trainer):
         if self.ref_model is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 ref_logits = _logits(self.ref_model, inputs)
+        logits = _logits(model, inputs)
+        kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
         return fused_dil_loss(
-            _logits(model, inputs),
+            logits,
             inputs["labels"],
             ref_chosen_logps=inputs["ref_chosen_logps"] if ref_logits is None else None,
             ref_rejected_logps=inputs["ref_rejected_logps"] if ref_logits is None else None,
@@ -252,6 +255,8 @@ class DILTrainer(Trainer):
             beta=self.args.beta,
             alpha=self.args.alpha,
             average_log_prob=self.args.average_log_prob,
+            # Nobody else needs the logits; a model that does gets autograd's error.
+            inplace_backward=kernels and logits.requires_grad,
             backend=self.args.backend,
             reduction="sum",
         )
