@@ -88,7 +88,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"{path}, line {number}", _parse_json(line, path, number)
+                yield f"{path}, line {number}", _parse_json(line.rstrip(b"\r\n"), path, number)
 
 
 def _read_json_array(path: Path) -> Iterator[tuple[str, Any]]:

@@ -98,7 +98,11 @@ def test_whole_conversations_share_the_prompt(tmp_path: Path) -> None:
 
 BROKEN = {
     "broken JSON": ('{"prompt": "w1", "chosen" "w2"}', ": broken JSON at character 27: Expecting ':' delimiter"),
-    "cut line": ('{"prompt": "w1", "chosen": "w2', ": broken JSON at character 31: Invalid control character at"),
+    "cut line": ('{"prompt": "w1", "chosen": "w2', ": broken JSON at character 28: Unterminated string starting at"),
+    "cut after a comma": (
+        '{"prompt": "w1", ',
+        ": broken JSON at character 18: Expecting property name enclosed in double quotes",
+    ),
     "no object": ([1], ": expected an object with prompt, chosen, rejected, got list"),
     "missing chosen": (
         {"prompt": "w1", "rejected": "w2", "answer": "w3"},
