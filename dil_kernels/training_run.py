@@ -31,7 +31,8 @@ class PairScores:
     per_token: bool
 
     @property
-    def margins(self) -> Tensor:  # [pairs]
+    def margins(self) -> Tensor:
+        """Chosen minus rejected, [pairs]."""
         return self.chosen - self.rejected
 
     def summary(self) -> dict[str, float]:
@@ -70,16 +71,15 @@ def _format_metrics(logs: dict[str, Any], prefix: str) -> str:
 
 def score_pairs(trainer: DILTrainer) -> PairScores:
     """Log-probs that the trainer's model, as it is now, gives to the responses of its evaluation pairs."""
-    model, args = trainer.model, trainer.args
+    model: Any = trainer.model
+    args = trainer.args
     training = model.training
     model.eval()
     scores = []
     for batch in trainer.get_eval_dataloader():
         with torch.no_grad(), trainer.compute_loss_context_manager():
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        logps = sequence_logps(
-            logits, batch["labels"], average_log_prob=args.average_log_prob, backend=args.backend
-        )
+        logps = sequence_logps(logits, batch["labels"], average_log_prob=args.average_log_prob, backend=args.backend)
         scores.append(trainer.accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).cpu())
     model.train(training)
     chosen, rejected = torch.cat(scores).unbind(1)
@@ -90,7 +90,7 @@ def before_after_table(before: PairScores, after: PairScores) -> str:
     """What training changed on held-out pairs, as an aligned text table."""
     unit = "per token" if before.per_token else "per response"
     first, last = before.summary(), after.summary()
-    rows = [(f"{len(before.margins)} held-out pairs", "before", "after", "change")]
+    rows: list[tuple[str, ...]] = [(f"{len(before.margins)} held-out pairs", "before", "after", "change")]
     for key, label in (
         ("chosen_logps", f"chosen log-prob, {unit}"),
         ("rejected_logps", f"rejected log-prob, {unit}"),
@@ -118,8 +118,8 @@ def run_training(
 ) -> tuple[PairScores, PairScores] | None:
     """Train, save model and tokenizer, print the before/after table and plot the training curves.
 
-    Writes the model, the tokenizer, the trainer's state, training_curves.png and, with held-out pairs, before_after.json
-    into `config.output_dir`.
+    Writes the model, the tokenizer, the trainer's state, training_curves.png and, with held-out pairs,
+    before_after.json into `config.output_dir`.
 
     Args:
         model: the policy; it is trained in place.
@@ -158,7 +158,7 @@ def _report(trainer: DILTrainer, before: PairScores | None, after: PairScores | 
     """Write and print what came of a run."""
     output_dir = Path(str(trainer.args.output_dir))
     if before is not None and after is not None:
-        results = {"pairs": len(before.margins), "per_token": before.per_token}
+        results: dict[str, Any] = {"pairs": len(before.margins), "per_token": before.per_token}
         results |= {"before": before.summary(), "after": after.summary()}
         (output_dir / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
         print(f"\n{before_after_table(before, after)}\n")

@@ -1,0 +1,131 @@
+"""dil-train and dil-env as programs: what they refuse, what they write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_model import make_model, make_pairs, make_tokenizer
+
+from dil_kernels import backends, cli
+from dil_kernels.divergences import divergence_names
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(12)))
+    return path
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a refused command prints; its exit status is 2."""
+    try:
+        status = cli.main(argv)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("dil-train: error: ")
+    return line.removeprefix("dil-train: error: ")
+
+
+def test_a_run_from_a_recipe(model_dir: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "out"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model_dir}\ntrain-file: {pairs_file}\neval_file: {pairs_file}\noutput_dir: {output}\n"
+        "loss_type: bce\nmax_steps: 9\nper_device_train_batch_size: 4\nlogging_steps: 1\nreport_to: none\n"
+        "learning_rate: 1e-3\nsave_strategy: no\nuse_cpu: true\n"
+    )
+    assert cli.main(["--config", str(recipe), "--max-steps", "3", "--loss-type", "lsif"]) == 0
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3]  # the command line won
+    assert steps[0]["loss"] == pytest.approx(-0.5)  # lsif where policy and reference are one
+    results = json.loads((output / "before_after.json").read_text())
+    assert results["pairs"] == 12
+    assert results["after"]["margin"] > results["before"]["margin"]
+    printed = capsys.readouterr().out
+    assert f"{results['after']['margin']:.3f}" in printed
+    assert "12 held-out pairs" in printed
+    assert (output / "training_curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained, original = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (output, model_dir))
+    assert any(not trained[name].equal(original[name]) for name in original)
+    assert len(AutoTokenizer.from_pretrained(output)) == len(make_tokenizer())
+
+
+def test_bad_data_starts_nothing(model_dir: Path, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "bad.jsonl"
+    good = json.dumps(make_pairs(1)[0])
+    for line, message in (
+        ('{"prompt": "w1", ', "line 2: broken JSON at character 18"),
+        ('{"prompt": "w1", "chosen": "w2"}', "line 2: column 'rejected' is missing"),
+        ('{"prompt": "w1", "chosen": "w2", "rejected": ""}', "line 2, column 'rejected': the response is empty"),
+    ):
+        path.write_text(f"{good}\n{line}\n")
+        argv = ["--model", str(model_dir), "--train-file", str(path), "--output-dir", str(tmp_path / "out")]
+        assert refused(argv, capsys).startswith(f"{path}, {message}")
+        assert not (tmp_path / "out").exists()
+
+
+def test_options_that_do_not_exist(tmp_path: Path, capsys) -> None:
+    assert refused(["--lerning-rate", "1"], capsys) == "unknown option --lerning-rate; did you mean --learning-rate?"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\nloss_typ: lsif\n")
+    message = refused(["--config", str(recipe)], capsys)
+    assert message == f"recipe {recipe}: unknown option 'loss_typ'; did you mean 'loss_type'?"
+    recipe.write_text("- model\n")
+    assert "must be a mapping of options to values, got list" in refused(["--config", str(recipe)], capsys)
+    assert "cannot be read" in refused(["--config", str(tmp_path / "none.yaml")], capsys)
+
+
+def test_options_that_do_not_fit(model_dir: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:
+    base = ["--model", str(model_dir), "--train-file", str(pairs_file), "--output-dir", str(tmp_path / "out")]
+    for argv, message in (
+        (base[:2], "--train-file, --output-dir must be given"),
+        ([*base, "--beta", "0.1"], "beta=0.1 was given, but loss_type='lsif' has no beta"),
+        ([*base, "--loss-type", "kto"], "argument --loss-type: invalid choice: 'kto'"),
+        ([*base, "--max-steps", "many"], "argument --max-steps: invalid int value: 'many'"),
+        ([*base, "--eval-strategy", "steps"], "--eval-strategy steps needs --eval-file"),
+        ([*base, "--resume-from-checkpoint"], "no complete checkpoint to resume from"),
+        (["--model", str(tmp_path / "no"), *base[2:]], f"--model {tmp_path / 'no'}: no tokenizer could be loaded"),
+    ):
+        assert message in refused(argv, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_run_is_not_mixed_up(model_dir: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    argv = ["--model", str(model_dir), "--train-file", str(pairs_file), "--output-dir", str(tmp_path)]
+    assert "holds checkpoints of an earlier run" in refused(argv, capsys)
+
+
+def test_help_lists_what_the_registries_hold(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert f"--loss-type {{{','.join(divergence_names())}}}" in text
+    assert f"--backend {{auto,{','.join(backends.BACKENDS)}}}" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_env_says_what_is_there_and_why_not(capsys) -> None:
+    assert cli.env_main() == 0
+    text = capsys.readouterr().out
+    for name in backends.BACKENDS:
+        assert f"\n  {name} " in text
+    problem = backends.cuda_extension_problem()
+    assert ("unavailable: " + problem if problem else "CUDA (_cuda.so)       available") in text
