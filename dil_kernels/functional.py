@@ -192,7 +192,7 @@ def dil_loss(
         beta: inverse temperature of "dpo" (default 0.1); an error with any other loss.
         alpha: share of the chosen responses in the reference expectation, for separable losses; 0 is the paper.
         reduction: "none", "mean" or "sum".
-        backend: "auto", "cpp" or "eager".
+        backend: "auto" (the extension, where it was built) or "eager".
 
     Returns:
         losses ([B], or [] if reduced), chosen_rewards [B] and rejected_rewards [B]: the log ratios, detached.
@@ -202,6 +202,7 @@ def dil_loss(
     """
     divergence, beta_value = resolve_options(loss_type, beta, alpha)
     check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("backend", backend, ("auto", "eager"))
     tensors = {
         "policy_chosen_logps": policy_chosen_logps,
         "policy_rejected_logps": policy_rejected_logps,
@@ -211,16 +212,13 @@ def dil_loss(
     first = policy_chosen_logps
     for name, tensor in tensors.items():
         check_per_pair(name, tensor, first.shape[:1], first.device)
-    chosen = policy_chosen_logps.to(torch.promote_types(policy_chosen_logps.dtype, policy_rejected_logps.dtype))
-    name = "eager" if backend == "eager" else "cpp"
-    if backend == "cpp" or backend not in ("auto", "eager"):
-        resolve_backend(backend, first.device, first.dtype)
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
     loss, losses, logratios, *_ = density_ratio(
-        torch.cat([chosen, policy_rejected_logps.to(chosen.dtype)]).unsqueeze(1),
+        torch.cat([policy_chosen_logps, policy_rejected_logps]).to(dtype).unsqueeze(1),
         None,
         None,
         None,
-        torch.cat([ref_chosen_logps, ref_rejected_logps]).detach(),
+        torch.cat([ref_chosen_logps, ref_rejected_logps]).to(dtype).detach(),
         loss_type=loss_type,
         beta=beta_value,
         alpha=alpha,
@@ -229,7 +227,7 @@ def dil_loss(
         reduction=reduction,
         ignore_index=-100,
         shift=False,
-        compiled=divergence.compiled and loss_is_compiled(name, first.device),
+        compiled=divergence.compiled and loss_is_compiled(backend, first.device),
     )
     chosen_rewards, rejected_rewards = logratios.detach().chunk(2)
     return losses if reduction == "none" else loss, chosen_rewards, rejected_rewards

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from implementations import Implementation, every_implementation
 from problems import IGNORE, boundaries
 
-from dil_kernels import fused_dil_loss, sequence_logps
+from dil_kernels import dil_loss, fused_dil_loss, sequence_logps
 from dil_kernels.ops.density_ratio import density_ratio
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
@@ -190,3 +190,27 @@ def test_the_loss_is_deterministic_and_in_fp64_inside() -> None:
             compiled=compiled,
         )
         assert out[2].tolist() == [1.0, 0.0]
+
+
+@every_implementation
+def test_policy_and_reference_of_different_precision(impl: Implementation) -> None:
+    gen = torch.Generator().manual_seed(0)
+    logits, ref = (torch.randn(2, 6, 40, generator=gen) for _ in range(2))
+    labels = torch.randint(0, 40, (2, 6), generator=gen).to(impl.device)
+    truth = fused_dil_loss(logits.bfloat16().double(), labels.cpu(), ref_logits=ref.double(), backend="eager").loss
+    policy = logits.bfloat16().to(impl.device)
+    mixed = fused_dil_loss(policy, labels, ref_logits=ref.to(impl.device), backend=impl.backend).loss
+    sums = sequence_logps(ref.to(impl.device), labels, backend=impl.backend).double()
+    from_sums = fused_dil_loss(
+        policy, labels, ref_chosen_logps=sums[:1], ref_rejected_logps=sums[1:], backend=impl.backend
+    ).loss
+    torch.testing.assert_close(mixed.cpu().double(), truth, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(from_sums.cpu().double(), truth, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_dil_loss_takes_the_widest_precision_given(backend: str) -> None:
+    one, wide = torch.ones(3), torch.full((3,), 1.0 + 1e-12, dtype=torch.float64)
+    losses, chosen, _ = dil_loss(one, one, wide, one, loss_type="ukl", backend=backend)
+    assert losses.dtype == torch.float64
+    torch.testing.assert_close(chosen, (one - wide), rtol=1e-3, atol=0.0)
