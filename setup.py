@@ -4,21 +4,25 @@
     dil_kernels/_cuda.so  CUDA kernels, loaded only where torch has CUDA
 
 Environment:
-    DIL_KERNELS_BUILD     auto (default: what the machine can build), cuda, cpu or none; a forced choice that cannot be
-    met fails TORCH_CUDA_ARCH_LIST  CUDA architectures, e.g. "9.0" or "8.0;9.0+PTX" (default 8.0, 9.0, 10.0, 12.0+PTX)
-    MAX_JOBS              compile jobs in parallel CXX, CUDA_HOME        the C++ compiler; where bin/nvcc is
+    DIL_KERNELS_BUILD     auto (default: what the machine can build), cuda, cpu or none; a forced choice that cannot
+                          be met fails
+    TORCH_CUDA_ARCH_LIST  CUDA architectures, e.g. "9.0" or "8.0;9.0+PTX" (default 8.0, 9.0, 10.0, 12.0+PTX)
+    MAX_JOBS              compile jobs in parallel
+    CXX, CUDA_HOME        the C++ compiler; where bin/nvcc is
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,7 +30,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 MINIMUM_TORCH = (2, 10)
-DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+DEFAULT_ARCHS = "8.0;9.0;10.0;12.0"
 LIBTORCH_CUDA_SYMBOLS = (
     "aoti_torch_get_current_cuda_stream",
     "torch_c10_cuda_check_msg",
@@ -81,11 +85,14 @@ def find_torch() -> Path:
 
 
 def find_cxx() -> str:
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        path = name and shutil.which(name)
+    explicit = os.environ.get("CXX")
+    for name in [explicit] if explicit else ["g++", "clang++", "c++"]:
+        path = shutil.which(name)
         if path:
             return path
-    raise Unavailable("no C++ compiler was found (g++, clang++ or $CXX)")
+    raise Unavailable(
+        f"CXX={explicit} was not found" if explicit else "no C++ compiler was found (g++, clang++ or $CXX)"
+    )
 
 
 def find_ninja() -> str:
@@ -114,16 +121,18 @@ def find_nvcc() -> str:
 
 def architectures(nvcc: str) -> list[str]:
     """-gencode flags. Defaults that this nvcc does not know are left out; an explicit list is taken as it is."""
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    entries = re.split(r"[;,\s]+", (explicit or DEFAULT_ARCHS).strip())
+    if not explicit:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        entries = [entry for entry in entries if f"compute_{entry.replace('.', '')}" in known]
+        entries[-1:] = [f"{entries[-1]}+PTX"]  # for newer GPUs than any that this nvcc knows
     flags = []
-    for entry in re.split(r"[;,\s]+", (explicit or DEFAULT_ARCHS).strip()):
+    for entry in entries:
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
         if match is None:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {entry!r} is not of the form 9.0 or 9.0+PTX")
         number = match[1] + match[2]
-        if not explicit and f"compute_{number}" not in known:
-            continue
         code = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={code}")
     return flags
@@ -142,7 +151,7 @@ class Ninja:
 
     def __init__(self) -> None:
         self.lines = [
-            "rule compile\n  command = $compiler $flags -MMD -MF $out.d -c $in -o $out",
+            "rule compile\n  command = $compiler $flags -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc",
             "rule link\n  command = $compiler -shared $in -o $out $flags",
         ]
@@ -152,51 +161,52 @@ class Ninja:
         self.lines.append(f"  compiler = {shell(compiler)}\n  flags = {' '.join(flags)}")
         return out
 
-    def run(self, ninja: str, folder: Path) -> None:
+    def run(self, folder: Path) -> None:
+        """Raise `CalledProcessError` where something does not compile."""
         (folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        try:
-            subprocess.run([ninja, "-C", str(folder), *jobs], check=True)
-        except subprocess.CalledProcessError as error:
-            raise SystemExit(
-                "dil_kernels: the extension did not compile (see above). "
-                "DIL_KERNELS_BUILD=cpu leaves out CUDA, DIL_KERNELS_BUILD=none everything."
-            ) from error
+        subprocess.run([find_ninja(), "-C", str(folder), *jobs], check=True)
 
 
 class BuildExtension(build_ext):
     def run(self) -> None:
         choice = build_choice()
-        extension = Path(self.get_ext_fullpath("dil_kernels._C")).resolve()
-        self.folder = Path(self.build_temp).resolve() / "dil_kernels"
+        target = Path(self.get_ext_fullpath("dil_kernels._C")).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.report: dict[str, str] = {}
+        self.build_part("extension", target, self.plan_cpu, choice, forced=choice in ("cpu", "cuda"))
+        self.build_part("cuda", target.parent / "_cuda.so", self.plan_cuda, choice, forced=choice == "cuda")
+        (target.parent / "_build_report.py").write_text(f'"""Written by the build."""\n\nREPORT = {self.report!r}\n')
+
+    def build_part(self, part: str, target: Path, plan: Callable[[], Path], choice: str, forced: bool) -> None:
+        """Build one shared object, or record why not. What is asked for, and the CPU part, must not fail to compile."""
+        self.folder = Path(self.build_temp).resolve() / "dil_kernels" / part
         self.folder.mkdir(parents=True, exist_ok=True)
-        extension.parent.mkdir(parents=True, exist_ok=True)
-        report: dict[str, str] = {}
         self.graph = Ninja()
-        products = []
-        for part, target, plan in (
-            ("extension", extension, self.plan_cpu),
-            ("cuda", extension.parent / "_cuda.so", self.plan_cuda),
-        ):
-            target.unlink(missing_ok=True)
+        try:
+            if choice == "none" or (part == "cuda" and choice == "cpu"):
+                raise Unavailable(f"DIL_KERNELS_BUILD={choice} left it out")
+            if part == "cuda" and self.report["extension"] != "built":
+                raise Unavailable("the extension itself was not built")
+            product = plan()
             try:
-                if choice == "none" or (part == "cuda" and choice == "cpu"):
-                    raise Unavailable(f"DIL_KERNELS_BUILD={choice} left it out")
-                if part == "cuda" and not report["extension"].startswith("built"):
-                    raise Unavailable("the extension itself was not built")
-                products.append((plan(), target))
-                report[part] = "built"
-            except Unavailable as reason:
-                if choice == "cuda" or (choice == "cpu" and part == "extension"):
-                    raise SystemExit(f"dil_kernels: DIL_KERNELS_BUILD={choice} cannot be met: {reason}") from None
-                report[part] = str(reason)
-        for part, outcome in report.items():
-            print(f"dil_kernels: {part}: {outcome}", flush=True)
-        if products:
-            self.graph.run(find_ninja(), self.folder)
-        for product, target in products:
-            shutil.copy2(product, target)
-        (extension.parent / "_build_report.py").write_text(f'"""Written by the build."""\n\nREPORT = {report!r}\n')
+                self.graph.run(self.folder)
+            except subprocess.CalledProcessError:
+                if forced or part == "extension":
+                    raise SystemExit(
+                        f"dil_kernels: {part} did not compile (see above); DIL_KERNELS_BUILD=none installs without it"
+                    ) from None
+                raise Unavailable("its sources did not compile (see the output of the build)") from None
+            fresh = target.with_name(f".{target.name}")
+            shutil.copy2(product, fresh)
+            os.replace(fresh, target)  # a process that has the old one loaded keeps it
+            self.report[part] = "built"
+        except Unavailable as reason:
+            if forced:
+                raise SystemExit(f"dil_kernels: DIL_KERNELS_BUILD={choice} cannot be met: {reason}") from None
+            target.unlink(missing_ok=True)
+            self.report[part] = str(reason)
+        print(f"dil_kernels: {part}: {self.report[part]}", flush=True)
 
     def plan_cpu(self) -> Path:
         torch, cxx = find_torch(), find_cxx()
@@ -206,7 +216,9 @@ class BuildExtension(build_ext):
         except ImportError:
             raise Unavailable("pybind11 was not found (pip install pybind11)") from None
         includes = [torch / "include", pybind11.get_include(), sysconfig.get_path("include")]
-        x86 = sysconfig.get_platform().endswith("x86_64")
+        if not (Path(includes[-1]) / "Python.h").exists():
+            raise Unavailable(f"Python.h was not found in {includes[-1]} (Debian: apt install python3-dev)")
+        x86 = platform.machine() in ("x86_64", "AMD64")
         objects = []
         for source in [ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
             isa = ISA_FLAGS.get(source.name, [])
@@ -237,7 +249,8 @@ class BuildExtension(build_ext):
 
     @staticmethod
     def link_flags(lib: Path) -> list[str]:
-        return [f"-L{shell(lib)}", "-ltorch_cpu", "-lc10"]
+        # Python's own symbols come from the interpreter that loads the module.
+        return [f"-L{shell(lib)}", "-ltorch_cpu", "-lc10"] + ["-undefined dynamic_lookup"] * (sys.platform == "darwin")
 
 
 def build_requirements() -> list[str]:

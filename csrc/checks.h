@@ -33,6 +33,11 @@ inline Divergence divergence_by_name(const std::string& name) {
   STD_TORCH_CHECK(false, "loss_type ", name, " is not compiled");
 }
 
+inline void check_same_device(const Tensor& one, const Tensor& other, const char* what) {
+  STD_TORCH_CHECK(
+      one.is_cuda() == other.is_cuda() && one.get_device_index() == other.get_device_index(), what, " are on another device");
+}
+
 inline SequenceLayout sequence_layout(
     const Tensor& token_logps, const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens,
     int64_t ignore_index, bool shift) {
@@ -47,6 +52,7 @@ inline SequenceLayout sequence_layout(
   layout.ignore_index = ignore_index;
   layout.shift = labels && shift ? 1 : 0;
   if (labels) {
+    check_same_device(token_logps, *labels, "labels");
     STD_TORCH_CHECK(labels->scalar_type() == ScalarType::Long, "labels must be int64");
     STD_TORCH_CHECK(
         labels->dim() == ndim && labels->size(ndim - 1) == layout.num_values + layout.shift &&
@@ -57,8 +63,9 @@ inline SequenceLayout sequence_layout(
     layout.label_stride_t = labels->stride(ndim - 1);
   }
   if (cu_seqlens) {
+    check_same_device(token_logps, *cu_seqlens, "cu_seqlens");
     STD_TORCH_CHECK(
-        cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 1 &&
+        cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 2 &&
             cu_seqlens->is_contiguous(),
         "cu_seqlens must be a contiguous int32 [S + 1]");
     layout.cu_seqlens = cu_seqlens->const_data_ptr<int32_t>();
@@ -72,10 +79,12 @@ inline void check_reference(
     const SequenceLayout& layout) {
   STD_TORCH_CHECK(ref_token_logps.has_value() != ref_logps.has_value(), "give one of ref_token_logps and ref_logps");
   const Tensor& ref = ref_logps ? *ref_logps : *ref_token_logps;
+  const auto dtype = ref_logps ? ScalarType::Double : token_logps.scalar_type();
   const int64_t numel = ref_logps ? layout.num_sequences : token_logps.numel();
+  check_same_device(token_logps, ref, "the reference log-probs");
   STD_TORCH_CHECK(
-      ref.scalar_type() == token_logps.scalar_type() && ref.numel() == numel && ref.is_contiguous(),
-      "the reference log-probs must be contiguous, of the dtype of token_logps, and match it in shape");
+      ref.scalar_type() == dtype && ref.numel() == numel && ref.is_contiguous(),
+      "ref_logps must be contiguous fp64 [S]; ref_token_logps contiguous, of the dtype and shape of token_logps");
 }
 
 struct DensityRatioOutputs {
@@ -97,8 +106,20 @@ struct DensityRatioOutputs {
   }
 };
 
+// What the forward handed to the backward.
+inline void check_saved(
+    const Tensor& token_logps, const Tensor& lengths, const Tensor& num_pairs, const Tensor& coefs, int64_t S) {
+  STD_TORCH_CHECK(
+      lengths.scalar_type() == ScalarType::Int && lengths.numel() == S && lengths.is_contiguous() &&
+          num_pairs.scalar_type() == ScalarType::Int && num_pairs.numel() == 1 &&
+          coefs.scalar_type() == token_logps.scalar_type() && coefs.numel() == S && coefs.is_contiguous(),
+      "lengths, num_pairs and coefs must be those of the forward");
+  for (const Tensor* saved : {&lengths, &num_pairs, &coefs}) check_same_device(token_logps, *saved, "saved tensors");
+}
+
 inline const void* grad_ptr(const std::optional<Tensor>& grad, const Tensor& like, int64_t numel) {
   if (!grad) return nullptr;
+  check_same_device(like, *grad, "upstream gradients");
   STD_TORCH_CHECK(
       grad->scalar_type() == like.scalar_type() && grad->numel() == numel && grad->is_contiguous(),
       "upstream gradients must be contiguous, of the dtype of token_logps, and match the outputs in shape");

@@ -1,5 +1,5 @@
-// What the CPU and CUDA implementations of the density-ratio loss share: the argument checks, the layout of sequences, and
-// the arithmetic of one pair once its tokens are summed.
+// What the CPU and CUDA implementations of the density-ratio loss share: the layout of sequences, and the arithmetic of one
+// pair once its tokens are summed.
 #pragma once
 
 #include <cstdint>
@@ -89,7 +89,8 @@ DIL_HD double token_grad(
     g_pair += weight * static_cast<double>(*static_cast<const T*>(grads.loss));
   }
   if (grads.losses) g_pair += static_cast<double>(static_cast<const T*>(grads.losses)[pair]);
-  double g = coef * g_pair;
+  // An overflowed coefficient must not turn a gradient that is not asked for into inf * 0; a NaN one marks bad boundaries.
+  double g = grads.loss || grads.losses || coef != coef ? coef * g_pair : 0.0;
   if (grads.logratios) g += static_cast<double>(static_cast<const T*>(grads.logratios)[s]);
   g *= per_token;
   if (grads.logps) g += static_cast<double>(static_cast<const T*>(grads.logps)[s]);

@@ -29,7 +29,8 @@ def extension_problem() -> str | None:
     try:
         importlib.import_module("dil_kernels._C")
     except ModuleNotFoundError:
-        return f"not built: {build_report().get('extension', 'the package was never installed')}"
+        outcome = build_report().get("extension", "the package was never installed")
+        return "not found, though it was built: reinstall" if outcome == "built" else f"not built: {outcome}"
     except ImportError as error:
         return f"built, but it does not load: {error}"
     return None
@@ -162,11 +163,17 @@ def _loss_problem(device: torch.device) -> str | None:
     return cuda_extension_problem() if device.type == "cuda" else extension_problem()
 
 
-def loss_is_compiled(backend: str, device: torch.device) -> bool:
-    """Whether the density-ratio loss runs in the extension, for log-probs that `backend` computes on `device`."""
+@torch.compiler.assume_constant_result
+def _compiled_losses() -> tuple[str, ...]:
+    extension = load_extension()
+    return () if extension is None else tuple(extension.divergence_names())
+
+
+def loss_is_compiled(loss_type: str, backend: str, device: torch.device) -> bool:
+    """Whether the extension computes a loss, for log-probs that `backend` computes on `device`."""
     if backend == "eager" or device.type not in BEST:
         return False
     problem = _loss_problem(device)
     if problem is not None and not torch.compiler.is_compiling():
         _warn_once(f"dil_kernels: the compiled density-ratio loss is unavailable ({problem}); using eager PyTorch")
-    return problem is None
+    return problem is None and loss_type in _compiled_losses()

@@ -41,7 +41,9 @@ def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bo
         )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
-    if not (math.isfinite(temperature) and temperature > 0):
+    if isinstance(temperature, Tensor):
+        raise TypeError("temperature must be a number, got a Tensor (no gradient flows to it)")
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
 
 
@@ -56,14 +58,25 @@ def check_inplace(logits: Tensor) -> None:
     """Logits that a backward may overwrite."""
     if torch.compiler.is_compiling():
         raise RuntimeError("inplace_backward=True is not supported under torch.compile, which owns its buffers")
-    if logits.requires_grad and logits.is_leaf:
-        raise ValueError("inplace_backward=True would overwrite logits that are a leaf tensor")
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError("inplace_backward=True needs logits without expanded (stride 0) dimensions")
+    owner = logits._base if logits._is_view() else logits
+    if owner is not None and owner.is_leaf and owner.requires_grad:
+        raise ValueError("inplace_backward=True would overwrite logits that are a leaf tensor, or a view of one")
+    if _overlaps(logits):
+        raise ValueError(f"inplace_backward=True needs logits without overlapping rows, got strides {logits.stride()}")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             f"inplace_backward=True needs a contiguous vocabulary dimension, got strides {logits.stride()}"
         )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: a dimension steps less far than the smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor) -> None:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, config = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         train(options, config)
-    except (InputError, PreferenceDataError) as error:
+    except (InputError, PreferenceDataError, NotImplementedError) as error:
         return _fail(str(error), BAD_INPUT)
     except FloatingPointError as error:
         return _fail(str(error), FAILED)
@@ -62,6 +62,7 @@ def train(options: RunOptions, config: DILConfig) -> None:
     Raises:
         InputError: a checkpoint, model or tokenizer that cannot be used.
         PreferenceDataError: a broken preference pair.
+        NotImplementedError: a set-up that `DILTrainer` refuses, such as several GPUs in one process.
         FloatingPointError: a loss was not finite.
     """
     checkpoint = _resolve_checkpoint(options, config)

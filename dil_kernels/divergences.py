@@ -36,7 +36,6 @@ class Divergence:
         A: ``u -> h'(e^u)``.
         P: ``u -> e^u h'(e^u) - h(e^u)``, up to a constant.
         pair: ``(u_w, u_l, beta) -> loss``, for a loss that is not separable.
-        compiled: whether `csrc/divergences.h` has it too.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Divergence:
     A: Callable[[Tensor], Tensor] | None = None
     P: Callable[[Tensor], Tensor] | None = None
     pair: Callable[[Tensor, Tensor, float], Tensor] | None = None
-    compiled: bool = False
 
     def __post_init__(self) -> None:
         if (self.A is None) != (self.P is None) or (self.A is None) == (self.pair is None):
@@ -103,7 +101,7 @@ def resolve_options(loss_type: str, beta: float | None, alpha: float) -> tuple[D
     if beta is not None:
         if not divergence.takes_beta:
             raise ValueError(f"beta={beta} was given, but loss_type={loss_type!r} has no beta; leave it None")
-        if not (math.isfinite(beta) and beta > 0):
+        if not 0 < beta < math.inf:
             raise ValueError(f"beta must be a finite number > 0, got {beta}")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
@@ -148,7 +146,6 @@ register_divergence(
         source="DIL (arXiv 2503.05079) eq. 24",
         A=lambda u: u.exp(),
         P=lambda u: 0.5 * (2.0 * u).exp(),
-        compiled=True,
     )
 )
 register_divergence(
@@ -157,7 +154,6 @@ register_divergence(
         source="DIL (arXiv 2503.05079) table 1",
         A=lambda u: 1.0 * u,
         P=lambda u: u.exp(),
-        compiled=True,
     )
 )
 register_divergence(
@@ -166,7 +162,6 @@ register_divergence(
         source="DIL (arXiv 2503.05079) table 1",
         A=lambda u: logsigmoid(u),
         P=lambda u: -logsigmoid(-u),
-        compiled=True,
     )
 )
 register_divergence(
@@ -174,6 +169,5 @@ register_divergence(
         name="dpo",
         source="DIL (arXiv 2503.05079) eq. 27; DPO (arXiv 2305.18290) eq. 7",
         pair=lambda u_w, u_l, beta: -logsigmoid(beta * (u_w - u_l)),
-        compiled=True,
     )
 )

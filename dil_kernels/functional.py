@@ -9,7 +9,15 @@ from torch import Tensor
 
 from dil_kernels import reference
 from dil_kernels.backends import loss_is_compiled, resolve_backend
-from dil_kernels.checks import check_choice, check_cu_seqlens, check_inplace, check_logits, check_per_pair, shape_of
+from dil_kernels.checks import (
+    LOGITS_DTYPES,
+    check_choice,
+    check_cu_seqlens,
+    check_inplace,
+    check_logits,
+    check_per_pair,
+    shape_of,
+)
 from dil_kernels.divergences import resolve_options
 from dil_kernels.ops.density_ratio import density_ratio
 from dil_kernels.ops.logps import TokenLogps
@@ -81,7 +89,7 @@ def token_logps(
 
     Returns:
         fp32 (fp64 for fp64 logits), natural log, 0 where ignored: [B, T - 1] or [N - 1] with `shift`, else the labels'
-        shape. Non-finite logits give NaN, never a plausible number. Differentiable once.
+        shape. A NaN or +inf in a row makes its log-prob NaN; -inf masks an entry. Differentiable once.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit; on the CPU also a label outside [0,
@@ -161,6 +169,8 @@ def _prepare(
         check_cu_seqlens(cu_seqlens, logits)
     if labels.shape == logits.shape[:-1] and logits.ndim == 3:
         logits, labels = logits.squeeze(0), labels.squeeze(0)
+    if labels.device != logits.device:
+        raise ValueError(f"labels are on {labels.device}, but logits are on {logits.device}")
     if shift and labels.ndim == 1:
         labels = _mask_boundaries(labels, cu_seqlens, ignore_index)
     return logits, labels
@@ -212,13 +222,13 @@ def dil_loss(
     first = policy_chosen_logps
     for name, tensor in tensors.items():
         check_per_pair(name, tensor, first.shape[:1], first.device)
-    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
+    dtype = torch.promote_types(policy_chosen_logps.dtype, policy_rejected_logps.dtype)
     loss, losses, logratios, *_ = density_ratio(
         torch.cat([policy_chosen_logps, policy_rejected_logps]).to(dtype).unsqueeze(1),
         None,
         None,
         None,
-        torch.cat([ref_chosen_logps, ref_rejected_logps]).to(dtype).detach(),
+        torch.cat([ref_chosen_logps, ref_rejected_logps]).detach(),
         loss_type=loss_type,
         beta=beta_value,
         alpha=alpha,
@@ -227,7 +237,7 @@ def dil_loss(
         reduction=reduction,
         ignore_index=-100,
         shift=False,
-        compiled=divergence.compiled and loss_is_compiled(backend, first.device),
+        compiled=loss_is_compiled(divergence.name, backend, first.device),
     )
     chosen_rewards, rejected_rewards = logratios.detach().chunk(2)
     return losses if reduction == "none" else loss, chosen_rewards, rejected_rewards
@@ -285,6 +295,8 @@ def fused_dil_loss(
     interleaved = pair_layout == "interleaved"
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise ValueError(f"ref_logits must be {shape_of(logits)} as logits, got {shape_of(ref_logits)}")
+    if ref_logits is not None and ref_logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"ref_logits must be fp32, bf16, fp16 or fp64, got {ref_logits.dtype}")
     if ref_logits is not None and ref_logits.device != logits.device:
         raise ValueError(f"ref_logits are on {ref_logits.device}, but logits are on {logits.device}")
     if ref_logits is not None and cu_seqlens is not None and ref_logits.ndim == 3:
@@ -334,7 +346,7 @@ def fused_dil_loss(
         reduction=reduction,
         ignore_index=ignore_index,
         shift=shift,
-        compiled=divergence.compiled and loss_is_compiled(name, logits.device),
+        compiled=loss_is_compiled(divergence.name, name, logits.device),
     )
     chosen_logps, rejected_logps = _split_pairs(logps, interleaved)
     chosen_rewards, rejected_rewards = _split_pairs(logratios, interleaved)

@@ -79,6 +79,8 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, max_rows
     targets = torch.cat([labels[:, 1:], labels.new_full((B, 1), IGNORE)], 1) if shift else labels
     logits[targets == IGNORE] = torch.nan
     grad = torch.randn((B, T - shift), generator=gen)
+    if draw(st.booleans()):
+        labels, grad = labels.t().contiguous().t(), grad.t().contiguous().t()
     return Problem(strided(logits, layout), labels, grad, shift, temperature)
 
 

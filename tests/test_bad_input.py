@@ -145,7 +145,28 @@ def test_ops_called_directly_keep_memory_safe() -> None:
         with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, not decrease"):
             ops.density_ratio_fwd(token_logps, PACKED_LABELS, bad, token_logps, None, *options)
     with pytest.raises(RuntimeError, match="loss_type nope is not compiled"):
-        ops.density_ratio_fwd(token_logps[None].repeat(2, 1), None, None, None, torch.zeros(2), "nope", *options[1:])
+        ops.density_ratio_fwd(
+            token_logps[None].repeat(2, 1), None, None, None, torch.zeros(2).double(), "nope", *options[1:]
+        )
+
+
+def test_the_backward_op_checks_what_the_forward_handed_on() -> None:
+    token_logps, good = torch.zeros(4, 3), (torch.ones(4).int(), torch.ones(()).int(), torch.ones(4))
+    for index, bad in (
+        (0, torch.ones(1).int()),
+        (1, torch.ones(0).int()),
+        (2, torch.ones(0)),
+        (2, torch.ones(4).double()),
+    ):
+        saved = [bad if i == index else tensor for i, tensor in enumerate(good)]
+        with pytest.raises(RuntimeError, match="must be those of the forward"):
+            torch.ops.dil_kernels.density_ratio_bwd(
+                torch.ones(()), None, None, None, token_logps, None, None, *saved, True, False, True, -1, False
+            )
+    expanded = torch.zeros(1, 4, 7).expand(2, 4, 7)
+    rest = (torch.zeros(2, 3), torch.zeros(2, 3), -100, True, 1.0)
+    with pytest.raises(RuntimeError, match="no expanded dimension"):
+        torch.ops.dil_kernels.cpp_logps_bwd_(torch.zeros(2, 3), expanded, LABELS, *rest)
 
 
 def test_an_explicit_backend_that_cannot_run_says_why() -> None:

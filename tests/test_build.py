@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ FAKE_NVCC = """#!/bin/sh
 printf 'compute_80\\ncompute_90\\ncompute_100\\n'
 """
 FAKE_NINJA = """#!/bin/sh
+case "$2" in *cuda) [ -n "$FAKE_CUDA_FAILS" ] && exit 1; esac
 touch "$2/_C.so" "$2/_cuda.so"
 """
 
@@ -98,7 +100,10 @@ def test_a_forced_choice_that_cannot_be_met_fails(build, choice: str) -> None:
 @pytest.mark.parametrize(
     ("arch_list", "expected"),
     [
-        (None, ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_100,code=sm_100"]),  # this nvcc has no 120
+        (
+            None,
+            ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_100,code=[sm_100,compute_100]"],
+        ),  # knows no 120
         ("9.0", ["compute_90,code=sm_90"]),
         ("8.6;9.0a+PTX", ["compute_86,code=sm_86", "compute_90a,code=[sm_90a,compute_90a]"]),
     ],
@@ -107,9 +112,30 @@ def test_architectures(build, tmp_path: Path, arch_list: str | None, expected: l
     environment = {"TORCH_CUDA_ARCH_LIST": arch_list} if arch_list else {}
     result = build("g++", "nvcc", "ninja", PATH=f"{tmp_path / 'bin'}:/bin", DIL_KERNELS_BUILD="cuda", **environment)
     assert result.returncode == 0, result.stderr
-    plan = (tmp_path / "dil_kernels" / "build.ninja").read_text()
+    plan = (tmp_path / "dil_kernels" / "cuda" / "build.ninja").read_text()
     (flags,) = {line for line in plan.splitlines() if "-gencode" in line}
     assert [word.removeprefix("-gencode=arch=") for word in flags.split() if "-gencode" in word] == expected
+
+
+@STAND_INS
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_cuda_sources_that_do_not_compile(build, tmp_path: Path, choice: str) -> None:
+    path = f"{tmp_path / 'bin'}:/bin"
+    result = build("g++", "nvcc", "ninja", PATH=path, FAKE_CUDA_FAILS="1", DIL_KERNELS_BUILD=choice)
+    if choice == "cuda":
+        assert result.returncode != 0
+        assert "cuda did not compile" in result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+        assert report(tmp_path)["extension"] == "built"
+        assert "did not compile" in report(tmp_path)["cuda"]
+
+
+@pytest.mark.parametrize("choice", ["auto", "cpu"])
+def test_a_compiler_that_does_not_exist(build, tmp_path: Path, choice: str) -> None:
+    result = build("g++", CXX="clang++-99", DIL_KERNELS_BUILD=choice)
+    assert (result.returncode == 0) == (choice == "auto")
+    assert "CXX=clang++-99 was not found" in (result.stdout if choice == "auto" else result.stderr)
 
 
 @STAND_INS
@@ -129,11 +155,11 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
         fused_dil_loss(logits, labels, ref_logits=logits.detach()).loss.backward()
-assert len(caught) == 1 and "no fast log-probs for torch.float32 on cpu (not built" in str(caught[0].message), caught
+assert len(caught) == 1 and "no fast log-probs for torch.float32 on cpu (not found, though it was built" in str(caught[0].message), caught
 try:
     token_logps(logits, labels, backend="cpp")
 except RuntimeError as error:
-    assert "backend='cpp' was asked for but cannot run: not built" in str(error)
+    assert "backend='cpp' was asked for but cannot run: not found, though it was built" in str(error)
 else:
     raise AssertionError("an explicit backend was replaced")
 """
@@ -143,8 +169,16 @@ def test_the_package_without_its_extension() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], check=True)
 
 
-def test_the_binary_targets_the_oldest_supported_torch() -> None:
-    assert compiled.build_info()["torch_target"] == "2.10"
+def test_the_source_distribution_holds_every_source(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.split("/", 1)[-1] for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    wanted = {name for name in tracked if name.startswith(("csrc/", "dil_kernels/", "tests/"))}
+    assert wanted - packed == set()
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "baseline"])

@@ -112,6 +112,39 @@ def test_an_earlier_run_is_not_mixed_up(model_dir: Path, pairs_file: Path, tmp_p
     assert "holds checkpoints of an earlier run" in refused(argv, capsys)
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(FloatingPointError("the loss of step 3 is not finite"), 1), (NotImplementedError("2 GPUs in one process"), 2)],
+)
+def test_a_run_that_fails_says_why_on_one_line(
+    error: Exception, status: int, model_dir: Path, pairs_file: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dil_kernels.training_run.run_training", fail)
+    argv = ["--model", str(model_dir), "--train-file", str(pairs_file), "--output-dir", str(tmp_path / "out")]
+    assert cli.main(argv) == status
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"dil-train: error: {error}"
+
+
+def test_a_recipe_says_no_and_none_as_the_command_line_does(
+    model_dir: Path, pairs_file: Path, tmp_path: Path, capsys
+) -> None:
+    from dil_kernels.arguments import parse_arguments
+
+    recipe = tmp_path / "recipe.yaml"
+    base = f"model: {model_dir}\ntrain_file: {pairs_file}\noutput_dir: {tmp_path / 'out'}\nreport_to: none\n"
+    recipe.write_text(base + "save_strategy: no\nmax_length: null\nlearning_rate: 2e-6\nbf16: false\n")
+    _, config = parse_arguments(["--config", str(recipe)])
+    assert (config.save_strategy, config.max_length, config.learning_rate, config.bf16) == ("no", None, 2e-6, False)
+    _, config = parse_arguments(["--config", str(recipe), "--max_length", "64", "--save-strategy=steps"])
+    assert (config.save_strategy, config.max_length) == ("steps", 64)
+    recipe.write_text(base + "max_steps: many\n")
+    message = refused(["--config", str(recipe)], capsys)
+    assert message == f"recipe {recipe}: argument --max-steps: invalid int value: 'many'"
+
+
 def test_help_lists_what_the_registries_hold(capsys) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])

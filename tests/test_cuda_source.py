@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import boundaries
 
-import dil_kernels  # noqa: F401 - registers the ops
+from dil_kernels.divergences import divergence_names
 
 EMULATION = Path(__file__).parent / "emulation"
 OPS = ("density_ratio_fwd", "density_ratio_bwd")
@@ -55,9 +55,12 @@ def test_matches_the_cpu_op(emulated, data: st.DataObject) -> None:
         shape = (2 * B, data.draw(st.integers(2, 600)))
     labels = torch.randint(-1, data.draw(st.sampled_from((0, 1, 3))), shape, generator=gen)
     token_logps = torch.randn(*shape[:-1], shape[-1] - shift, generator=gen, dtype=dtype)
-    ref = torch.randn(token_logps.shape, generator=gen, dtype=dtype), torch.randn(2 * B, generator=gen, dtype=dtype)
+    ref = (
+        torch.randn(token_logps.shape, generator=gen, dtype=dtype),
+        torch.randn(2 * B, generator=gen, dtype=torch.float64),
+    )
     ref = (ref[0], None) if data.draw(st.booleans()) else (None, ref[1])
-    loss_type = data.draw(st.sampled_from(("lsif", "ukl", "bce", "dpo")))
+    loss_type = data.draw(st.sampled_from(divergence_names()))
     flags = [data.draw(st.booleans()) for _ in range(3)]
     options = (loss_type, 0.3, 0.25, *flags, -1, shift)
     expected = ops.density_ratio_fwd(token_logps, labels, cu_seqlens, *ref, *options)
@@ -68,6 +71,14 @@ def test_matches_the_cpu_op(emulated, data: st.DataObject) -> None:
     _, _, _, _, lengths_, num_pairs, coefs = expected
     inputs = (*given_grads, token_logps, labels, cu_seqlens, lengths_, num_pairs, coefs, *flags, -1, shift)
     torch.testing.assert_close(emulated.density_ratio_bwd(*inputs), ops.density_ratio_bwd(*inputs))
+
+
+def test_more_pairs_than_threads_in_a_block(emulated) -> None:
+    gen = torch.Generator().manual_seed(0)
+    token_logps, ref = (torch.randn(2 * 259, 2, generator=gen) for _ in range(2))
+    labels = torch.randint(-1, 2, (2 * 259, 2), generator=gen)
+    inputs = (token_logps, labels, None, ref, None, "lsif", 0.1, 0.0, True, False, True, -1, False)
+    torch.testing.assert_close(emulated.density_ratio_fwd(*inputs), torch.ops.dil_kernels.density_ratio_fwd(*inputs))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from implementations import Implementation, every_implementation
 from problems import IGNORE, boundaries
 
 from dil_kernels import dil_loss, fused_dil_loss, sequence_logps
+from dil_kernels.divergences import divergence_names
 from dil_kernels.ops.density_ratio import density_ratio
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
@@ -89,7 +90,7 @@ def oracle_inputs(data: st.DataObject, packed: bool):
 @settings(max_examples=60)
 def test_every_option_matches_the_oracle(impl: Implementation, data: st.DataObject) -> None:
     logits, ref_logits, labels, cu_seqlens, shift = oracle_inputs(data, packed=data.draw(st.booleans()))
-    loss_type = data.draw(st.sampled_from(("lsif", "ukl", "bce", "dpo")))
+    loss_type = data.draw(st.sampled_from(divergence_names()))
     options = {
         "loss_type": loss_type,
         "beta": data.draw(st.sampled_from((None, 0.1, 0.7))) if loss_type == "dpo" else None,
@@ -208,9 +209,25 @@ def test_policy_and_reference_of_different_precision(impl: Implementation) -> No
     torch.testing.assert_close(from_sums.cpu().double(), truth, rtol=1e-5, atol=0.0)
 
 
+@every_implementation
+def test_an_overflowed_loss_leaves_the_other_gradients_finite(impl: Implementation) -> None:
+    logits = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0)).to(impl.device).requires_grad_()
+    labels = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(1)).to(impl.device)
+    zero, low = (torch.tensor(v, device=impl.device) for v in ([0.0, 0.0], [-900.0, 0.0]))
+    out = fused_dil_loss(
+        logits, labels, ref_chosen_logps=zero, ref_rejected_logps=low, average_log_prob=False, backend=impl.backend
+    )
+    assert out.losses[0] == torch.inf
+    for field in (out.rejected_rewards, out.chosen_logps):
+        (grad,) = torch.autograd.grad(field.sum(), logits, retain_graph=True)
+        assert grad.isfinite().all()
+        assert grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_dil_loss_takes_the_widest_precision_given(backend: str) -> None:
+def test_dil_loss_of_mixed_precision(backend: str) -> None:
     one, wide = torch.ones(3), torch.full((3,), 1.0 + 1e-12, dtype=torch.float64)
-    losses, chosen, _ = dil_loss(one, one, wide, one, loss_type="ukl", backend=backend)
-    assert losses.dtype == torch.float64
-    torch.testing.assert_close(chosen, (one - wide), rtol=1e-3, atol=0.0)
+    for policy, ref, expected in ((one, wide, -1e-12), (wide, one, 1e-12)):
+        losses, chosen, _ = dil_loss(policy, one, ref, one, loss_type="ukl", backend=backend)
+        assert losses.dtype == policy.dtype
+        torch.testing.assert_close(chosen.double(), torch.full((3,), expected).double(), rtol=1e-3, atol=0.0)

@@ -30,6 +30,14 @@ def run(problem: Problem, backend: str, device: str, dtype: torch.dtype | None =
     return logps, grad
 
 
+def without_labels(grad: torch.Tensor, problem: Problem) -> torch.Tensor:
+    grad = grad.detach().cpu().clone()
+    targets = problem.labels[:, 1:] if problem.shift else problem.labels
+    index = targets.clamp(min=0).unsqueeze(-1)
+    grad[:, : index.shape[1]] = grad[:, : index.shape[1]].scatter(-1, index, 0.0)
+    return grad
+
+
 @every_kernel
 @given(problem=problems())
 def test_forward_and_backward_match_the_oracle(impl: Implementation, problem: Problem) -> None:
@@ -40,6 +48,9 @@ def test_forward_and_backward_match_the_oracle(impl: Implementation, problem: Pr
     assert actual[1].dtype == problem.logits.dtype
     assert_as_exact_as_eager(actual[0], eager[0], truth[0], "logps")
     assert_as_exact_as_eager(actual[1], eager[1], truth[1], "grad_logits")
+    # The entries of the labels are large; without them, those of the softmax are judged by their own size.
+    softmax = [without_labels(grad, problem) for _, grad in (actual, eager, truth)]
+    assert_as_exact_as_eager(*softmax, "grad_logits apart from the labels")
 
 
 @given(problem=problems(dtypes=(torch.float64,)))
@@ -58,6 +69,16 @@ def test_fp32_logps_are_within_1e_6_relative(impl: Implementation, V: int) -> No
     truth = token_logps(logits.double(), labels, backend="eager")
     actual = token_logps(logits.to(impl.device), labels.to(impl.device), backend=impl.backend)
     torch.testing.assert_close(actual.cpu().double(), truth, rtol=1e-6, atol=0.0)
+
+
+@every_kernel
+def test_confident_tokens_are_within_5e_7_absolute(impl: Implementation) -> None:
+    logits = torch.randn(1, 6, 1000, generator=torch.Generator().manual_seed(0))
+    logits[..., 7] = torch.tensor([10.0, 14.0, 18.0, 22.0, 26.0, 40.0])
+    labels = torch.full((1, 6), 7)
+    truth = token_logps(logits.double(), labels, shift=False, backend="eager")
+    actual = token_logps(logits.to(impl.device), labels.to(impl.device), shift=False, backend=impl.backend)
+    torch.testing.assert_close(actual.cpu().double(), truth, rtol=1e-6, atol=5e-7)
 
 
 def test_a_hand_checked_literal() -> None:

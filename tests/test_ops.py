@@ -8,6 +8,7 @@ import torch
 from implementations import Implementation, every_implementation, every_kernel
 
 from dil_kernels import dil_loss, fused_dil_loss, sequence_logps, token_logps
+from dil_kernels.divergences import divergence_names
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
 
@@ -43,7 +44,7 @@ def test_opcheck_density_ratio(impl: Implementation, packed: bool) -> None:
     token_logps = torch.randn(shape, device=impl.device)
     labels = torch.randint(-1, 3, (12,) if packed else (4, 6), device=impl.device)
     cu_seqlens = torch.tensor([0, 3, 3, 8, 12], dtype=torch.int32, device=impl.device) if packed else None
-    for ref in ((torch.randn_like(token_logps), None), (None, torch.randn(4, device=impl.device))):
+    for ref in ((torch.randn_like(token_logps), None), (None, torch.randn(4, device=impl.device).double())):
         inputs = (token_logps, labels, cu_seqlens, *ref, "lsif", 0.1, 0.5, True, False, True, -1, True)
         torch.library.opcheck(ops.density_ratio_fwd.default, inputs, test_utils=OPCHECKS)
         loss, _, logratios, _, lengths, num_pairs, coefs = ops.density_ratio_fwd(*inputs)
@@ -103,6 +104,20 @@ def test_compile_fullgraph_of_the_other_functions(impl: Implementation) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
+def test_compile_fullgraph_with_a_changing_temperature_and_beta() -> None:
+    torch._dynamo.reset()
+    logits, labels = logps_inputs("cpu")
+
+    def step(x, temperature, beta):
+        return fused_dil_loss(
+            x, labels, ref_logits=logits, loss_type="dpo", temperature=temperature, beta=beta, backend="cpp"
+        ).loss
+
+    compiled, moved = torch.compile(step, fullgraph=True), logits + torch.randn_like(logits)
+    for value in (1.0, 0.7, 0.4):
+        torch.testing.assert_close(compiled(moved, value, value), step(moved, value, value))
+
+
 @pytest.mark.parametrize("shift", [True, False])
 def test_gradcheck_of_cpp_logps(shift: bool) -> None:
     logits, labels = logps_inputs("cpu", torch.float64)
@@ -113,7 +128,7 @@ def test_gradcheck_of_cpp_logps(shift: bool) -> None:
     assert torch.autograd.gradcheck(f, (logits.requires_grad_(),))
 
 
-@pytest.mark.parametrize("loss_type", ["lsif", "ukl", "bce", "dpo"])
+@pytest.mark.parametrize("loss_type", divergence_names())
 def test_gradcheck_of_the_fused_loss(loss_type: str) -> None:
     logits, labels = logps_inputs("cpu", torch.float64)
     ref = torch.randn_like(logits)
@@ -168,6 +183,17 @@ def test_inplace_backward(impl: Implementation) -> None:
 
 
 @every_kernel
+def test_inplace_backward_runs_once_under_saved_tensor_hooks_too(impl: Implementation) -> None:
+    hidden, labels = logps_inputs(impl.device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):  # which leave out autograd's version check
+        logits = hidden.requires_grad_() * 1
+        logps = token_logps(logits, labels, inplace_backward=True, backend=impl.backend)
+    logps.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        logps.sum().backward()
+
+
+@every_kernel
 def test_inplace_backward_never_corrupts_another_user_of_the_logits(impl: Implementation) -> None:
     hidden, labels = logps_inputs(impl.device)
     logits = hidden.requires_grad_().exp()  # exp needs its own output for its backward
@@ -183,10 +209,14 @@ def test_inplace_backward_refusals(impl: Implementation) -> None:
     def run(x, backend=impl.backend):
         return token_logps(x, labels, inplace_backward=True, backend=backend)
 
-    with pytest.raises(ValueError, match="leaf"):
-        run(logits.clone().requires_grad_())
-    with pytest.raises(ValueError, match="stride 0"):
-        run(logits[:1].requires_grad_().expand(2, 4, 33))
+    leaf = torch.zeros(2, 6, 33, device=impl.device, requires_grad=True)
+    for overwritten in (logits.clone().requires_grad_(), leaf[:, :4], leaf[:, 2:].view(2, 4, 33)):
+        with pytest.raises(ValueError, match="leaf"):
+            run(overwritten)
+    with pytest.raises(ValueError, match="overlapping"):
+        run((logits[:1] * 1).expand(2, 4, 33))
+    with pytest.raises(ValueError, match="overlapping"):
+        run(torch.zeros(500, device=impl.device).as_strided((2, 4, 33), (100, 20, 1)))
     with pytest.raises(ValueError, match="contiguous vocabulary"):
         run(logits.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() * 1)
     with pytest.raises(RuntimeError, match="eager"):

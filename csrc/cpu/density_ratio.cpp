@@ -34,7 +34,7 @@ void check_boundaries(const SequenceLayout& layout) {
 template <class T>
 void forward(
     const SequenceLayout& layout, const LossOptions& options, const T* token_logps, const T* ref_token_logps,
-    const T* ref_logps, const DensityRatioOutputs& out) {
+    const double* ref_logps, const DensityRatioOutputs& out) {
   const int64_t S = layout.num_sequences, B = S / 2;
   std::vector<SequenceSums> sums(S);
   torch::stable::parallel_for(0, S, grain(token_logps_per_sequence(layout)), [&](int64_t first, int64_t last) {
@@ -81,7 +81,7 @@ DensityRatioOutputs::Tuple density_ratio_fwd(
     using T = decltype(zero);
     forward<T>(
         layout, options, token_logps.const_data_ptr<T>(), ref_token_logps ? ref_token_logps->const_data_ptr<T>() : nullptr,
-        ref_logps ? ref_logps->const_data_ptr<T>() : nullptr, out);
+        ref_logps ? ref_logps->const_data_ptr<double>() : nullptr, out);
   };
   token_logps.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return std::move(out).tuple();
@@ -110,6 +110,7 @@ Tensor density_ratio_bwd(
   const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, ignore_index, shift);
   check_boundaries(layout);
   const int64_t S = layout.num_sequences;
+  check_saved(token_logps, lengths, num_pairs, coefs, S);
   const LossOptions options{{}, {}, average, interleaved, mean};
   const SequenceGrads grads{
       grad_ptr(grad_loss, token_logps, 1), grad_ptr(grad_losses, token_logps, S / 2), grad_ptr(grad_logratios, token_logps, S),

@@ -14,8 +14,11 @@ const RowKernels& choose() {
   const bool baseline = wanted && std::strcmp(wanted, "baseline") == 0;
   const bool avx2 = wanted && std::strcmp(wanted, "avx2") == 0;
   __builtin_cpu_init();
-  if (!baseline && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return kRowKernelsAvx512;
-  if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kRowKernelsAvx2;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!baseline && !avx2 && has_avx512) return kRowKernelsAvx512;
+  if (!baseline && has_avx2) return kRowKernelsAvx2;
 #endif
   return kRowKernelsBaseline;
 }

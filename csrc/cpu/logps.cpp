@@ -1,6 +1,6 @@
 // Token log-probabilities on the CPU. Scored rows are shared out among torch's threads; ignored rows are never read.
 #include <cmath>
-#include <limits>
+#include <cstring>
 #include <vector>
 
 #if defined(__linux__)
@@ -224,8 +224,9 @@ void logps_bwd_(
     const Tensor& grad_logps, const Tensor& logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum,
     int64_t ignore_index, bool shift, double temperature) {
   STD_TORCH_CHECK(
-      logits.dim() == 3 && (logits.stride(2) == 1 || logits.size(2) == 1),
-      "an in-place backward needs logits [B, T, V] with a contiguous vocabulary");
+      logits.dim() == 3 && (logits.stride(2) == 1 || logits.size(2) == 1) && (logits.stride(0) != 0 || logits.size(0) <= 1) &&
+          (logits.stride(1) != 0 || logits.size(1) <= 1),
+      "an in-place backward needs logits [B, T, V] with a contiguous vocabulary and no expanded dimension");
   run_backward(grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature, logits);
 }
 

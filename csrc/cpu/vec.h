@@ -1,6 +1,6 @@
 // A vector of floats as wide as the instruction set that the file is compiled for, from the compiler's vector extensions: the
-// same source becomes AVX-512, AVX2, SSE2 or NEON. Everything is in an inline namespace per instruction set, so that no two
-// object files share an inline function that only one of their machines can run.
+// same source becomes AVX-512, AVX2, SSE2 or NEON. Everything is in a namespace per instruction set, so that no two object
+// files share an inline function that only one of their machines can run.
 #pragma once
 
 #include <cstdint>

@@ -54,7 +54,7 @@ template <class T>
 struct ForwardPointers {
   const T* token_logps;      // [S, T_out] or [N_out]
   const T* ref_token_logps;  // likewise, or nullptr
-  const T* ref_logps;        // [S] or nullptr
+  const double* ref_logps;   // [S] or nullptr
   T* loss;                   // []
   T* losses;                 // [B]
   T* logratios;              // [S]
@@ -156,7 +156,7 @@ void launch_fwd(
   const ForwardPointers<T> pointers{
       token_logps.const_data_ptr<T>(),
       ref_token_logps ? ref_token_logps->const_data_ptr<T>() : nullptr,
-      ref_logps ? ref_logps->const_data_ptr<T>() : nullptr,
+      ref_logps ? ref_logps->const_data_ptr<double>() : nullptr,
       out.loss.mutable_data_ptr<T>(),
       out.losses.mutable_data_ptr<T>(),
       out.logratios.mutable_data_ptr<T>(),
@@ -207,6 +207,7 @@ Tensor density_ratio_bwd(
     const Tensor& num_pairs, const Tensor& coefs, bool average, bool interleaved, bool mean, int64_t ignore_index, bool shift) {
   const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, ignore_index, shift);
   const int64_t S = layout.num_sequences;
+  check_saved(token_logps, lengths, num_pairs, coefs, S);
   const LossOptions options{{}, {}, average, interleaved, mean};
   const SequenceGrads grads{
       grad_ptr(grad_loss, token_logps, 1), grad_ptr(grad_losses, token_logps, S / 2), grad_ptr(grad_logratios, token_logps, S),

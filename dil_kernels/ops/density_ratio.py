@@ -179,9 +179,9 @@ def density_ratio(
     return DensityRatio.apply(
         token_logps,
         labels,
-        cu_seqlens,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
         None if ref_token_logps is None else ref_token_logps.to(token_logps.dtype),
-        None if ref_logps is None else ref_logps.to(token_logps.dtype),
+        None if ref_logps is None else ref_logps.double(),
         loss_type,
         beta,
         alpha,

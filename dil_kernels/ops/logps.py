@@ -219,6 +219,7 @@ class TokenLogps(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, row_max, log_sum)
         ctx.options = (ignore_index, shift, temperature)
         ctx.inplace_backward = inplace_backward
+        ctx.overwritten = False
         ctx.backend = backend
         return logps
 
@@ -226,10 +227,13 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the logits, in a buffer of its own or over them."""
         refuse_double_backward("token_logps")
-        # Unpacking checks the version of the logits, so a second backward after one in place raises here.
+        # Unpacking checks the version of the logits; what hooks on saved tensors hand back passes that check.
         logits, labels, row_max, log_sum = ctx.saved_tensors
         inputs = (labels, row_max, log_sum, *ctx.options)
+        if ctx.overwritten:
+            raise RuntimeError("a second backward through token_logps with inplace_backward=True: its logits are gone")
         if ctx.inplace_backward:
+            ctx.overwritten = True
             grad_logits = logits.detach()
             _op(ctx.backend, "logps_bwd_")(grad_logps, grad_logits, *inputs)
             torch.autograd.graph.increment_version(grad_logits)
