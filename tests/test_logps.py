@@ -72,13 +72,13 @@ def test_fp32_logps_are_within_1e_6_relative(impl: Implementation, V: int) -> No
 
 
 @every_kernel
-def test_confident_tokens_are_within_5e_7_absolute(impl: Implementation) -> None:
+def test_confident_tokens_are_within_1e_6_absolute(impl: Implementation) -> None:
     logits = torch.randn(1, 6, 1000, generator=torch.Generator().manual_seed(0))
     logits[..., 7] = torch.tensor([10.0, 14.0, 18.0, 22.0, 26.0, 40.0])
     labels = torch.full((1, 6), 7)
     truth = token_logps(logits.double(), labels, shift=False, backend="eager")
     actual = token_logps(logits.to(impl.device), labels.to(impl.device), shift=False, backend=impl.backend)
-    torch.testing.assert_close(actual.cpu().double(), truth, rtol=1e-6, atol=5e-7)
+    torch.testing.assert_close(actual.cpu().double(), truth, rtol=1e-6, atol=1e-6)
 
 
 def test_a_hand_checked_literal() -> None:
