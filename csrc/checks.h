@@ -19,12 +19,6 @@ namespace dil {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Items for one thread at least, when each is `size` elements of work: less is not worth waking another thread.
-inline int64_t grain(int64_t size) {
-  constexpr int64_t kElements = 32768;
-  return size >= kElements ? 1 : kElements / (size > 0 ? size : 1);
-}
-
 inline Divergence divergence_by_name(const std::string& name) {
 #define DIL_NAME(D) \
   if (name == D::name) return Divergence::D;
@@ -47,7 +41,7 @@ inline SequenceLayout sequence_layout(
   const auto dtype = token_logps.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "token_logps must be fp32 or fp64");
   SequenceLayout layout{};
-  layout.num_values = token_logps.size(-1 + ndim);
+  layout.num_values = token_logps.size(ndim - 1);
   layout.num_sequences = cu_seqlens ? cu_seqlens->numel() - 1 : token_logps.size(0);
   layout.ignore_index = ignore_index;
   layout.shift = labels && shift ? 1 : 0;
@@ -124,6 +118,14 @@ inline const void* grad_ptr(const std::optional<Tensor>& grad, const Tensor& lik
       grad->scalar_type() == like.scalar_type() && grad->numel() == numel && grad->is_contiguous(),
       "upstream gradients must be contiguous, of the dtype of token_logps, and match the outputs in shape");
   return grad->const_data_ptr();
+}
+
+inline SequenceGrads sequence_grads(
+    const std::optional<Tensor>& loss, const std::optional<Tensor>& losses, const std::optional<Tensor>& logratios,
+    const std::optional<Tensor>& logps, const Tensor& token_logps, int64_t S) {
+  return {
+      grad_ptr(loss, token_logps, 1), grad_ptr(losses, token_logps, S / 2), grad_ptr(logratios, token_logps, S),
+      grad_ptr(logps, token_logps, S)};
 }
 
 }  // namespace dil

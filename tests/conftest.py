@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import torch
 
@@ -25,8 +26,7 @@ settings.load_profile("default")
 
 @pytest.fixture
 def nan_poisoned():
-    """Fill memory that torch allocates without initialising with NaN, so that whatever a kernel forgets to write
-    shows."""
+    """Fill memory that torch allocates uninitialised with NaN, so that what a kernel forgets to write shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(8).isnan().all()
     yield
@@ -35,11 +35,11 @@ def nan_poisoned():
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """What could not run, and why: one line a reason."""
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        reasons[reason.removeprefix("Skipped: ")] = reasons.get(reason.removeprefix("Skipped: "), 0) + 1
+        reasons[reason.removeprefix("Skipped: ")] += 1
     if reasons:
         terminalreporter.section("could not run here")
-        for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        for reason, count in reasons.most_common():
             terminalreporter.write_line(f"{count:5d} tests: {reason}")

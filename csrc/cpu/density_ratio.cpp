@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "grain.h"
 
 namespace dil {
 namespace {
@@ -20,7 +21,7 @@ SequenceSums sum_sequence(const SequenceLayout& layout, int64_t s, const T* toke
 }
 
 int64_t token_logps_per_sequence(const SequenceLayout& layout) {  // on average
-  return layout.cu_seqlens ? layout.num_values / (layout.num_sequences > 0 ? layout.num_sequences : 1) : layout.num_values;
+  return layout.cu_seqlens ? layout.num_values / layout.num_sequences : layout.num_values;
 }
 
 void check_boundaries(const SequenceLayout& layout) {
@@ -112,9 +113,7 @@ Tensor density_ratio_bwd(
   const int64_t S = layout.num_sequences;
   check_saved(token_logps, lengths, num_pairs, coefs, S);
   const LossOptions options{{}, {}, average, interleaved, mean};
-  const SequenceGrads grads{
-      grad_ptr(grad_loss, token_logps, 1), grad_ptr(grad_losses, token_logps, S / 2), grad_ptr(grad_logratios, token_logps, S),
-      grad_ptr(grad_logps, token_logps, S)};
+  const SequenceGrads grads = sequence_grads(grad_loss, grad_losses, grad_logratios, grad_logps, token_logps, S);
   Tensor out = torch::stable::empty_like(token_logps);
   const auto run = [&](auto zero) {
     using T = decltype(zero);

@@ -9,6 +9,7 @@
 
 #include "../checks.h"
 #include "dispatch.h"
+#include "grain.h"
 
 namespace dil {
 namespace {
@@ -49,52 +50,34 @@ Rows list_rows(const Tensor& logits, const Tensor& labels, int64_t ignore_index,
   return rows;
 }
 
-LogSumExp lse_f64(const void* row, int64_t V, double inv_temperature) {
-  const double* x = static_cast<const double*>(row);
-  double max = -INFINITY, sum = 0.0;
-  for (int64_t v = 0; v < V; ++v) max = x[v] > max ? x[v] : max;
-  const double reference = max == -INFINITY ? 0.0 : max;
-  for (int64_t v = 0; v < V; ++v) sum += std::exp((x[v] - reference) * inv_temperature);
-  return {max, std::log(sum)};
-}
-
-void grad_f64(void* grad_row, const void* row, int64_t V, double g, double max, double log_sum, double inv_temperature) {
-  const double* x = static_cast<const double*>(row);
-  double* dx = static_cast<double*>(grad_row);
-  for (int64_t v = 0; v < V; ++v) dx[v] = -g * std::exp((x[v] - max) * inv_temperature - log_sum);
-}
-
 // What differs by dtype of the logits. Acc is the dtype of log-probs, log-sum-exps and upstream gradients.
+template <class T, RowKernel RowKernels::* kernel>
+struct Vectorised {
+  using Value = T;
+  using Acc = float;
+  static LogSumExp lse(const void* x, int64_t V, float inv_temperature) {
+    return (row_kernels().*kernel).lse(x, V, inv_temperature);
+  }
+  static void grad(void* dx, const void* x, int64_t V, float g, float max, float log_sum, float inv_temperature) {
+    (row_kernels().*kernel).grad(dx, x, V, g, max, log_sum, inv_temperature);
+  }
+};
+using F32 = Vectorised<float, &RowKernels::f32>;
+using BF16 = Vectorised<torch::headeronly::BFloat16, &RowKernels::bf16>;
+using F16 = Vectorised<torch::headeronly::Half, &RowKernels::f16>;
+
 struct F64 {
   using Value = double;
   using Acc = double;
-  static LogSumExp lse(const void* x, int64_t V, double it) { return lse_f64(x, V, it); }
-  static void grad(void* dx, const void* x, int64_t V, double g, double m, double s, double it) {
-    grad_f64(dx, x, V, g, m, s, it);
+  static LogSumExp lse(const double* x, int64_t V, double inv_temperature) {
+    double max = -INFINITY, sum = 0.0;
+    for (int64_t v = 0; v < V; ++v) max = x[v] > max ? x[v] : max;
+    const double reference = max == -INFINITY ? 0.0 : max;
+    for (int64_t v = 0; v < V; ++v) sum += std::exp((x[v] - reference) * inv_temperature);
+    return {max, std::log(sum)};
   }
-};
-struct F32 {
-  using Value = float;
-  using Acc = float;
-  static LogSumExp lse(const void* x, int64_t V, float it) { return row_kernels().lse_f32(x, V, it); }
-  static void grad(void* dx, const void* x, int64_t V, float g, float m, float s, float it) {
-    row_kernels().grad_f32(dx, x, V, g, m, s, it);
-  }
-};
-struct BF16 {
-  using Value = torch::headeronly::BFloat16;
-  using Acc = float;
-  static LogSumExp lse(const void* x, int64_t V, float it) { return row_kernels().lse_bf16(x, V, it); }
-  static void grad(void* dx, const void* x, int64_t V, float g, float m, float s, float it) {
-    row_kernels().grad_bf16(dx, x, V, g, m, s, it);
-  }
-};
-struct F16 {
-  using Value = torch::headeronly::Half;
-  using Acc = float;
-  static LogSumExp lse(const void* x, int64_t V, float it) { return row_kernels().lse_f16(x, V, it); }
-  static void grad(void* dx, const void* x, int64_t V, float g, float m, float s, float it) {
-    row_kernels().grad_f16(dx, x, V, g, m, s, it);
+  static void grad(double* dx, const double* x, int64_t V, double g, double max, double log_sum, double inv_temperature) {
+    for (int64_t v = 0; v < V; ++v) dx[v] = -g * std::exp((x[v] - max) * inv_temperature - log_sum);
   }
 };
 

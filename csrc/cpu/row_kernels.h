@@ -12,15 +12,16 @@ struct LogSumExp {
   double log_sum;  // log sum_v exp((x_v - max) / temperature)
 };
 
+// For one dtype of logits.
+struct RowKernel {
+  LogSumExp (*lse)(const void* x, int64_t V, float inv_temperature);
+  // dx = -g softmax(x / temperature); dx may be x.
+  void (*grad)(void* dx, const void* x, int64_t V, float g, float max, float log_sum, float inv_temperature);
+};
+
 struct RowKernels {
   const char* name;
-  LogSumExp (*lse_f32)(const void* x, int64_t V, float inv_temperature);
-  LogSumExp (*lse_bf16)(const void* x, int64_t V, float inv_temperature);
-  LogSumExp (*lse_f16)(const void* x, int64_t V, float inv_temperature);
-  // dx = -g softmax(x / temperature); dx may be x.
-  void (*grad_f32)(void* dx, const void* x, int64_t V, float g, float max, float log_sum, float inv_temperature);
-  void (*grad_bf16)(void* dx, const void* x, int64_t V, float g, float max, float log_sum, float inv_temperature);
-  void (*grad_f16)(void* dx, const void* x, int64_t V, float g, float max, float log_sum, float inv_temperature);
+  RowKernel f32, bf16, f16;
 };
 
 extern const RowKernels kRowKernelsBaseline;

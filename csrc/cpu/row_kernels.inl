@@ -88,7 +88,7 @@ void grad(void* grad_row, const void* row, int64_t V, float g, float max, float 
 }
 
 constexpr RowKernels row_kernels(const char* name) {
-  return {name, lse<float>, lse<BFloat16>, lse<Half>, grad<float>, grad<BFloat16>, grad<Half>};
+  return {name, {lse<float>, grad<float>}, {lse<BFloat16>, grad<BFloat16>}, {lse<Half>, grad<Half>}};
 }
 
 }  // namespace dil::DIL_ISA

@@ -209,9 +209,7 @@ Tensor density_ratio_bwd(
   const int64_t S = layout.num_sequences;
   check_saved(token_logps, lengths, num_pairs, coefs, S);
   const LossOptions options{{}, {}, average, interleaved, mean};
-  const SequenceGrads grads{
-      grad_ptr(grad_loss, token_logps, 1), grad_ptr(grad_losses, token_logps, S / 2), grad_ptr(grad_logratios, token_logps, S),
-      grad_ptr(grad_logps, token_logps, S)};
+  const SequenceGrads grads = sequence_grads(grad_loss, grad_losses, grad_logratios, grad_logps, token_logps, S);
   const torch::stable::accelerator::DeviceGuard guard(token_logps.get_device_index());
   Tensor out = torch::stable::empty_like(token_logps);
   const auto run = token_logps.scalar_type() == ScalarType::Double ? launch_bwd<double> : launch_bwd<float>;
