@@ -1,26 +1,18 @@
-"""The public functions: validate, choose a backend, compose."""
+"""The density-ratio loss of preference pairs, from per-sequence log-probabilities or straight from logits."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dil_kernels import reference
 from dil_kernels.backends import loss_is_compiled, resolve_backend
-from dil_kernels.checks import (
-    LOGITS_DTYPES,
-    check_choice,
-    check_cu_seqlens,
-    check_inplace,
-    check_logits,
-    check_per_pair,
-    shape_of,
-)
+from dil_kernels.checks import LOGITS_DTYPES, check_choice, check_per_pair, shape_of
 from dil_kernels.divergences import resolve_options
+from dil_kernels.functional.logps import prepare_rows, token_logps
 from dil_kernels.ops.density_ratio import density_ratio
-from dil_kernels.ops.logps import TokenLogps
 
 REDUCTIONS = ("mean", "sum", "none")
 PAIR_LAYOUTS = ("concatenated", "interleaved")
@@ -42,138 +34,37 @@ class DILOutput(NamedTuple):
     rejected_lengths: Tensor  # [B] int32
 
 
-def _mask_boundaries(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:
-    """Labels [N] with the first token of every sequence ignored: no label is predicted across a boundary."""
-    N = labels.shape[0]
-    first = torch.zeros(N + 1, dtype=torch.bool, device=labels.device)
-    # An empty last sequence starts at N; clamping keeps invalid boundaries in bounds (their sums are NaN).
-    first = first.index_fill(0, cu_seqlens[:-1].long().clamp(0, N), True)[:N]
-    return labels.masked_fill(first, ignore_index)
+@dataclass(frozen=True)
+class LossOptions:
+    """How a fused loss is taken, checked."""
+
+    loss_type: str
+    beta: float
+    alpha: float
+    average_log_prob: bool
+    interleaved: bool
+    reduction: str
 
 
-def _token_logps(
-    logits: Tensor,  # [B, T, V]
-    labels: Tensor,  # [B, T]
-    ignore_index: int,
-    shift: bool,
-    temperature: float,
-    inplace_backward: bool,
-    backend: str,
-) -> Tensor:
-    if backend == "eager":
-        return reference.token_logps(logits, labels, ignore_index=ignore_index, shift=shift, temperature=temperature)
-    return TokenLogps.apply(logits, labels, ignore_index, shift, temperature, inplace_backward, backend)
-
-
-def token_logps(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    shift: bool = True,
-    temperature: float = 1.0,
-    inplace_backward: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """Log-probability of each label under softmax(logits / temperature), without materialising the softmax.
-
-    Args:
-        logits: [B, T, V] or [N, V] (one sequence); fp32, bf16, fp16, or fp64 (CPU). Rows may be strided.
-        labels: [B, T] or [N] int64, in [0, V) or `ignore_index`. Rows with an ignored label are not read.
-        ignore_index: the label of positions that are not scored.
-        shift: position t scores label t + 1, as causal models are trained; no shifted copy of the logits is made.
-        temperature: divides the logits; > 0.
-        inplace_backward: write the gradient over the logits instead of into a new buffer. Whoever else needs the logits
-            for its backward gets autograd's error, as does a second backward.
-        backend: "auto", "triton" (CUDA), "cpp" (CPU) or "eager".
-
-    Returns:
-        fp32 (fp64 for fp64 logits), natural log, 0 where ignored: [B, T - 1] or [N - 1] with `shift`, else the labels'
-        shape. A NaN or +inf in a row makes its log-prob NaN; -inf masks an entry. Differentiable once.
+def resolve_loss_options(
+    loss_type: str, beta: float | None, alpha: float, average_log_prob: bool, pair_layout: str, reduction: str
+) -> LossOptions:
+    """Check the options that all fused losses share.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or option that does not fit; on the CPU also a label outside [0,
-            V). On CUDA such a label makes its log-prob NaN, since checking it would synchronise with the host.
-        RuntimeError: a backend that cannot run here.
+        ValueError: an unknown name, or an option that the loss does not use.
     """
-    check_logits(logits, labels, ignore_index=ignore_index, shift=shift, temperature=temperature)
-    name = resolve_backend(backend, logits.device, logits.dtype)
-    if inplace_backward:
-        if name == "eager":
-            raise RuntimeError("inplace_backward=True needs the triton or cpp backend; the eager backend cannot do it")
-        check_inplace(logits)
-    if logits.ndim == 3:
-        return _token_logps(logits, labels, ignore_index, shift, temperature, inplace_backward, name)
-    return _token_logps(
-        logits.unsqueeze(0), labels.unsqueeze(0), ignore_index, shift, temperature, inplace_backward, name
-    ).squeeze(0)
-
-
-def sequence_logps(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    average_log_prob: bool = False,
-    ignore_index: int = -100,
-    shift: bool = True,
-    temperature: float = 1.0,
-    inplace_backward: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """Log-probability of each sequence: the sum of its scored tokens' log-probs.
-
-    Args:
-        logits: [B, T, V]; packed [1, N, V] or [N, V] with `cu_seqlens`.
-        labels: [B, T]; [1, N] or [N] with `cu_seqlens`.
-        cu_seqlens: int32 [S + 1], boundaries of the packed sequences: starts at 0, does not decrease, ends at N. No
-            label is ever predicted across a boundary: with `shift`, the first label of each sequence is ignored.
-        average_log_prob: divide by the number of scored tokens.
-        ignore_index, shift, temperature, inplace_backward, backend: as in `token_logps`.
-
-    Returns:
-        [B] or [S]; 0 for a sequence without a scored token.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as `token_logps`; also cu_seqlens that are not boundaries (on CUDA, where
-            checking would synchronise with the host, the result is NaN instead).
-    """
-    logits, labels = _prepare(logits, labels, cu_seqlens, ignore_index, shift)
-    logps = token_logps(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        shift=shift,
-        temperature=temperature,
-        inplace_backward=inplace_backward,
-        backend=backend,
+    divergence, beta_value = resolve_options(loss_type, beta, alpha)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("pair_layout", pair_layout, PAIR_LAYOUTS)
+    return LossOptions(
+        loss_type=divergence.name,
+        beta=beta_value,
+        alpha=alpha,
+        average_log_prob=average_log_prob,
+        interleaved=pair_layout == "interleaved",
+        reduction=reduction,
     )
-    num_tokens = labels.shape[-1]
-    dtype = reference.accumulation_dtype(logps.device)
-    sums = reference.sequence_sums(logps.to(dtype), cu_seqlens, num_tokens)
-    if average_log_prob:
-        scored = (labels[..., 1:] if shift else labels) != ignore_index
-        sums = sums / reference.sequence_sums(scored.to(dtype), cu_seqlens, num_tokens).clamp(min=1)
-    return sums.to(logps.dtype)
-
-
-def _prepare(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool
-) -> tuple[Tensor, Tensor]:
-    """Padded input as it is; packed input as [N, V] and [N], where a shift cannot cross a boundary."""
-    if cu_seqlens is None:
-        if logits.ndim != 3:
-            raise ValueError(f"logits must be [B, T, V] (or pass cu_seqlens for packed [N, V]), got {shape_of(logits)}")
-        return logits, labels
-    if logits.ndim in (2, 3):
-        check_cu_seqlens(cu_seqlens, logits)
-    if labels.shape == logits.shape[:-1] and logits.ndim == 3:
-        logits, labels = logits.squeeze(0), labels.squeeze(0)
-    if labels.device != logits.device:
-        raise ValueError(f"labels are on {labels.device}, but logits are on {logits.device}")
-    if shift and labels.ndim == 1:
-        labels = _mask_boundaries(labels, cu_seqlens, ignore_index)
-    return logits, labels
 
 
 def dil_loss(
@@ -289,10 +180,7 @@ def fused_dil_loss(
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logps`, `sequence_logps` and `dil_loss`.
     """
-    divergence, beta_value = resolve_options(loss_type, beta, alpha)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("pair_layout", pair_layout, PAIR_LAYOUTS)
-    interleaved = pair_layout == "interleaved"
+    options = resolve_loss_options(loss_type, beta, alpha, average_log_prob, pair_layout, reduction)
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise ValueError(f"ref_logits must be {shape_of(logits)} as logits, got {shape_of(ref_logits)}")
     if ref_logits is not None and ref_logits.dtype not in LOGITS_DTYPES:
@@ -301,14 +189,10 @@ def fused_dil_loss(
         raise ValueError(f"ref_logits are on {ref_logits.device}, but logits are on {logits.device}")
     if ref_logits is not None and cu_seqlens is not None and ref_logits.ndim == 3:
         ref_logits = ref_logits.squeeze(0)
-    logits, labels = _prepare(logits, labels, cu_seqlens, ignore_index, shift)
+    logits, labels = prepare_rows(logits, labels, cu_seqlens, ignore_index, shift)
     S = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if S % 2:
-        raise ValueError(
-            f"pairs need an even number of sequences, got {S} "
-            + (f"rows in logits {shape_of(logits)}" if cu_seqlens is None else f"in cu_seqlens {shape_of(cu_seqlens)}")
-        )
-    ref_logps = _merge_ref_logps(ref_chosen_logps, ref_rejected_logps, S // 2, logits.device, interleaved)
+    counted_in = f"rows in logits {shape_of(logits)}" if cu_seqlens is None else f"in cu_seqlens {shape_of(cu_seqlens)}"
+    ref_logps = resolve_ref_logps(ref_chosen_logps, ref_rejected_logps, S, counted_in, logits.device, options)
     if (ref_logits is None) == (ref_logps is None):
         raise ValueError("give the reference either as ref_logits, or as both ref_chosen_logps and ref_rejected_logps")
 
@@ -321,7 +205,6 @@ def fused_dil_loss(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    name = resolve_backend(backend, logits.device, logits.dtype)
     ref_token_logps = None
     if ref_logits is not None:
         ref_token_logps = token_logps(
@@ -332,27 +215,64 @@ def fused_dil_loss(
             temperature=temperature,
             backend=backend,
         )
+    return loss_of_token_logps(
+        policy_token_logps,
+        labels,
+        cu_seqlens,
+        ref_token_logps,
+        ref_logps,
+        options,
+        ignore_index=ignore_index,
+        shift=shift,
+        backend=resolve_backend(backend, logits.device, logits.dtype),
+    )
+
+
+def loss_of_token_logps(
+    policy_token_logps: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_token_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    options: LossOptions,
+    *,
+    ignore_index: int,
+    shift: bool,
+    backend: str,
+) -> DILOutput:
+    """The second half of every fused loss: from token log-probs, checked arguments only.
+
+    Args:
+        policy_token_logps: [2B, T - shift], or packed [N - shift] with `cu_seqlens`.
+        labels: [2B, T] or [N].
+        cu_seqlens: int32 [2B + 1] or None.
+        ref_token_logps: shaped as `policy_token_logps`, or None.
+        ref_logps: [2B] sums in the order of the sequences, or None.
+        options: how the loss is taken.
+        ignore_index, shift: what counts as scored.
+        backend: the resolved backend that computed the log-probs.
+    """
     loss, losses, logratios, logps, lengths, _ = density_ratio(
         policy_token_logps,
         labels,
         cu_seqlens,
         ref_token_logps,
         ref_logps,
-        loss_type=loss_type,
-        beta=beta_value,
-        alpha=alpha,
-        average=average_log_prob,
-        interleaved=interleaved,
-        reduction=reduction,
+        loss_type=options.loss_type,
+        beta=options.beta,
+        alpha=options.alpha,
+        average=options.average_log_prob,
+        interleaved=options.interleaved,
+        reduction=options.reduction,
         ignore_index=ignore_index,
         shift=shift,
-        compiled=loss_is_compiled(divergence.name, name, logits.device),
+        compiled=loss_is_compiled(options.loss_type, backend, policy_token_logps.device),
     )
-    chosen_logps, rejected_logps = _split_pairs(logps, interleaved)
-    chosen_rewards, rejected_rewards = _split_pairs(logratios, interleaved)
-    chosen_lengths, rejected_lengths = _split_pairs(lengths, interleaved)
+    chosen_logps, rejected_logps = _split_pairs(logps, options.interleaved)
+    chosen_rewards, rejected_rewards = _split_pairs(logratios, options.interleaved)
+    chosen_lengths, rejected_lengths = _split_pairs(lengths, options.interleaved)
     return DILOutput(
-        loss=losses if reduction == "none" else loss,
+        loss=losses if options.reduction == "none" else loss,
         losses=losses,
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
@@ -361,6 +281,20 @@ def fused_dil_loss(
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
     )
+
+
+def resolve_ref_logps(
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    num_sequences: int,
+    counted_in: str,
+    device: torch.device,
+    options: LossOptions,
+) -> Tensor | None:
+    """The reference sums [2B] in the order of the sequences; None if neither is given."""
+    if num_sequences % 2:
+        raise ValueError(f"pairs need an even number of sequences, got {num_sequences} {counted_in}")
+    return _merge_ref_logps(ref_chosen_logps, ref_rejected_logps, num_sequences // 2, device, options.interleaved)
 
 
 def _split_pairs(values: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:  # [2B] -> chosen [B], rejected [B]
