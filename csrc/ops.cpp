@@ -23,6 +23,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dil_kernels, m) {
       "bool shift, "
       "float temperature) -> ()");
   m.def(
+      "cpp_head_tile(Tensor(a!) tile, Tensor? bias, Tensor labels, Tensor(b!) state, Tensor(c!)? grad, Tensor(d!)? sums, "
+      "int start, float logit_scale, float softcap, float inv_temperature, float slack, bool statistics) -> ()");
+  m.def(
+      "cpp_head_tile_grad(Tensor(a!) tile, Tensor? bias, Tensor labels, Tensor state, Tensor(b!) grad, int start, "
+      "float logit_scale, float softcap, float inv_temperature) -> ()");
+  m.def(
       "density_ratio_fwd(Tensor token_logps, Tensor? labels, Tensor? cu_seqlens, Tensor? ref_token_logps, Tensor? ref_logps, "
       "str loss_type, float beta, float alpha, bool average, bool interleaved, bool mean, int ignore_index, bool shift) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

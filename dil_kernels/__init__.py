@@ -3,8 +3,13 @@
 from dil_kernels.divergences import Divergence, register_divergence
 from dil_kernels.functional import (
     DILOutput,
+    LogitStatistics,
     dil_loss,
     fused_dil_loss,
+    fused_linear_dil_loss,
+    linear_memory_bytes,
+    linear_sequence_logps,
+    linear_token_logps,
     sequence_logps,
     token_logps,
 )
@@ -14,8 +19,13 @@ __version__ = "0.1.0"
 __all__ = [
     "DILOutput",
     "Divergence",
+    "LogitStatistics",
     "dil_loss",
     "fused_dil_loss",
+    "fused_linear_dil_loss",
+    "linear_memory_bytes",
+    "linear_sequence_logps",
+    "linear_token_logps",
     "register_divergence",
     "sequence_logps",
     "token_logps",

@@ -41,10 +41,62 @@ def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bo
         )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
-    if isinstance(temperature, Tensor):
-        raise TypeError("temperature must be a number, got a Tensor (no gradient flows to it)")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+    check_positive("temperature", temperature)
+
+
+def check_head(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    shift: bool,
+    names: tuple[str, str, str] = ("hidden_states", "lm_head_weight", "lm_head_bias"),
+) -> None:
+    """Hidden states [B, T, D] or [N, D], head [V, D] with bias [V], labels [B, T] or [N]."""
+    hidden_name, weight_name, bias_name = names
+    if hidden_states.ndim not in (2, 3):
+        raise ValueError(f"{hidden_name} must be [B, T, D] or [N, D], got {shape_of(hidden_states)}")
+    if lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != hidden_states.shape[-1]:
+        raise ValueError(
+            f"{weight_name} must be [V, {hidden_states.shape[-1]}] to match {hidden_name} {shape_of(hidden_states)}, "
+            f"got {shape_of(lm_head_weight)}"
+        )
+    V = lm_head_weight.shape[0]
+    if V == 0 or hidden_states.shape[-1] == 0:
+        raise ValueError(f"{weight_name} is empty: {shape_of(lm_head_weight)}")
+    if lm_head_bias is not None and lm_head_bias.shape != (V,):
+        raise ValueError(f"{bias_name} must be [{V}] to match {weight_name}, got {shape_of(lm_head_bias)}")
+    if hidden_states.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{hidden_name} must be fp32, bf16, fp16 or fp64, got {hidden_states.dtype}")
+    for name, tensor in ((weight_name, lm_head_weight), (bias_name, lm_head_bias), ("labels", labels)):
+        if tensor is not None and tensor.device != hidden_states.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {hidden_name} is on {hidden_states.device}")
+        if tensor is not None and name != "labels" and tensor.dtype != hidden_states.dtype:
+            raise TypeError(f"{name} must be {hidden_states.dtype} as {hidden_name}, got {tensor.dtype}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"labels must be {list(hidden_states.shape[:-1])} to match {hidden_name} {shape_of(hidden_states)}, "
+            f"got {shape_of(labels)}"
+        )
+    if shift and labels.shape[-1] < 2:
+        raise ValueError(
+            f"{hidden_name} {shape_of(hidden_states)} have {labels.shape[-1]} position(s); with shift=True at least 2 "
+            "are needed, since position t predicts label t + 1"
+        )
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_label_range(labels[..., 1:] if shift else labels, V, ignore_index)
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """A finite number > 0, or None where the option has that default."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a Tensor (no gradient flows to it)")
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 
 def check_label_range(targets: Tensor, V: int, ignore_index: int) -> None:
@@ -79,17 +131,17 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, logits: Tensor) -> None:
-    """Boundaries int32 [S + 1] of packed logits."""
-    N = logits.shape[-2]
-    if logits.ndim == 3 and logits.shape[0] != 1:
-        raise ValueError(f"logits must be [N, V] or [1, N, V] with cu_seqlens, got {shape_of(logits)}")
+def check_cu_seqlens(cu_seqlens: Tensor, packed: Tensor, name: str = "logits", width: str = "V") -> None:
+    """Boundaries int32 [S + 1] of packed logits, or of another tensor with a row a token."""
+    N = packed.shape[-2]
+    if packed.ndim == 3 and packed.shape[0] != 1:
+        raise ValueError(f"{name} must be [N, {width}] or [1, N, {width}] with cu_seqlens, got {shape_of(packed)}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must be [S + 1] with S >= 1, got {shape_of(cu_seqlens)}")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != logits.device:
-        raise ValueError(f"cu_seqlens are on {cu_seqlens.device}, but logits are on {logits.device}")
+    if cu_seqlens.device != packed.device:
+        raise ValueError(f"cu_seqlens are on {cu_seqlens.device}, but {name} are on {packed.device}")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         if int(cu_seqlens[0]) != 0:
             raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")

@@ -11,10 +11,23 @@ from torch import Tensor
 from dil_kernels.divergences import get_divergence
 
 
+def process_logits(logits: Tensor, *, final_logit_softcapping: float | None = None, temperature: float = 1.0) -> Tensor:
+    """Logits as the softmax takes them: cap * tanh(logits / cap), then / temperature."""
+    if final_logit_softcapping is not None:
+        logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
+    return logits / temperature
+
+
 def token_logps(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, shift: bool = True, temperature: float = 1.0
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    shift: bool = True,
+    final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Log-probability of each label under softmax(logits / temperature).
+    """Log-probability of each label under the softmax of the processed logits.
 
     Args:
         logits: [B, T, V].
@@ -24,6 +37,44 @@ def token_logps(
         [B, T - 1] with `shift` (position t scores label t + 1), else [B, T]; fp64 for fp64 logits, fp32 otherwise. 0
         where the label is `ignore_index`, NaN where it is outside [0, V).
     """
+    logits, index, scored, invalid = _scored_rows(logits, labels, ignore_index, shift)
+    logits = process_logits(logits, final_logit_softcapping=final_logit_softcapping, temperature=temperature)
+    logps = logits.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    logps = torch.where(invalid, torch.nan, logps)
+    return torch.where(scored, logps, 0)
+
+
+def logit_statistics(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    shift: bool = True,
+    final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean logit, entropy and top-1 hit of the positions that `token_logps` scores, of the processed logits.
+
+    Returns:
+        Mean over the vocabulary; -sum p log p in nats, where a -inf logit adds nothing; whether no logit is larger than
+        the label's. Shaped as the log-probs: 0 or False where ignored, NaN or False where the label is outside [0, V).
+    """
+    logits, index, scored, invalid = _scored_rows(logits.detach(), labels, ignore_index, shift)
+    logits = process_logits(logits, final_logit_softcapping=final_logit_softcapping, temperature=temperature)
+    logps = logits.log_softmax(-1)
+    entropy = -torch.where(logits == -torch.inf, 0, logps.exp() * logps).sum(-1)
+    mean = logits.mean(-1)
+    entropy = torch.where(logps.isnan().any(-1), torch.nan, entropy)
+    target = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    hit = (target >= logits.amax(-1)) & ~entropy.isnan() & scored & ~invalid
+    mean, entropy = (torch.where(scored, torch.where(invalid, torch.nan, x), 0) for x in (mean, entropy))
+    return mean, entropy, hit
+
+
+def _scored_rows(
+    logits: Tensor, labels: Tensor, ignore_index: int, shift: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits in at least fp32, labels in bounds, which rows are scored, and which of their labels are out of bounds."""
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     V = logits.shape[-1]
@@ -31,11 +82,29 @@ def token_logps(
     invalid = scored & ((labels < 0) | (labels >= V))
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # A row that is not scored may hold anything, NaN included, and gets a zero gradient.
-    logits = torch.where(scored.unsqueeze(-1), logits, 0).to(dtype) / temperature
-    index = torch.where(scored & ~invalid, labels, 0)
-    logps = logits.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    logps = torch.where(invalid, torch.nan, logps)
-    return torch.where(scored, logps, 0)
+    logits = torch.where(scored.unsqueeze(-1), logits, 0).to(dtype)
+    return logits, torch.where(scored & ~invalid, labels, 0), scored, invalid
+
+
+def linear_logits(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    shift: bool,
+    logit_scale: float,
+) -> Tensor:
+    """Logits [B, T, V] of hidden states [B, T, D] under a head [V, D], as a model computes them: in its own precision.
+
+    Positions that are not scored may hold anything and get no gradient.
+    """
+    scored = labels != ignore_index
+    if shift:
+        scored = torch.nn.functional.pad(scored[:, 1:], (0, 1))
+    hidden_states = torch.where(scored.unsqueeze(-1), hidden_states, 0)
+    return torch.nn.functional.linear(hidden_states, lm_head_weight, lm_head_bias) * logit_scale
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -56,6 +125,25 @@ def sequence_sums(values: Tensor, cu_seqlens: Tensor | None, num_tokens: int) ->
     sums = torch.segment_reduce(values, "sum", offsets=bounded, axis=0, initial=0.0, unsafe=True)
     valid = (offsets[0] == 0) & (offsets[-1] == num_tokens) & (offsets[1:] >= offsets[:-1]).all()
     return torch.where(valid, sums, torch.nan)
+
+
+def sequence_logps(
+    token_logps: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    average_log_prob: bool,
+    ignore_index: int,
+    shift: bool,
+) -> Tensor:
+    """Sum, or mean over the scored tokens, of each sequence's log-probs; 0 for a sequence without a scored token."""
+    num_tokens = labels.shape[-1]
+    dtype = accumulation_dtype(token_logps.device)
+    sums = sequence_sums(token_logps.to(dtype), cu_seqlens, num_tokens)
+    if average_log_prob:
+        scored = (labels[..., 1:] if shift else labels) != ignore_index
+        sums = sums / sequence_sums(scored.to(dtype), cu_seqlens, num_tokens).clamp(min=1)
+    return sums.to(token_logps.dtype)
 
 
 def density_ratio(

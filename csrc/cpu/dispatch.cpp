@@ -30,4 +30,12 @@ const RowKernels& row_kernels() {
   return kernels;
 }
 
+const HeadKernels& head_kernels() {
+#if defined(__x86_64__)
+  if (&row_kernels() == &kRowKernelsAvx512) return kHeadKernelsAvx512;
+  if (&row_kernels() == &kRowKernelsAvx2) return kHeadKernelsAvx2;
+#endif
+  return kHeadKernelsBaseline;
+}
+
 }  // namespace dil

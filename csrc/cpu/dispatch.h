@@ -1,10 +1,12 @@
 #pragma once
 
+#include "head_kernels.h"
 #include "row_kernels.h"
 
 namespace dil {
 
 // The row kernels of the best instruction set that this machine has (see dispatch.cpp).
 const RowKernels& row_kernels();
+const HeadKernels& head_kernels();
 
 }  // namespace dil

@@ -1,6 +1,25 @@
 """The public functions: validate, choose a backend, compose."""
 
-from dil_kernels.functional.logps import sequence_logps, token_logps
+from dil_kernels.functional.linear import (
+    default_stash_bytes,
+    fused_linear_dil_loss,
+    linear_memory_bytes,
+    linear_sequence_logps,
+    linear_token_logps,
+)
+from dil_kernels.functional.logps import LogitStatistics, sequence_logps, token_logps
 from dil_kernels.functional.loss import DILOutput, dil_loss, fused_dil_loss
 
-__all__ = ["DILOutput", "dil_loss", "fused_dil_loss", "sequence_logps", "token_logps"]
+__all__ = [
+    "DILOutput",
+    "LogitStatistics",
+    "default_stash_bytes",
+    "dil_loss",
+    "fused_dil_loss",
+    "fused_linear_dil_loss",
+    "linear_memory_bytes",
+    "linear_sequence_logps",
+    "linear_token_logps",
+    "sequence_logps",
+    "token_logps",
+]

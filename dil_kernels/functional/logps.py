@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,19 @@ from dil_kernels.checks import check_cu_seqlens, check_inplace, check_logits, sh
 from dil_kernels.ops.logps import TokenLogps
 
 
-def _mask_boundaries(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:
+class LogitStatistics(NamedTuple):
+    """What the processed logits of each scored position look like; shaped as the log-probs, without a gradient.
+
+    Positions that are not scored hold 0 and False. A row whose log-prob is NaN holds NaN where the logits do not allow
+    a number, and False.
+    """
+
+    mean_logit: Tensor  # fp32 (fp64 for fp64 logits), over the vocabulary
+    entropy: Tensor  # likewise, -sum p log p in nats; a -inf logit adds nothing
+    top1_hit: Tensor  # bool, whether no logit is larger than the label's
+
+
+def mask_boundaries(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:
     """Labels [N] with the first token of every sequence ignored: no label is predicted across a boundary."""
     N = labels.shape[0]
     first = torch.zeros(N + 1, dtype=torch.bool, device=labels.device)
@@ -117,13 +131,9 @@ def sequence_logps(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    num_tokens = labels.shape[-1]
-    dtype = reference.accumulation_dtype(logps.device)
-    sums = reference.sequence_sums(logps.to(dtype), cu_seqlens, num_tokens)
-    if average_log_prob:
-        scored = (labels[..., 1:] if shift else labels) != ignore_index
-        sums = sums / reference.sequence_sums(scored.to(dtype), cu_seqlens, num_tokens).clamp(min=1)
-    return sums.to(logps.dtype)
+    return reference.sequence_logps(
+        logps, labels, cu_seqlens, average_log_prob=average_log_prob, ignore_index=ignore_index, shift=shift
+    )
 
 
 def prepare_rows(
@@ -141,5 +151,5 @@ def prepare_rows(
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}, but logits are on {logits.device}")
     if shift and labels.ndim == 1:
-        labels = _mask_boundaries(labels, cu_seqlens, ignore_index)
+        labels = mask_boundaries(labels, cu_seqlens, ignore_index)
     return logits, labels
