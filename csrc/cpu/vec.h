@@ -117,35 +117,34 @@ inline double horizontal_sum(VecF v) {
   return out;
 }
 
-// 2^f - 1 for f in [-0.5, 0.5], exact to rounding at 0 too: minimax in relative error.
-inline VecF exp2m1_reduced(VecF f) {
-  VecF p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
-  p = p * f + 0x1.c6b752p-5f;
-  p = p * f + 0x1.ebf9bcp-3f;
-  p = p * f + 0x1.62e42ap-1f;
-  return p * f;
-}
-
 // 2^t for t <= 127: exactly 0 below 2^-126, NaN for NaN, relative error below 1.2e-7 otherwise.
 inline VecF exp2(VecF t) {
   t = t < -127.0f ? broadcast(-127.0f) : t;  // written so that NaN stays
   constexpr float kRound = 0x1.8p23f;        // adding it leaves the nearest integer in the low bits
   const VecF shifted = t + kRound;
+  const VecF f = t - (shifted - kRound);          // in [-0.5, 0.5]
+  VecF p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;  // minimax in relative error, with p(0) = 1
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  p = p * f + 1.0f;
   const VecI exponent = (bit_cast<VecI>(shifted) << 23) + 0x3f800000;
-  return (exp2m1_reduced(t - (shifted - kRound)) + 1.0f) * bit_cast<VecF>(exponent);
+  return p * bit_cast<VecF>(exponent);
 }
 
-// tanh to a few units in the last place, also near 0.
+// tanh to 2 units in the last place: a polynomial (minimax, in relative error) below 5/8, 1 - 2 e / (1 + e) above.
 inline VecF tanh(VecF y) {
-  constexpr float kTwoLog2e = 2.8853900817779268f;
-  VecF t = (y < 0.0f ? y : -y) * kTwoLog2e;
-  t = t < -126.0f ? broadcast(-126.0f) : t;
-  constexpr float kRound = 0x1.8p23f;
-  const VecF shifted = t + kRound;
-  const VecF power = bit_cast<VecF>((bit_cast<VecI>(shifted) << 23) + 0x3f800000);
-  const VecF em1 = exp2m1_reduced(t - (shifted - kRound)) * power + (power - 1.0f);  // e^(-2|y|) - 1
-  const VecF r = em1 / (em1 + 2.0f);                                                 // -tanh |y|
-  return y < 0.0f ? r : -r;
+  const VecF magnitude = y < 0.0f ? -y : y;
+  const VecF w = y * y;
+  VecF p = w * 0x1.21dddep-9f - 0x1.0e8b9cp-7f;
+  p = p * w + 0x1.64196ap-6f;
+  p = p * w - 0x1.b9fc64p-5f;
+  p = p * w + 0x1.1110b2p-3f;
+  p = p * w - 0x1.555554p-2f;
+  const VecF near = y + y * (w * p);
+  const VecF e = exp2(magnitude * -0x1.715476p+1f);  // e^(-2 |y|)
+  const VecF far = 1.0f - (e + e) / (1.0f + e);
+  return magnitude < 0.625f ? near : (y < 0.0f ? -far : far);
 }
 
 }  // namespace dil::DIL_ISA

@@ -87,7 +87,7 @@ def _fake_fwd(
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
-        hidden.new_empty(rows if grad_hidden else 0, D),
+        hidden.new_empty(rows - stash_rows if grad_hidden else 0, D),
         hidden.new_empty(stash_rows, stash_stride(weight.shape[0])),
     )
 

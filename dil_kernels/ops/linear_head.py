@@ -9,10 +9,10 @@ gradient
 
 which is the gradient of the log-prob up to a factor of the row, 1 / sum(s), and constants; `rest` is the sum of s
 without the label's, so that 1 - p keeps its digits where p is near 1. So any upstream gradient c of the rows is applied
-outside the matrix: d hidden = c factor (h @ weight) and d weight = h^T @ (c factor hidden). The first product is taken
-in the forward, tile by tile; the second in the backward, from the stash of h and from tiles computed again for rows
-that the stash does not hold. That makes three products of the size of the head, four for rows without a stash, two for
-a frozen weight, one without gradients.
+outside the matrix: d hidden = c factor (h @ weight) and d weight = h^T @ (c factor hidden). Rows whose h is kept (the
+stash) take both products in the backward. For the others the forward takes the first while the tile is there, and the
+backward, if the weight needs a gradient, computes the tile again for the second. That makes three products of the size
+of the head, four for rows without a stash, two for a frozen weight, one without gradients.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class HeadForward(NamedTuple):
     reference: Tensor  # [M]
     rest: Tensor  # [M]
     factor: Tensor  # [M]
-    unit_grad: Tensor  # [M, D], d logp / d hidden up to logit_scale / temperature; [0, D] if not asked
+    unit_grad: Tensor  # [M - stash rows, D], d logp / d hidden up to logit_scale / temperature; [0, D] if not asked
     stash: Tensor  # [stash rows, V padded], h of the first rows
 
 
@@ -233,7 +233,7 @@ def head_forward(
     labels = gather_rows(targets, index)
     logps, factor, reference, rest = (torch.empty(rows, dtype=dtype, device=hidden.device) for _ in range(4))
     stats = torch.empty(3, rows if statistics else 0, dtype=dtype, device=hidden.device)
-    unit_grad = hidden.new_empty(rows if grad_hidden else 0, D)
+    unit_grad = hidden.new_empty(rows - stash_rows if grad_hidden else 0, D)
     stash = hidden.new_empty(stash_rows, stash_stride(V))
     steps = _TileSteps(head, statistics)
     chunk_rows = min(head.tile.rows, rows)
@@ -242,13 +242,13 @@ def head_forward(
     grads = _grad_buffer(hidden, dtype, chunk_rows if grad_hidden and stash_rows < rows else 0, columns)
     # A stash ends a chunk, so that a chunk is kept whole or not at all.
     for begin, end in head.chunks(0, stash_rows) + head.chunks(stash_rows, rows):
-        R = end - begin
+        R, kept = end - begin, begin < stash_rows
         chunk = _Chunk(
             hidden=gather_rows(hidden, index[begin:end]).to(head.operand_dtype),
             labels=labels[begin:end],
             state=_fresh_state(hidden, dtype, R),
-            sums=torch.zeros(R, D, dtype=dtype, device=hidden.device) if grad_hidden else None,
-            stash=stash[begin:end, :V] if begin < stash_rows else None,
+            sums=torch.zeros(R, D, dtype=dtype, device=hidden.device) if grad_hidden and not kept else None,
+            stash=stash[begin:end, :V] if kept else None,
         )
         references = []
         for start, stop in head.tiles():
@@ -265,13 +265,15 @@ def head_forward(
                 _add_product(chunk.sums, grad.to(head.operand_dtype), weight)
             if chunk.stash is not None:
                 references.append(chunk.state[0].clone())
+            del weight  # before the next tile is converted
         finished = _finish(chunk, head, torch.stack(references) if references else None, steps)
         for whole, part in zip((logps, reference, rest, factor), finished[:4], strict=True):
             whole[begin:end] = part
         if statistics:
             stats[:, begin:end] = finished.statistics
         if chunk.sums is not None:
-            unit_grad[begin:end] = chunk.sums
+            unit_grad[begin - stash_rows : end - stash_rows] = chunk.sums
+        del chunk  # before the next one is gathered
     all_logps = scatter_rows(logps, index, N).masked_fill(dropped, torch.nan)
     all_stats = torch.stack([scatter_rows(s, index, N) for s in stats]) if statistics else stats
     return HeadForward(all_logps, all_stats, index, reference, rest, factor, unit_grad, stash)
@@ -312,7 +314,9 @@ def _finish(chunk: _Chunk, head: Head, references: Tensor | None, steps: _TileSt
     columns = chunk.labels.masked_fill(invalid, 0)
     label_grad = label_grad.masked_fill(invalid, torch.nan)
     if chunk.sums is not None:  # from here on d logp / d hidden, up to constants
-        chunk.sums.addcmul_(label_grad.unsqueeze(1), head.weight.index_select(0, columns))
+        for begin, end in _row_slices(columns.shape[0]):
+            own_weight = head.weight.index_select(0, columns[begin:end])
+            chunk.sums[begin:end].addcmul_(label_grad[begin:end].unsqueeze(1), own_weight)
         chunk.sums.mul_((1 / s).unsqueeze(1))
     statistics = torch.stack(
         [
@@ -353,24 +357,27 @@ def head_backward(
     """Gradients of hidden [N, D], weight [V, D] and bias [V], each if asked."""
     index, weight = forward.row_index, head.weight
     c = gather_rows(grad_logps, index).to(head.accumulation_dtype) * (head.logit_scale / head.temperature)
+    coefs = c * forward.factor
+    stash_rows = forward.stash.shape[0]
     d_hidden = None
     if grad_hidden:
         N = grad_logps.shape[0]
         d_hidden = weight.new_zeros(N + 1, weight.shape[1])
-        for begin, end in _row_slices(index.shape[0]):
-            scaled = forward.unit_grad[begin:end] * c[begin:end].unsqueeze(1)
-            d_hidden.index_copy_(0, index[begin:end], scaled.to(d_hidden.dtype))
+        parts = ((_times_weight(forward.stash, head), 0, coefs), (forward.unit_grad, stash_rows, c))
+        for values, offset, row_coefs in parts:
+            for begin, end in _row_slices(values.shape[0]):
+                r = slice(offset + begin, offset + end)
+                d_hidden.index_copy_(0, index[r], _scaled(values[begin:end], row_coefs[r], d_hidden.dtype))
+        del parts, values
         d_hidden = d_hidden[:N]
     if not (grad_weight or grad_bias):
         return d_hidden, None, None
     assert hidden is not None
-    coefs = c * forward.factor
     scaled_x = hidden.new_empty(index.shape[0], hidden.shape[1], dtype=head.operand_dtype)
     for begin, end in _row_slices(index.shape[0]):
-        scaled_x[begin:end] = gather_rows(hidden, index[begin:end]) * coefs[begin:end].unsqueeze(1)
+        scaled_x[begin:end] = _scaled(gather_rows(hidden, index[begin:end]), coefs[begin:end], scaled_x.dtype)
     d_weight = torch.empty_like(weight) if grad_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if grad_bias else None
-    stash_rows = forward.stash.shape[0]
     same_dtype = weight.dtype == head.operand_dtype
     if stash_rows == index.shape[0] and d_bias is None and same_dtype:
         assert d_weight is not None
@@ -388,14 +395,12 @@ def head_backward(
     tile_buffer = _Buffer(hidden, c.dtype, R, columns)
     grads = _grad_buffer(hidden, c.dtype, R, columns)
     alone = stash_rows == 0 and len(recompute) == 1 and same_dtype  # nothing to add up
+    sums_buffer = _Buffer(hidden, c.dtype, 0 if alone or not grad_weight else columns, weight.shape[1])
     for start, stop in head.tiles():
         weight_sums = bias_sums = None
         if grad_weight:
             assert d_weight is not None
-            if alone:
-                weight_sums = d_weight[start:stop]
-            else:
-                weight_sums = torch.zeros(stop - start, weight.shape[1], dtype=c.dtype, device=weight.device)
+            weight_sums = d_weight[start:stop] if alone else sums_buffer.matrix(stop - start, weight.shape[1]).zero_()
         if grad_bias:
             bias_sums = torch.zeros(stop - start, dtype=c.dtype, device=weight.device)
         if stash_rows:
@@ -407,6 +412,7 @@ def head_backward(
             tile = tile_buffer.matrix(end - begin, stop - start)
             x = gather_rows(hidden, index[begin:end]).to(head.operand_dtype)
             _product(tile, x, weight[start:stop].to(head.operand_dtype).t())
+            del x
             h = tile if grads is None else grads.matrix(end - begin, stop - start)
             steps.gradient(tile, labels[begin:end], state[:, begin:end].contiguous(), h, start)
             _add_weighted_rows(h, scaled_x[begin:end], coefs[begin:end], weight_sums, bias_sums, alone=alone)
@@ -415,6 +421,22 @@ def head_backward(
         if d_bias is not None and bias_sums is not None:
             d_bias[start:stop] = bias_sums
     return d_hidden, d_weight, d_bias
+
+
+def _times_weight(stash: Tensor, head: Head) -> Tensor:
+    """h @ weight [stash rows, D]."""
+    V, D = head.weight.shape
+    out = torch.zeros(stash.shape[0], D, dtype=head.operand_dtype, device=stash.device)
+    if stash.dtype == head.operand_dtype:
+        return _product(out, stash[:, :V], head.weight) if stash.shape[0] else out
+    for start, stop in head.tiles() if stash.shape[0] else ():
+        _add_product(out, stash[:, start:stop].to(out.dtype), head.weight[start:stop].to(out.dtype))
+    return out
+
+
+def _scaled(values: Tensor, coefs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Row r of values [R, D] times coefs[r], rounded once."""
+    return (values * coefs.unsqueeze(1)).to(dtype)
 
 
 def _row_slices(rows: int) -> list[tuple[int, int]]:
@@ -461,24 +483,30 @@ def peak_memory(
     R, columns = min(tile.rows, rows), min(tile.columns, V)
     tiles = -(-V // tile.columns)
     # Index, labels, states and the other vectors of a few numbers a row.
-    vectors = 80 * N + (24 * acc + 24 + 2 * tiles * acc) * rows + 4 * acc * V * grad_bias
-    kept = stash_rows * stash_stride(V) * size + rows * D * size * grad_hidden
+    vectors = 4096 + 80 * N + (24 * acc + 24 + 2 * tiles * acc) * rows + 4 * acc * V * grad_bias
+    unit = (rows - stash_rows) * D * size * grad_hidden
+    kept = stash_rows * stash_stride(V) * size + unit
     tile_bytes = R * columns * acc
     converted = columns * D * acc if operand != size else 0  # a tile of the weight
-    grads = R * columns * size if dtype.itemsize != acc else 0
-    gathered = R * D * (operand + size)  # of the hidden states, before and after conversion
+    converted_h = R * columns * acc if operand != size else 0
+    grads = R * columns * size if size != acc else 0
+    gathered = R * D * (size + (operand if operand != size else 0))  # of hidden states, before and after conversion
+    slices = min(SCALED_ROWS, rows) * D * (acc + (size if size != acc else 0))
     forward = tile_bytes + converted + gathered
-    if grad_hidden:
-        forward += grads + R * D * acc + max(R * D * size, R * columns * acc if operand != size else 0)
-    elif with_head:
-        forward += R * columns * acc if operand != size else 0
-    slices = 3 * min(SCALED_ROWS, rows) * D * acc
-    backward = slices
+    recomputed = stash_rows < rows
+    if grad_hidden and recomputed:
+        forward += grads + R * D * acc + max(slices, converted_h)
+    times_weight = stash_rows * D * operand + (converted + stash_rows * columns * acc if operand != size else 0)
+    for_hidden = (times_weight + slices) * grad_hidden
+    for_weight = 0
     if with_head:
-        backward += rows * D * operand
-        if stash_rows < rows or operand != size or grad_bias:
-            held = max(stash_rows, R) if operand != size or grad_bias else 0
-            backward += tile_bytes + grads + gathered + converted + columns * D * acc + held * columns * acc
+        for_weight = rows * D * operand + slices
+        added = operand != size or grad_bias or (0 < stash_rows < rows) or rows - stash_rows > tile.rows
+        if recomputed or added:
+            held = max(stash_rows, R) if operand != size or (grad_bias and size != acc) else 0
+            for_weight += columns * D * acc * (grad_weight and added) + held * columns * acc
+            for_weight += (tile_bytes + grads + gathered + converted) * recomputed
+    backward = max(for_hidden, for_weight)
     return vectors + kept + max(forward, backward)
 
 
