@@ -1,8 +1,9 @@
-"""The machine: its name, its versions, its own copy bandwidth."""
+"""The machine: its name, its versions, and what code ran on it."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -14,9 +15,8 @@ import torch
 
 import dil_kernels
 
-CPU_COPY_BYTES = 256 << 20
-CUDA_COPY_BYTES = 2 << 30
 UNKNOWN_CACHE_BYTES = 64 << 20
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,35 @@ class Machine:
     """What a figure must be read with."""
 
     device: str
-    slug: str
-    threads: int  # of PyTorch on the CPU
+    slug: str  # the device as a folder's name
+    driver: str  # NVIDIA's; "" on the CPU
+    cpu_threads: int  # of PyTorch
     torch: str
     triton: str
     dil_kernels: str
-    commit: str  # of the repository, "-dirty" with uncommitted changes
+    commit: str  # of the repository, "-dirty" with uncommitted changes outside benchmarks/results
+    source: str  # digest of the package as it runs, compiled objects included, and of the benchmarks
     date: str  # UTC, ISO 8601
 
 
 def describe_machine(device: torch.device) -> Machine:
     """Ask the device, the packages and git."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    is_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_cuda else cpu_name()
     threads = torch.get_num_threads()
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return Machine(
         device=name,
-        slug=slug if device.type == "cuda" else f"{slug}-{threads}-threads",
-        threads=threads,
+        slug=slug if is_cuda else f"{slug}-{threads}-threads",
+        driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        if is_cuda
+        else "",
+        cpu_threads=threads,
         torch=torch.__version__,
         triton=installed_version("triton"),
         dil_kernels=dil_kernels.__version__,
         commit=_git_commit(),
+        source=_source_digest(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
 
@@ -81,30 +88,24 @@ def last_cache_bytes(device: torch.device) -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=UNKNOWN_CACHE_BYTES)
 
 
-class Copy:
-    """A large `Tensor.copy_` between two buffers that exist already: the machine's ceiling for reading and writing."""
-
-    def __init__(self, device: torch.device, small: bool = False) -> None:
-        nbytes = CUDA_COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
-        if small:
-            nbytes >>= 5
-        self.source = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
-        self.target = torch.zeros_like(self.source)
-
-    def __call__(self, i: int) -> None:
-        """Copy once; the argument is that of every timed call."""
-        self.target.copy_(self.source)
-
-    def gbps(self, milliseconds: float) -> float:
-        """Bytes read plus bytes written a second, in 1e9, of a copy that took so long."""
-        return 2 * self.source.nbytes / (milliseconds * 1e-3) / 1e9
-
-
 def _git_commit() -> str:
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if not commit:
         return "unknown"
-    return f"{commit}-dirty" if _output("git", "status", "--porcelain", "--untracked-files=no") else commit
+    changed = _output(
+        "git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"
+    )
+    return f"{commit}-dirty" if changed else commit
+
+
+def _source_digest() -> str:
+    """Of the bytes that run, whatever git says of them."""
+    package = Path(dil_kernels.__file__).parent
+    files = [*package.rglob("*.py"), *package.rglob("*.so"), *(REPOSITORY / "benchmarks").rglob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _output(*command: str) -> str:

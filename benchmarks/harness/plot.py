@@ -1,79 +1,177 @@
-"""The picture: one small chart a case and pass, a bar for each provider, the byte floor as a line."""
+"""The pictures, from the records: bars beside the floor, curves over a size, peak memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from harness.cases import DTYPE_NAMES, PASSES, Case
-from harness.machine import Machine
-from harness.providers import PROVIDERS
-from harness.runner import Result
+from harness.family import OURS, Family
+from harness.records import OK, Record
 
-COLOURS = ("#1b6ca8", "#c0392b", "#e59866", "#7d8a97", "#8e6bb0", "#3f9c6b", "#b59f3b")
-FLOOR_COLOUR = "#111111"
+OUR_COLOURS = ("#1b6ca8", "#5fa8d8")
+COLOURS = ("#c0392b", "#e59866", "#7d8a97", "#3f9c6b", "#8fc9a5", "#b59f3b", "#8e6bb0", "#c3aedb", "#a0522d", "#d8a7b1")
+MARKERS = "osD^vP*X<>hp"
+FLOOR = {"color": "#111111", "linewidth": 1.1, "linestyle": (0, (4, 2))}
+CASES_WITH_BARS = 6  # the first ones of a grid
+MIN_CURVE_POINTS = 3
+AXIS_NAMES = {"vocab": "vocabulary V", "rows": "rows", "pairs": "pairs B", "tokens": "tokens T"}
 
-
-def write_plot(path: Path, results: Sequence[Result], machine: Machine) -> None:
-    """Write a PNG; providers that were never timed do not appear."""
-    timed = [r for r in results if r.time is not None]
-    cases = list(dict.fromkeys(r.case for r in timed))
-    names = list(dict.fromkeys(r.entry.provider.name for r in timed))
-    colours = {name: COLOURS[_colour_index(name, names) % len(COLOURS)] for name in names}
-    figure = Figure(figsize=(1.2 + 1.75 * max(len(cases), 3), 6.4), layout="constrained", dpi=150)
-    grid = figure.subplots(len(PASSES), len(cases), squeeze=False)
-    for row, timed_pass in zip(grid, PASSES, strict=True):
-        for axes, case in zip(row, cases, strict=True):
-            _chart(axes, [r for r in timed if r.case == case and r.timed is timed_pass], colours)
-        row[0].set_ylabel(f"{timed_pass.name}\nmilliseconds, median", fontsize=9)
-    for axes, case in zip(grid[0], cases, strict=True):
-        axes.set_title(_case_title(case), fontsize=8.5)
-    labels = {r.entry.provider.name: r.entry.label for r in timed}
-    _legend(figure, {labels[name]: colours[name] for name in names})
-    figure.suptitle(
-        f"Per-sequence log-probs from logits, {machine.device}, {machine.threads} CPU threads, torch {machine.torch}, "
-        f"commit {machine.commit}, {machine.date[:10]}",
-        fontsize=10,
-    )
-    figure.savefig(path)
+Value = Callable[[Record], "float | None"]
 
 
-def _colour_index(name: str, names: Sequence[str]) -> int:
-    known = list(PROVIDERS)
-    return known.index(name) if name in known else len(known) + names.index(name)
+def write_plots(folder: Path, family: Family, records: Sequence[Record]) -> list[Path]:
+    """Write NAME.png (time), NAME-memory.png and NAME-curves.png where it has something to show; their paths."""
+    timed = [r for r in records if r.status == OK]
+    if not timed:
+        return []
+    colours = _colours(timed)
+    figures = {
+        "": _bars(family, timed, colours, "milliseconds, median", lambda r: r.p50_ms, lambda r: r.floor_ms),
+        "-memory": _bars(family, timed, colours, "peak MB held by tensors beside the inputs", _peak_mb, lambda r: None),
+        "-curves": _curves(family, timed, colours),
+    }
+    paths = []
+    for suffix, figure in figures.items():
+        if figure is not None:
+            paths.append(folder / f"{family.name}{suffix}.png")
+            figure.savefig(paths[-1])
+    return paths
 
 
-def _case_title(case: Case) -> str:
+def _peak_mb(record: Record) -> float | None:
+    return None if record.peak_bytes is None else record.peak_bytes / 1e6
+
+
+def _colours(records: Sequence[Record]) -> dict[str, str]:
+    """Ours in blues, the others in the order of the providers."""
+    names = list(dict.fromkeys(r.provider for r in records))
+    ours = [name for name in names if name.startswith(OURS)]
+    others = [name for name in names if not name.startswith(OURS)]
+    return {name: OUR_COLOURS[i % len(OUR_COLOURS)] for i, name in enumerate(ours)} | {
+        name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)
+    }
+
+
+def _headline(family: Family, record: Record, what: str) -> str:
+    machine = record.machine
+    driver = f", driver {machine.driver}" if machine.driver else f", {machine.cpu_threads} CPU threads"
     return (
-        f"{case.sequences} x {case.tokens} tokens\nvocabulary {case.vocab}\n"
-        f"{DTYPE_NAMES[case.dtype]}, {case.scored_percent}% scored"
+        f"{family.title}: {what}\n{machine.device}{driver}, torch {machine.torch}, commit {machine.commit}, "
+        f"{machine.date[:10]}"
     )
 
 
-def _chart(axes: Axes, results: Sequence[Result], colours: dict[str, str]) -> None:
-    heights = [r.time.p50 for r in results if r.time is not None]
-    bars = axes.bar(range(len(results)), heights, width=0.78, color=[colours[r.entry.provider.name] for r in results])
-    axes.bar_label(bars, labels=[f"{height:.3g}" for height in heights], fontsize=7, padding=1)
-    if results:
-        axes.axhline(results[0].floor_ms, color=FLOOR_COLOUR, linewidth=1.1, linestyle=(0, (4, 2)))
-    axes.set_xticks([])
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.tick_params(axis="y", labelsize=7, length=2)
+def _bars(
+    family: Family, records: Sequence[Record], colours: dict[str, str], unit: str, value: Value, floor: Value
+) -> Figure:
+    """A row a case, a column a pass, a bar a provider."""
+    cases = list(dict.fromkeys(r.case for r in records))[:CASES_WITH_BARS]
+    shown = [[[r for r in records if (r.case, r.pass_name) == (c, p.name)] for p in family.passes] for c in cases]
+    heights = [max(len(panel) for panel in row) for row in shown]
+    figure = Figure(figsize=(12, 1.5 + sum(0.22 * n + 0.5 for n in heights)), layout="constrained", dpi=130)
+    grid = figure.subplots(
+        len(cases), len(family.passes), squeeze=False, height_ratios=[0.22 * n + 0.3 for n in heights]
+    )
+    for axes_row, panels in zip(grid, shown, strict=True):
+        for axes, panel, timed in zip(axes_row, panels, family.passes, strict=True):
+            _bar_panel(axes, panel, colours, value, floor)
+            if panel:
+                axes.set_title(f"{timed.name}: {panel[0].title}", fontsize=9, loc="left")
+    for axes in grid[-1]:
+        axes.set_xlabel(unit, fontsize=9)
+    if floor(records[0]) is not None:
+        line = Line2D([], [], label="floor: what cannot be avoided, at the machine's measured rate", **FLOOR)
+        figure.legend(handles=[line], loc="outside lower right", fontsize=9, frameon=False)
+    figure.suptitle(_headline(family, records[0], unit), fontsize=10.5, x=0.01, ha="left")
+    return figure
+
+
+def _bar_panel(axes: Axes, records: Sequence[Record], colours: dict[str, str], value: Value, floor: Value) -> None:
+    drawn = [r for r in records if value(r) is not None]
+    widths = [value(r) or 0.0 for r in drawn]
+    bars = axes.barh(range(len(drawn)), widths, height=0.74, color=[colours[r.provider] for r in drawn])
+    axes.bar_label(bars, labels=[_short(width) for width in widths], fontsize=8, padding=3)
+    axes.set_yticks(range(len(drawn)), [r.label for r in drawn], fontsize=8)
+    axes.invert_yaxis()
+    limit = floor(drawn[0]) if drawn else None
+    if limit is not None:
+        axes.axvline(limit, **FLOOR)
+    axes.set_xlim(0, 1.13 * max([*widths, limit or 0.0], default=1.0) or 1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.tick_params(axis="x", labelsize=8, length=2)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _short(number: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}" if number >= 0.001 else f"{number:.4f}"
+
+
+def _curves(family: Family, records: Sequence[Record], colours: dict[str, str]) -> Figure | None:
+    """A row a size that the grid varies alone, a column a pass: how near each provider comes to the floor."""
+    chosen = {x: group for x in family.curves if (group := _longest_curve(family, records, x))}
+    if not chosen:
+        return None
+    figure = Figure(figsize=(12, 1.2 + 3.4 * len(chosen)), layout="constrained", dpi=130)
+    grid = figure.subplots(len(chosen), len(family.passes), squeeze=False)
+    for axes_row, (x, group) in zip(grid, chosen.items(), strict=True):
+        for axes, timed in zip(axes_row, family.passes, strict=True):
+            _curve_panel(axes, [r for r in group if r.pass_name == timed.name], x, colours)
+            axes.set_title(f"{timed.name}: {_fixed_sizes(group[0], x, family)}", fontsize=9, loc="left")
+        axes_row[0].set_ylabel("floor / median (1 = at the floor)", fontsize=9)
+    labels = {r.provider: r.label for r in records}
+    lines = [
+        Line2D([], [], color=colours[name], marker=MARKERS[i % len(MARKERS)], markersize=5, label=label)
+        for i, (name, label) in enumerate(labels.items())
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 5), fontsize=9, frameon=False)
+    figure.suptitle(_headline(family, records[0], "share of the floor reached"), fontsize=10.5, x=0.01, ha="left")
+    return figure
+
+
+def _fixed(record: Record, x: str) -> tuple[tuple[str, object], ...]:
+    """The sizes that a curve over x holds fixed."""
+    follows = {"rows": {"rows", "tokens", "scored_rows"}}.get(x, {x})
+    return tuple((name, value) for name, value in record.columns.items() if name not in follows)
+
+
+def _longest_curve(family: Family, records: Sequence[Record], x: str) -> list[Record]:
+    """The records whose cases differ in x alone, of the most values of x; none if those are too few for a curve."""
+    groups: dict[object, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[_fixed(record, x)].append(record)
+    longest = max(groups.values(), key=lambda group: len({r.columns[x] for r in group}))
+    return longest if len({r.columns[x] for r in longest}) >= MIN_CURVE_POINTS else []
+
+
+def _fixed_sizes(record: Record, x: str, family: Family) -> str:
+    return f"over {AXIS_NAMES.get(x, x)}; " + ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in _fixed(record, x)
+    )
+
+
+def _curve_panel(axes: Axes, records: Sequence[Record], x: str, colours: dict[str, str]) -> None:
+    names = list(dict.fromkeys(r.provider for r in records))
+    for i, name in enumerate(names):
+        points = sorted((r.columns[x], r.share_of_floor or 0.0) for r in records if r.provider == name)
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, color=colours[name], marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.4)
+    ticks = sorted({r.columns[x] for r in records})
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axes.tick_params(axis="x", labelsize=8, rotation=30)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.axhline(1.0, **FLOOR)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.12)
-
-
-def _legend(figure: Figure, colours: dict[str, str]) -> None:
-    handles: list[Patch | Line2D] = [Patch(color=colour, label=label) for label, colour in colours.items()]
-    floor = Line2D(
-        [], [], color=FLOOR_COLOUR, linewidth=1.1, linestyle=(0, (4, 2)), label="floor: counted bytes at copy bandwidth"
-    )
-    figure.legend(
-        handles=[*handles, floor], loc="outside lower center", ncols=len(handles) + 1, fontsize=8.5, frameon=False
-    )
+    axes.set_xlabel(AXIS_NAMES.get(x, x), fontsize=9)

@@ -1,155 +1,171 @@
-"""What is printed and the CSV."""
+"""What is printed."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-from harness.cases import DTYPE_NAMES, PASSES, Case
 from harness.check import MULTIPLE
+from harness.family import OURS, Family
 from harness.machine import Machine
-from harness.runner import UNAVAILABLE, Entry, Result
+from harness.records import OK, UNAVAILABLE, Record
 
 WIDTH = 110
-COLUMNS = "{:<22} {:>10} {:>19} {:>9} {:>9} {:>11} {:>11} {:>11}"
-HEADER = COLUMNS.format("provider", "median ms", "p20 - p80", "GB/s", "of copy", "x authors", "max error", "peak MB")
+LABEL_WIDTH = 28
 
 
-def heading(machine: Machine) -> str:
+@dataclass(frozen=True)
+class Column:
+    """One column of the tables.
+
+    Attributes:
+        width: in characters, the blank before it not counted.
+        text: of a timed record.
+        words: for the legend; {errors}, {baseline} and {multiple} are filled in.
+    """
+
+    width: int
+    text: Callable[[Record], str]
+    words: str
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
+
+
+COLUMNS = {
+    "median ms": Column(
+        10, lambda r: _ms(r.p50_ms), "on CUDA between two events, the queue kept full; on the CPU wall time"
+    ),
+    "p20 - p80": Column(17, lambda r: f"{_ms(r.p20_ms)} - {_ms(r.p80_ms)}", "of the same samples"),
+    "host ms": Column(
+        9, lambda r: _ms(r.host_ms), "until the call has returned to Python; on the CPU that is all of it"
+    ),
+    "launches": Column(
+        9,
+        lambda r: _number(r.launches, "d"),
+        "on CUDA kernels, copies and fills; on the CPU operators dispatched, those inside others too",
+    ),
+    "GB/s": Column(8, lambda r: _number(r.gbps, ".1f"), "bytes counted, said above each table, over the median"),
+    "TFLOP/s": Column(8, lambda r: _number(r.tflops, ".2f"), "FLOPs counted, said above each table, over the median"),
+    "of floor": Column(
+        9,
+        lambda r: _number(r.share_of_floor, ".0%"),
+        "floor over median; the floor is the time of the counted bytes at the rate of a large Tensor.copy_ (read plus "
+        "written), or of the counted FLOPs at that of a large torch.mm if longer, both timed in the same rounds",
+    ),
+    "x baseline": Column(11, lambda r: _number(r.speedup, ".2f"), "how many times faster than {baseline}"),
+    "max error": Column(
+        10,
+        lambda r: _number(r.max_error, ".1e"),
+        "against fp64; {errors}; {multiple} times that of eager PyTorch in the same dtype is allowed",
+    ),
+    "peak MB": Column(
+        9,
+        lambda r: _number(None if r.peak_bytes is None else r.peak_bytes / 1e6, ".1f"),
+        "most bytes held by tensors at a time during a call, beside its inputs; 1 MB = 1e6 bytes",
+    ),
+}
+
+
+def heading(family: Family, machine: Machine) -> str:
     """What was run, on what."""
+    driver = f", driver {machine.driver}" if machine.driver else ""
     return "\n".join(
         (
-            "Per-sequence log-probs from logits [sequences, tokens, vocabulary]",
-            f"device    {machine.device}, {machine.threads} CPU threads",
+            family.title,
+            f"device    {machine.device}{driver}, {machine.cpu_threads} CPU threads",
             f"versions  torch {machine.torch}, triton {machine.triton}, dil_kernels {machine.dil_kernels}, "
-            f"commit {machine.commit}",
+            f"commit {machine.commit}, source {machine.source}",
         )
     )
 
 
-def legend(device_type: str) -> str:
+def legend(family: Family, device_type: str) -> str:
     """How to read the tables."""
-    lines = [
-        "forward    without asking for a gradient, as a reference model is scored",
-        "GB/s       bytes that no implementation can avoid, said above each table, over the median time",
-        "of copy    that over the bandwidth of a large Tensor.copy_ (bytes read plus written) timed in the same rounds",
-        "x authors  how many times faster than the authors' way (fp32 log_softmax over every row of a slice)",
-        "max error  against fp64; forward: of a sequence's log-prob, relative; forward+backward: of a gradient",
-        f"           element, relative to it + |upstream|/V; {MULTIPLE} times eager PyTorch's in that dtype is allowed",
-        "peak MB    most bytes held by tensors at a time during a call, beside its inputs (1 MB = 1e6 bytes)",
-    ]
+    words = {"errors": family.error_words, "baseline": family.baseline_words, "multiple": MULTIPLE}
+    lines = []
+    for name in family.columns:
+        lines += textwrap.wrap(
+            f"{name:<12}{COLUMNS[name].words.format(**words)}",
+            WIDTH,
+            subsequent_indent=" " * 12,
+            break_on_hyphens=False,
+        )
     if device_type == "cpu":
         lines.append(
-            "Gradients go to a fresh buffer on each call, as for a user; on a CPU that includes its page faults."
+            "Results go to fresh buffers on each call, as for a user; on a CPU that includes their page faults."
         )
     return "\n".join(lines)
 
 
-def unavailable(entries: Iterable[Entry]) -> str:
+def unavailable(records: Iterable[Record]) -> str:
     """Who is not run here and why, a line each."""
-    return "\n".join(f"not run    {e.provider.name}: {e.reason}" for e in entries if e.status == UNAVAILABLE)
-
-
-def case_table(case: Case, results: Sequence[Result]) -> str:
-    """One table a pass."""
-    lines = [
-        "",
-        "=" * WIDTH,
-        f"{case.sequences} x {case.tokens} tokens, vocabulary {case.vocab}, {DTYPE_NAMES[case.dtype]}: "
-        f"{case.scored_rows} of {case.rows} rows scored   [{case.name}]",
-    ]
-    for timed in PASSES:
-        mine = [r for r in results if r.timed is timed]
-        megabytes = timed.bytes_counted(case) / 1e6
-        lines += [
-            "",
-            f"{timed.name}: {megabytes:.1f} MB counted ({timed.words})",
-            f"floor {mine[0].floor_ms:.3f} ms, at the {mine[0].copy_gbps:.1f} GB/s of a copy in the same rounds",
-            HEADER,
-            "-" * WIDTH,
-        ]
-        lines += [_line(r) for r in mine if r.entry.status != UNAVAILABLE]
+    lines = dict.fromkeys(f"not run    {r.provider}: {r.reason}" for r in records if r.status == UNAVAILABLE)
     return "\n".join(lines)
 
 
-def _line(result: Result) -> str:
-    if result.time is None or result.gbps is None or result.share_of_copy is None or result.error is None:
-        return f"{result.entry.label:<22} not timed, {result.entry.status}: {result.entry.reason}"[:WIDTH]
-    time = result.time
-    return COLUMNS.format(
-        result.entry.label,
-        f"{time.p50:.3f}",
-        f"{time.p20:.3f} - {time.p80:.3f}",
-        f"{result.gbps:.1f}",
-        f"{result.share_of_copy:.0%}",
-        "" if result.ratio is None else f"{result.ratio:.2f}",
-        f"{result.error:.1e}",
-        "" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:.1f}",
+def case_table(family: Family, records: Sequence[Record]) -> str:
+    """Of the records of one case: one table a pass."""
+    lines = ["", "=" * WIDTH, f"{records[0].title}   [{records[0].case}]"]
+    for timed in family.passes:
+        mine = [r for r in records if r.pass_name == timed.name]
+        lines += ["", *_counted(mine[0]), _line("provider", list(family.columns), family), "-" * WIDTH]
+        for record in mine:
+            if record.status == OK:
+                lines.append(_line(record.label, [COLUMNS[name].text(record) for name in family.columns], family))
+            elif record.status != UNAVAILABLE:
+                lines.append(f"{record.label:<{LABEL_WIDTH}} not timed, {record.status}: {record.reason}"[:WIDTH])
+    return "\n".join(lines)
+
+
+def _counted(record: Record) -> list[str]:
+    flops = "" if record.flops is None else f" and {record.flops / 1e9:.3f} GFLOP"
+    lines = textwrap.wrap(
+        f"{record.pass_name}: {record.bytes / 1e6:.3f} MB{flops} counted ({record.counted})",
+        WIDTH,
+        subsequent_indent="  ",
     )
+    if record.floor_ms is not None and record.copy_gbps is not None:
+        gemm = "" if record.gemm_tflops is None else f" and the {record.gemm_tflops:.2f} TFLOP/s of a GEMM"
+        lines.append(
+            f"floor {_ms(record.floor_ms)} ms, at the {record.copy_gbps:.1f} GB/s of a copy{gemm} in the same rounds"
+        )
+    return lines
 
 
-def write_csv(path: Path, results: Sequence[Result], machine: Machine) -> None:
-    """One row a case, provider and pass; a figure that was not measured is an empty field."""
-    rows = [dict(_fields(result, machine)) for result in results]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def _line(label: str, texts: Sequence[str], family: Family) -> str:
+    cells = [f"{text:>{COLUMNS[name].width}}" for name, text in zip(family.columns, texts, strict=True)]
+    return " ".join([f"{label:<{LABEL_WIDTH}}", *cells])
 
 
-def _fields(result: Result, machine: Machine) -> Iterator[tuple[str, object]]:
-    case, entry, time = result.case, result.entry, result.time
-    p20, p50, p80 = (time.p20, time.p50, time.p80) if time else (None, None, None)
-    yield "case", case.name
-    yield "sequences", case.sequences
-    yield "tokens", case.tokens
-    yield "vocab", case.vocab
-    yield "dtype", DTYPE_NAMES[case.dtype]
-    yield "scored_percent", case.scored_percent
-    yield "rows", case.rows
-    yield "scored_rows", case.scored_rows
-    yield "provider", entry.provider.name
-    yield "provider_label", entry.label
-    yield "provider_version", entry.version
-    yield "pass", result.timed.name
-    yield "status", entry.status
-    yield "reason", entry.reason
-    yield "p20_ms", _number(p20)
-    yield "p50_ms", _number(p50)
-    yield "p80_ms", _number(p80)
-    yield "samples", time.samples if time else ""
-    yield "bytes", result.timed.bytes_counted(case)
-    yield "bytes_in_words", result.timed.words
-    yield "gbps", _number(result.gbps)
-    yield "copy_gbps", _number(result.copy_gbps)
-    yield "floor_ms", _number(result.floor_ms)
-    yield "share_of_copy", _number(result.share_of_copy)
-    yield "times_faster_than_authors", _number(result.ratio)
-    yield "max_error", _number(result.error)
-    yield "max_error_allowed", _number(result.error_allowed)
-    yield "peak_bytes", "" if result.peak_bytes is None else result.peak_bytes
-    yield "device", machine.device
-    yield "cpu_threads", machine.threads
-    yield "torch", machine.torch
-    yield "triton", machine.triton
-    yield "dil_kernels", machine.dil_kernels
-    yield "commit", machine.commit
-    yield "date", machine.date
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
-
-
-def summary(results: Sequence[Result], ours: str) -> str:
-    """A line a pass: ours beside the authors' way and the copy, as ranges over the cases."""
+def summary(records: Sequence[Record]) -> str:
+    """A line a pass: ours beside the baseline and the floor, as ranges over the cases, and where another is ahead."""
     lines = []
-    for timed in PASSES:
-        mine = [r for r in results if r.timed is timed and r.entry.provider.name == ours and r.time is not None]
-        shares = [r.share_of_copy for r in mine if r.share_of_copy is not None]
-        ratios = [r.ratio for r in mine if r.ratio is not None]
-        if shares:
-            faster = f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as the authors' way, " if ratios else ""
-            lines.append(f"{timed.name:<16}  {ours}: {faster}{min(shares):.0%} to {max(shares):.0%} of copy bandwidth")
+    for timed in dict.fromkeys(r.pass_name for r in records):
+        mine = [r for r in records if r.pass_name == timed and r.status == OK]
+        ours = [r for r in mine if r.provider == OURS]
+        shares = [r.share_of_floor for r in ours if r.share_of_floor is not None]
+        speedups = [r.speedup for r in ours if r.speedup is not None]
+        if not shares:
+            continue
+        faster = f"{min(speedups):.1f} to {max(speedups):.1f} times as fast as {ours[0].baseline}, " if speedups else ""
+        lines.append(f"{timed:<17} {OURS}: {faster}{min(shares):.0%} to {max(shares):.0%} of the floor")
+        lines += [f"{'':<17} {line}" for line in _ahead(ours, mine)]
     return "\n".join(lines)
+
+
+def _ahead(ours: Sequence[Record], timed: Sequence[Record]) -> list[str]:
+    """Where a provider that is not ours has the smaller median."""
+    lines = []
+    for own in ours:
+        others = [r for r in timed if r.case == own.case and not r.provider.startswith(OURS)]
+        fastest = min(others, key=lambda r: r.p50_ms or 0.0, default=None)
+        if fastest is not None and fastest.p50_ms and own.p50_ms and fastest.p50_ms < own.p50_ms:
+            lines.append(f"{fastest.label} is ahead in {own.case}: {_ms(fastest.p50_ms)} ms, ours {_ms(own.p50_ms)} ms")
+    return lines or ["ahead of every other provider in every case"]

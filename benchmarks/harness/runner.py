@@ -4,166 +4,190 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from harness.cases import FORWARD, PASSES, Case, Inputs, Pass, make_inputs
-from harness.check import Errors, Oracle, allowed_errors, make_oracle, measure_errors
-from harness.machine import Copy, last_cache_bytes
-from harness.memory import peak_bytes
-from harness.providers import BASELINE, Provider, SequenceLogps, describe, eager_sequence_logps
+from harness.ceilings import Ceilings, Rates
+from harness.check import allowed_errors, find_problem
+from harness.family import Case, Errors, Family, Fn, Pass, Provider, WrongResultError
+from harness.machine import Machine, last_cache_bytes
+from harness.records import FAILED, OK, UNAVAILABLE, WRONG, Record
 from harness.timing import Budget, Call, Quantiles, time_interleaved
+from harness.trace import Trace, trace_call
 
-# Buffers are rotated that together are this many times the last cache, so that no call finds its input there.
+# Inputs are rotated that together are this many times the last cache, so that no call finds its input there.
 CACHE_MULTIPLE = 4
-COPY = "copy"
-
-OK, WRONG, FAILED, UNAVAILABLE = "ok", "wrong", "failed", "unavailable"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Entry:
     """A provider in a case, after its correctness check."""
 
     provider: Provider
-    label: str
     version: str
     status: str
-    reason: str = ""  # why it is not timed
-    fn: SequenceLogps | None = None
-    errors: Errors | None = None
-    allowed: Errors | None = None
+    reason: str = ""
+    fn: Fn | None = None
+    errors: Errors = field(default_factory=dict)
+    allowed: Errors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Result:
-    """One case, provider and pass. What was not measured is None."""
+class Run:
+    """What all cases of a run share."""
 
-    case: Case
-    entry: Entry
-    timed: Pass
-    copy_gbps: float  # copy bandwidth of the machine, measured in the same rounds
-    time: Quantiles | None = None
-    peak_bytes: int | None = None
-    ratio: float | None = None  # time of the authors' way over this time
-
-    @property
-    def gbps(self) -> float | None:
-        """Bytes counted per second of the median, in 1e9."""
-        return None if self.time is None else self.timed.bytes_counted(self.case) / (self.time.p50 * 1e-3) / 1e9
-
-    @property
-    def floor_ms(self) -> float:
-        """Time that the counted bytes take at copy bandwidth."""
-        return self.timed.bytes_counted(self.case) / (self.copy_gbps * 1e9) * 1e3
-
-    @property
-    def share_of_copy(self) -> float | None:
-        """GB/s over those of the copy."""
-        return None if self.gbps is None else self.gbps / self.copy_gbps
-
-    @property
-    def error(self) -> float | None:
-        """Of what the pass adds: log-probs in forward, the gradient in forward+backward."""
-        return _of_pass(self.entry.errors, self.timed)
-
-    @property
-    def error_allowed(self) -> float | None:
-        """What `error` may be at most."""
-        return _of_pass(self.entry.allowed, self.timed)
+    family: Family
+    providers: Sequence[Provider]
+    device: torch.device
+    machine: Machine
+    ceilings: Ceilings
+    budget: Budget
 
 
-def _of_pass(errors: Errors | None, timed: Pass) -> float | None:
-    if errors is None:
-        return None
-    return errors.logps if timed is FORWARD else errors.grad
+def run_case(run: Run, case: Case) -> list[Record]:
+    """Records of every pass and provider, in the order of the passes and then of the providers."""
+    try:
+        inputs = run.family.make_inputs(case, run.device)
+        entries = _check_all(run, case, inputs)
+        rotations = _rotations(run, case, entries, inputs)
+    # A grid made for a large GPU must still run its other cases on a small one.
+    except torch.OutOfMemoryError as error:
+        entries = [Entry(p, p.version(), FAILED, f"inputs or truth: {_first_line(error)}") for p in run.providers]
+        _free(run.device)
+        return [_record(run, case, timed, entry) for timed in run.family.passes for entry in entries]
+    records = []
+    for timed in run.family.passes:
+        records += _time_pass(run, case, timed, entries, rotations)
+    return records
 
 
-def run_case(
-    case: Case, providers: Sequence[Provider], device: torch.device, copy: Copy, budget: Budget
-) -> list[Result]:
-    """Results of every provider and pass, in the order of the passes and then of the providers."""
-    inputs = make_inputs(case, device)
-    entries = _check_all(case, providers, device, inputs)
-    correct = [entry for entry in entries if entry.status == OK]
-    shared, private = _rotations(case, correct, device, inputs)
-    results = []
-    for timed in PASSES:
-        calls = {
-            entry.provider.name: _make_call(entry, timed, inputs, private if entry.provider.destroys_logits else shared)
-            for entry in correct
-        }
-        peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
-        times = time_interleaved({COPY: copy, **calls}, device, budget)
-        copy_gbps = copy.gbps(times[COPY].p50)
-        baseline = times.get(BASELINE)
-        for entry in entries:
-            name = entry.provider.name
-            time = times.get(name)
-            ratio = baseline.p50 / time.p50 if baseline is not None and time is not None else None
-            results.append(Result(case, entry, timed, copy_gbps, time, peaks.get(name), ratio))
-    return results
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
-def _check_all(case: Case, providers: Sequence[Provider], device: torch.device, inputs: Inputs) -> list[Entry]:
-    oracle = make_oracle(inputs)
-    eager = measure_errors(eager_sequence_logps, inputs, oracle)
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def _check_all(run: Run, case: Case, inputs: Any) -> list[Entry]:
+    truth = run.family.make_truth(inputs)
+    yardstick = run.family.measure_errors(run.family.yardstick, inputs, truth)
     entries = []
-    for provider in providers:
-        entries.append(_check(provider, case, device, inputs, oracle, eager))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    for provider in run.providers:
+        entries.append(_check(run, case, provider, inputs, truth, yardstick))
+        _free(run.device)
     return entries
 
 
-def _check(
-    provider: Provider, case: Case, device: torch.device, inputs: Inputs, oracle: Oracle, eager: Errors
-) -> Entry:
-    problem = provider.problem(device)
+def _check(run: Run, case: Case, provider: Provider, inputs: Any, truth: Any, yardstick: Errors) -> Entry:
+    problem = provider.problem(run.device)
     if problem is not None:
-        return Entry(provider, provider.name, "", UNAVAILABLE, problem)
-    label, version = describe(provider, device, case.dtype), provider.version()
+        return Entry(provider, "", UNAVAILABLE, problem)
+    version = provider.version()
     try:
         fn = provider.build()
-        errors = measure_errors(fn, inputs, oracle)
+        errors = run.family.measure_errors(fn, inputs, truth)
+    except WrongResultError as error:
+        return Entry(provider, version, WRONG, str(error))
     # A provider may fail in any way, for want of memory too; the others must still be measured.
     except Exception as error:
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        return Entry(provider, label, version, FAILED, f"{type(error).__name__}: {first_line}")
-    allowed = allowed_errors(eager, case.dtype, provider.logps_in_logits_dtype)
-    problem = errors.problem(allowed)
-    return Entry(provider, label, version, OK if problem is None else WRONG, problem or "", fn, errors, allowed)
+        return Entry(provider, version, FAILED, _first_line(error))
+    allowed = allowed_errors(run.family, yardstick, provider, case.dtype)
+    problem = find_problem(errors, allowed)
+    return Entry(provider, version, OK if problem is None else WRONG, problem or "", fn, errors, allowed)
 
 
-def _rotations(
-    case: Case, entries: Sequence[Entry], device: torch.device, inputs: Inputs
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Equal leaf logits: some shared by providers that leave them alone, some for those that destroy them, if any."""
-    count = max(1, math.ceil(CACHE_MULTIPLE * last_cache_bytes(device) / case.logits_bytes))
-    shared = [inputs.logits] + [_leaf_copy(inputs.logits) for _ in range(count - 1)]
-    destroyed = any(entry.provider.destroys_logits for entry in entries)
-    return shared, [_leaf_copy(inputs.logits) for _ in range(count)] if destroyed else []
+@dataclass(frozen=True)
+class Rotations:
+    """Equal inputs: some shared by providers that leave them alone, some for those that destroy them, if any."""
+
+    shared: list[Any]
+    private: list[Any]
+
+    def of(self, provider: Provider) -> list[Any]:
+        """Those that a provider is timed on."""
+        return self.private if provider.destroys_inputs else self.shared
 
 
-def _leaf_copy(logits: Tensor) -> Tensor:
-    return logits.detach().clone().requires_grad_()
+def _rotations(run: Run, case: Case, entries: Sequence[Entry], inputs: Any) -> Rotations:
+    count = max(1, math.ceil(CACHE_MULTIPLE * last_cache_bytes(run.device) / case.rotated_bytes))
+    shared = [inputs] + [run.family.fresh(inputs) for _ in range(count - 1)]
+    destroyed = any(entry.provider.destroys_inputs for entry in entries if entry.status == OK)
+    return Rotations(shared, [run.family.fresh(inputs) for _ in range(count)] if destroyed else [])
 
 
-def _make_call(entry: Entry, timed: Pass, inputs: Inputs, rotation: list[Tensor]) -> Call:
-    """The call that is timed. Its results are freed inside it, as a training step frees them."""
-    fn, labels, upstream = entry.fn, inputs.labels, inputs.upstream
-    assert fn is not None
+def _make_call(timed: Pass, fn: Fn, rotation: list[Any]) -> Call:
+    return lambda i: timed.run(fn, rotation[i % len(rotation)])
 
-    def forward(i: int) -> None:
-        with torch.no_grad():
-            fn(rotation[i % len(rotation)], labels)
 
-    def forward_backward(i: int) -> None:
-        logits = rotation[i % len(rotation)]
-        torch.autograd.grad(fn(logits, labels), logits, upstream)
+def _time_pass(run: Run, case: Case, timed: Pass, entries: Sequence[Entry], rotations: Rotations) -> list[Record]:
+    calls: dict[str, Call] = {}
+    traces: dict[str, Trace] = {}
+    for entry in entries:
+        if entry.status != OK:
+            continue
+        assert entry.fn is not None
+        name, call = entry.provider.name, _make_call(timed, entry.fn, rotations.of(entry.provider))
+        try:
+            traces[name] = trace_call(call, run.device)
+        except Exception as error:  # what fits in memory during the check may not fit beside the rotated inputs
+            entry.status, entry.reason = FAILED, _first_line(error)
+            _free(run.device)
+            continue
+        calls[name] = call
+    gemm_dtype = None if timed.flops_counted is None else case.dtype
+    times = time_interleaved({**run.ceilings.calls(gemm_dtype), **calls}, run.device, run.budget)
+    rates = run.ceilings.rates(times, gemm_dtype)
+    return [_record(run, case, timed, entry, rates, times, traces) for entry in entries]
 
-    return forward if timed is FORWARD else forward_backward
+
+def _record(
+    run: Run,
+    case: Case,
+    timed: Pass,
+    entry: Entry,
+    rates: Rates | None = None,
+    times: Mapping[str, Quantiles] = MappingProxyType({}),
+    traces: Mapping[str, Trace] = MappingProxyType({}),
+) -> Record:
+    family, name = run.family, entry.provider.name
+    nbytes = timed.bytes_counted(case)
+    flops = None if timed.flops_counted is None else timed.flops_counted(case)
+    floor_ms = None if rates is None else rates.floor_ms(nbytes, flops)
+    time, trace, baseline = times.get(name), traces.get(name), times.get(family.baseline)
+    return Record(
+        case=case.name,
+        title=case.title,
+        columns=case.columns,
+        provider=name,
+        label=name if entry.status == UNAVAILABLE else entry.provider.label_on(run.device),
+        version=entry.version,
+        pass_name=timed.name,
+        status=entry.status,
+        reason=entry.reason,
+        p20_ms=time and time.p20,
+        p50_ms=time and time.p50,
+        p80_ms=time and time.p80,
+        samples=time and time.samples,
+        host_ms=time and time.host_p50,
+        launches=trace and trace.launches,
+        bytes=nbytes,
+        flops=flops,
+        counted=timed.words,
+        copy_gbps=rates and rates.copy_gbps,
+        gemm_tflops=rates and rates.gemm_tflops,
+        floor_ms=floor_ms,
+        share_of_floor=floor_ms / time.p50 if time and floor_ms is not None else None,
+        baseline=family.baseline,
+        speedup=baseline.p50 / time.p50 if time and baseline else None,
+        max_error=entry.errors.get(timed.error),
+        max_error_allowed=entry.allowed.get(timed.error),
+        peak_bytes=trace and trace.peak_bytes,
+        machine=run.machine,
+    )

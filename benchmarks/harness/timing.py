@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,10 @@ Call = Callable[[int], object]  # the argument counts calls, so that a call can 
 
 WARMUP_CALLS = 1
 CALLS_PER_ROUND = 2
+# A CUDA queue is held up for this many times as long as the host takes to fill it, so that what is timed is the device.
+LEAD = 2.0
+MAX_LEAD_MS = 20.0
+CYCLES_PER_MS = 2_000_000  # of a GPU at 2 GHz; a slower one is held up for longer
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One call, in milliseconds."""
+
+    device_ms: float  # on CUDA between two events, elsewhere wall time
+    host_ms: float  # until the call returned
+
+
+@dataclass(frozen=True)
 class Quantiles:
     """Of the samples of one call, in milliseconds."""
 
@@ -38,46 +50,60 @@ class Quantiles:
     p50: float
     p80: float
     samples: int
+    host_p50: float
 
 
-def quantiles(samples_ms: Sequence[float]) -> Quantiles:
+def quantiles(samples: Sequence[Sample]) -> Quantiles:
     """Interpolated linearly."""
-    points = torch.tensor(samples_ms, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
-    p20, p50, p80 = points.tolist()
-    return Quantiles(p20, p50, p80, len(samples_ms))
+    device, host = (
+        torch.tensor([getattr(s, field) for s in samples], dtype=torch.float64) for field in ("device_ms", "host_ms")
+    )
+    p20, p50, p80 = device.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return Quantiles(p20, p50, p80, len(samples), host.quantile(0.5).item())
 
 
-def time_calls(call: Call, first: int, count: int, device: torch.device) -> list[float]:
-    """Milliseconds of each of `count` calls in a row; by events on CUDA, whose queue is not drained between calls."""
+def time_calls(call: Call, first: int, count: int, device: torch.device, lead_ms: float = 0.0) -> list[Sample]:
+    """Time `count` calls in a row, numbered from `first`.
+
+    On CUDA by events. The queue is held up for `lead_ms` before the first call and not drained between calls, so that
+    the device never waits for the host; a call that itself waits for the device is timed with its waiting.
+    """
     if device.type != "cuda":
-        samples = []
-        for i in range(first, first + count):
-            start = time.perf_counter()
-            call(i)
-            samples.append((time.perf_counter() - start) * 1e3)
-        return samples
+        return [Sample(ms, ms) for ms in (_wall_ms(call, i) for i in range(first, first + count))]
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    host = []
+    if lead_ms:
+        torch.cuda._sleep(round(lead_ms * CYCLES_PER_MS))
     for i, (begin, end) in enumerate(events, start=first):
         begin.record()
-        call(i)
+        host.append(_wall_ms(call, i))
         end.record()
     torch.cuda.synchronize(device)
-    return [begin.elapsed_time(end) for begin, end in events]
+    return [Sample(begin.elapsed_time(end), ms) for (begin, end), ms in zip(events, host, strict=True)]
 
 
-def time_interleaved(calls: dict[str, Call], device: torch.device, budget: Budget) -> dict[str, Quantiles]:
+def _wall_ms(call: Call, i: int) -> float:
+    start = time.perf_counter()
+    call(i)
+    return (time.perf_counter() - start) * 1e3
+
+
+def time_interleaved(calls: Mapping[str, Call], device: torch.device, budget: Budget) -> dict[str, Quantiles]:
     """Time calls beside each other, so that a machine's slow moments fall on all of them.
 
     Each round runs every call once unmeasured and `CALLS_PER_ROUND` times measured; the order rotates by one a round.
     """
-    last_warm_ms = [time_calls(call, 0, WARMUP_CALLS, device)[-1] for call in calls.values()]
-    round_seconds = sum(last_warm_ms) * 1e-3 * (1 + CALLS_PER_ROUND)
-    rounds = min(max(math.ceil(budget.seconds / round_seconds), budget.min_rounds), budget.max_rounds)
+    per_turn = 1 + CALLS_PER_ROUND
+    warm = {name: time_calls(call, 0, WARMUP_CALLS, device)[-1] for name, call in calls.items()}
+    leads = {name: min(LEAD * per_turn * sample.host_ms, MAX_LEAD_MS) for name, sample in warm.items()}
+    round_ms = sum(per_turn * sample.device_ms for sample in warm.values())
+    if device.type == "cuda":
+        round_ms += sum(leads.values())
+    rounds = min(max(math.ceil(budget.seconds / (round_ms * 1e-3)), budget.min_rounds), budget.max_rounds)
     names = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
     for r in range(rounds):
         turn = r % len(names)
         for name in names[turn:] + names[:turn]:
-            first = r * (1 + CALLS_PER_ROUND)
-            samples[name] += time_calls(calls[name], first, 1 + CALLS_PER_ROUND, device)[1:]
+            samples[name] += time_calls(calls[name], r * per_turn, per_turn, device, leads[name])[1:]
     return {name: quantiles(values) for name, values in samples.items()}

@@ -1,0 +1,1 @@
+"""The benchmarks, one file a family; harness says how to add one."""
