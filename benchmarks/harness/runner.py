@@ -21,6 +21,7 @@ from harness.trace import Trace, trace_call
 
 # Inputs are rotated that together are this many times the last cache, so that no call finds its input there.
 CACHE_MULTIPLE = 4
+MAX_ROTATION = 512  # of inputs so small that launches cost more than bytes
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Rotations:
 
 
 def _rotations(run: Run, case: Case, entries: Sequence[Entry], inputs: Any) -> Rotations:
-    count = max(1, math.ceil(CACHE_MULTIPLE * last_cache_bytes(run.device) / case.rotated_bytes))
+    count = min(math.ceil(CACHE_MULTIPLE * last_cache_bytes(run.device) / case.rotated_bytes), MAX_ROTATION)
     shared = [inputs] + [run.family.fresh(inputs) for _ in range(count - 1)]
     destroyed = any(entry.provider.destroys_inputs for entry in entries if entry.status == OK)
     return Rotations(shared, [run.family.fresh(inputs) for _ in range(count)] if destroyed else [])

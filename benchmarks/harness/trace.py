@@ -36,7 +36,11 @@ class Trace:
 
 
 def trace_call(call: Call, device: torch.device) -> Trace:
-    """Run a call with its number 0, twice on CUDA, since the profiler's own work must not count as memory."""
+    """Run a call with its number 0: once to warm up, then traced; on CUDA memory and launches in two calls.
+
+    What the profiler itself allocates must not count as the call's.
+    """
+    call(0)
     if device.type != "cuda":
         events = _profile(call, [ProfilerActivity.CPU])
         return Trace(_peak(events), sum(event.get("cat") == "cpu_op" for event in events))
