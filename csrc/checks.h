@@ -24,6 +24,7 @@ inline Divergence divergence_by_name(const std::string& name) {
   if (name == D::name) return Divergence::D;
   DIL_DIVERGENCES(DIL_NAME)
 #undef DIL_NAME
+  if (name == "none") return Divergence::None;
   STD_TORCH_CHECK(false, "loss_type ", name, " is not compiled");
 }
 
@@ -34,7 +35,7 @@ inline void check_same_device(const Tensor& one, const Tensor& other, const char
 
 inline SequenceLayout sequence_layout(
     const Tensor& token_logps, const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens,
-    int64_t ignore_index, bool shift) {
+    const std::optional<Tensor>& is_chosen, int64_t ignore_index, bool shift) {
   const int64_t ndim = cu_seqlens ? 1 : 2;
   STD_TORCH_CHECK(token_logps.dim() == ndim, "token_logps must have ", ndim, " dimension(s), got ", token_logps.dim());
   STD_TORCH_CHECK(token_logps.is_contiguous(), "token_logps must be contiguous");
@@ -64,8 +65,25 @@ inline SequenceLayout sequence_layout(
         "cu_seqlens must be a contiguous int32 [S + 1]");
     layout.cu_seqlens = cu_seqlens->const_data_ptr<int32_t>();
   }
+  if (is_chosen) {
+    check_same_device(token_logps, *is_chosen, "is_chosen");
+    STD_TORCH_CHECK(
+        is_chosen->scalar_type() == ScalarType::Bool && is_chosen->dim() == 1 && is_chosen->size(0) == layout.num_sequences &&
+            is_chosen->is_contiguous(),
+        "is_chosen must be a contiguous bool [", layout.num_sequences, "]");
+    layout.is_chosen = is_chosen->const_data_ptr<bool>();
+    return layout;
+  }
   STD_TORCH_CHECK(layout.num_sequences % 2 == 0, "pairs need an even number of sequences, got ", layout.num_sequences);
   return layout;
+}
+
+inline LossOptions loss_options(
+    const std::string& loss_type, const LossParameters& parameters, bool average, bool interleaved, bool mean,
+    const SequenceLayout& layout) {
+  const Divergence divergence = divergence_by_name(loss_type);
+  STD_TORCH_CHECK(!layout.is_chosen || divergence != Divergence::Dpo, "loss_type dpo needs pairs");
+  return {divergence, parameters, average, interleaved, mean};
 }
 
 inline void check_reference(
@@ -82,33 +100,49 @@ inline void check_reference(
 }
 
 struct DensityRatioOutputs {
-  Tensor loss, losses, logratios, logps, lengths, num_pairs, coefs;
+  Tensor loss, losses, logratios, logps, lengths, counts, coefs;
 
-  DensityRatioOutputs(const Tensor& like, int64_t S)
+  DensityRatioOutputs(const Tensor& like, const SequenceLayout& layout)
       : loss(torch::stable::new_empty(like, {})),
-        losses(torch::stable::new_empty(like, {S / 2})),
-        logratios(torch::stable::new_empty(like, {S})),
-        logps(torch::stable::new_empty(like, {S})),
-        lengths(torch::stable::new_empty(like, {S}, ScalarType::Int)),
-        num_pairs(torch::stable::new_empty(like, {}, ScalarType::Int)),
-        coefs(torch::stable::new_empty(like, {S})) {}
+        losses(torch::stable::new_empty(like, {layout.num_items()})),
+        logratios(torch::stable::new_empty(like, {layout.num_sequences})),
+        logps(torch::stable::new_empty(like, {layout.num_sequences})),
+        lengths(torch::stable::new_empty(like, {layout.num_sequences}, ScalarType::Int)),
+        counts(torch::stable::new_empty(like, {2}, ScalarType::Int)),
+        coefs(torch::stable::new_empty(like, {layout.num_sequences})) {}
+
+  template <class T>
+  ForwardPointers<T> pointers(
+      const Tensor& token_logps, const std::optional<Tensor>& ref_token_logps, const std::optional<Tensor>& ref_logps) const {
+    return {
+        token_logps.const_data_ptr<T>(),
+        ref_token_logps ? ref_token_logps->const_data_ptr<T>() : nullptr,
+        ref_logps ? ref_logps->const_data_ptr<double>() : nullptr,
+        loss.mutable_data_ptr<T>(),
+        losses.mutable_data_ptr<T>(),
+        logratios.mutable_data_ptr<T>(),
+        logps.mutable_data_ptr<T>(),
+        coefs.mutable_data_ptr<T>(),
+        lengths.mutable_data_ptr<int32_t>(),
+        counts.mutable_data_ptr<int32_t>()};
+  }
 
   using Tuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
   Tuple tuple() && {
-    return {std::move(loss),    std::move(losses),    std::move(logratios), std::move(logps),
-            std::move(lengths), std::move(num_pairs), std::move(coefs)};
+    return {std::move(loss),    std::move(losses), std::move(logratios), std::move(logps),
+            std::move(lengths), std::move(counts), std::move(coefs)};
   }
 };
 
 // What the forward handed to the backward.
 inline void check_saved(
-    const Tensor& token_logps, const Tensor& lengths, const Tensor& num_pairs, const Tensor& coefs, int64_t S) {
+    const Tensor& token_logps, const Tensor& lengths, const Tensor& counts, const Tensor& coefs, int64_t S) {
   STD_TORCH_CHECK(
       lengths.scalar_type() == ScalarType::Int && lengths.numel() == S && lengths.is_contiguous() &&
-          num_pairs.scalar_type() == ScalarType::Int && num_pairs.numel() == 1 &&
+          counts.scalar_type() == ScalarType::Int && counts.numel() == 2 && counts.is_contiguous() &&
           coefs.scalar_type() == token_logps.scalar_type() && coefs.numel() == S && coefs.is_contiguous(),
-      "lengths, num_pairs and coefs must be those of the forward");
-  for (const Tensor* saved : {&lengths, &num_pairs, &coefs}) check_same_device(token_logps, *saved, "saved tensors");
+      "lengths, counts and coefs must be those of the forward");
+  for (const Tensor* saved : {&lengths, &counts, &coefs}) check_same_device(token_logps, *saved, "saved tensors");
 }
 
 inline const void* grad_ptr(const std::optional<Tensor>& grad, const Tensor& like, int64_t numel) {
@@ -122,10 +156,10 @@ inline const void* grad_ptr(const std::optional<Tensor>& grad, const Tensor& lik
 
 inline SequenceGrads sequence_grads(
     const std::optional<Tensor>& loss, const std::optional<Tensor>& losses, const std::optional<Tensor>& logratios,
-    const std::optional<Tensor>& logps, const Tensor& token_logps, int64_t S) {
+    const std::optional<Tensor>& logps, const Tensor& token_logps, const SequenceLayout& layout) {
   return {
-      grad_ptr(loss, token_logps, 1), grad_ptr(losses, token_logps, S / 2), grad_ptr(logratios, token_logps, S),
-      grad_ptr(logps, token_logps, S)};
+      grad_ptr(loss, token_logps, 1), grad_ptr(losses, token_logps, layout.num_items()),
+      grad_ptr(logratios, token_logps, layout.num_sequences), grad_ptr(logps, token_logps, layout.num_sequences)};
 }
 
 }  // namespace dil

@@ -1,5 +1,5 @@
 // What the CPU and CUDA implementations of the density-ratio loss share: the layout of sequences, and the arithmetic of one
-// pair once its tokens are summed.
+// item - a pair, or one response of unpaired data - once its tokens are summed.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@ struct SequenceLayout {
   int64_t label_stride_s;
   int64_t label_stride_t;
   const int32_t* cu_seqlens;  // nullptr: padded
+  const bool* is_chosen;      // [num_sequences] of unpaired data; nullptr: pairs
   int64_t num_sequences;
   int64_t num_values;  // padded: values per row; packed: values in all
   int64_t ignore_index;
@@ -38,10 +39,20 @@ struct SequenceLayout {
     return cu_seqlens[0] == 0 && cu_seqlens[num_sequences] == num_values + shift && cu_seqlens[s] >= 0 &&
            cu_seqlens[s] <= cu_seqlens[s + 1] && cu_seqlens[s + 1] <= num_values + shift;
   }
-  DIL_HD int64_t chosen(int64_t pair, bool interleaved) const { return interleaved ? 2 * pair : pair; }
-  DIL_HD int64_t rejected(int64_t pair, bool interleaved) const {
-    return interleaved ? 2 * pair + 1 : num_sequences / 2 + pair;
+
+  DIL_HD int64_t num_items() const { return is_chosen ? num_sequences : num_sequences / 2; }
+  DIL_HD int64_t sequences_per_item() const { return is_chosen ? 1 : 2; }
+  // The k-th sequence of an item: of a pair the chosen one first.
+  DIL_HD int64_t sequence(int64_t item, int64_t k, bool interleaved) const {
+    if (is_chosen) return item;
+    return interleaved ? 2 * item + k : k * (num_sequences / 2) + item;
   }
+  DIL_HD int64_t item_of(int64_t s, bool interleaved) const {
+    if (is_chosen) return s;
+    return interleaved ? s / 2 : s % (num_sequences / 2);
+  }
+  // Which of the two counts an item goes into; pairs use the first.
+  DIL_HD int side(int64_t item) const { return is_chosen && !is_chosen[item] ? 1 : 0; }
 };
 
 // The sums of one sequence, in fp64.
@@ -53,7 +64,7 @@ struct SequenceSums {
 
 struct LossOptions {
   Divergence divergence;
-  PairOptions pair;
+  LossParameters parameters;
   bool average;
   bool interleaved;
   bool mean;
@@ -65,32 +76,96 @@ DIL_HD double log_ratio(const SequenceSums& sums, bool has_ref_logps, double ref
   return average ? u / static_cast<double>(sums.length) : u;
 }
 
-// A pair with a response that has no scored token is not counted: loss 0, no gradient.
-DIL_HD PairLoss counted_pair_loss(const SequenceSums& w, const SequenceSums& l, double u_w, double u_l, const LossOptions& o) {
-  if (w.length == 0 || l.length == 0) return {0.0, 0.0, 0.0};
-  return pair_loss(o.divergence, u_w, u_l, o.pair);
+template <class T>
+struct ForwardPointers {
+  const T* token_logps;      // [S, T_out] or [N_out]
+  const T* ref_token_logps;  // likewise, or nullptr
+  const double* ref_logps;   // [S] or nullptr
+  T* loss;                   // []
+  T* losses;                 // [items]
+  T* logratios;              // [S]
+  T* logps;                  // [S]
+  T* coefs;                  // [S]
+  int32_t* lengths;          // [S]
+  int32_t* counts;           // [2], items that count: pairs twice, or chosen and rejected responses
+};
+
+// The loss of an item whose sequences have been summed; everything of it is written. Returns the loss, in fp64. An item with
+// a sequence that has no scored token does not count: loss 0, no gradient. Invalid boundaries make all of it NaN.
+template <class T>
+DIL_HD double write_item(
+    const SequenceLayout& layout, const LossOptions& o, const ForwardPointers<T>& p, int64_t item, const SequenceSums sums[2],
+    bool valid) {
+  double u[2] = {0.0, 0.0};
+  bool counted = true;
+  for (int64_t k = 0; k < layout.sequences_per_item(); ++k) {
+    const int64_t s = layout.sequence(item, k, o.interleaved);
+    u[k] = log_ratio(sums[k], p.ref_logps != nullptr, p.ref_logps ? p.ref_logps[s] : 0.0, o.average);
+    counted = counted && sums[k].length > 0;
+    p.logratios[s] = static_cast<T>(valid ? u[k] : NAN);
+    p.logps[s] = static_cast<T>(valid ? sums[k].logps : NAN);
+    p.lengths[s] = static_cast<int32_t>(sums[k].length);
+  }
+  PairLoss loss{0.0, 0.0, 0.0};
+  if (!valid) {
+    loss = {NAN, NAN, NAN};
+  } else if (counted && layout.is_chosen) {
+    const Term term = response_loss(o.divergence, u[0], layout.is_chosen[item], o.parameters);
+    loss = {term.loss, term.grad, 0.0};
+  } else if (counted) {
+    loss = pair_loss(o.divergence, u[0], u[1], o.parameters);
+  }
+  p.losses[item] = static_cast<T>(loss.loss);
+  p.coefs[layout.sequence(item, 0, o.interleaved)] = static_cast<T>(loss.grad_w);
+  if (!layout.is_chosen) p.coefs[layout.sequence(item, 1, o.interleaved)] = static_cast<T>(loss.grad_l);
+  return loss.loss;
+}
+
+// The sum of losses; positive ones apart, so that overflow in both directions is +inf instead of NaN.
+struct Total {
+  double positive = 0.0;
+  double rest = 0.0;  // NaN, too
+  double count = 0.0;
+
+  DIL_HD void add(double loss, bool counted) {
+    (loss > 0.0 ? positive : rest) += loss;
+    count += counted ? 1.0 : 0.0;
+  }
+};
+
+DIL_HD double total_loss(const Total totals[2], bool mean) {
+  double positive = 0.0, rest = 0.0;
+  for (int side = 0; side < 2; ++side) {
+    const double divisor = mean && totals[side].count > 0.0 ? totals[side].count : 1.0;
+    positive += totals[side].positive / divisor;
+    rest += totals[side].rest / divisor;
+  }
+  return positive == INFINITY && !is_nan(rest) ? positive : positive + rest;
 }
 
 // d (what is differentiated) / d (log-prob of a scored token of sequence s).
 struct SequenceGrads {
   const void* loss;       // [] or nullptr
-  const void* losses;     // [B] or nullptr
+  const void* losses;     // [items] or nullptr
   const void* logratios;  // [S] or nullptr
   const void* logps;      // [S] or nullptr
 };
 
 template <class T>
 DIL_HD double token_grad(
-    const SequenceGrads& grads, int64_t s, int64_t pair, double coef, int64_t length, int64_t num_pairs, const LossOptions& o) {
+    const SequenceLayout& layout, const LossOptions& o, const SequenceGrads& grads, int64_t s, double coef, int64_t length,
+    const int32_t* counts) {
+  const int64_t item = layout.item_of(s, o.interleaved);
   const double per_token = o.average && length > 0 ? 1.0 / static_cast<double>(length) : 1.0;
-  double g_pair = 0.0;
+  double g_item = 0.0;
   if (grads.loss) {
-    const double weight = o.mean ? 1.0 / static_cast<double>(num_pairs > 0 ? num_pairs : 1) : 1.0;
-    g_pair += weight * static_cast<double>(*static_cast<const T*>(grads.loss));
+    const int32_t count = counts[layout.side(item)];
+    const double weight = o.mean && count > 0 ? 1.0 / static_cast<double>(count) : 1.0;
+    g_item += weight * static_cast<double>(*static_cast<const T*>(grads.loss));
   }
-  if (grads.losses) g_pair += static_cast<double>(static_cast<const T*>(grads.losses)[pair]);
+  if (grads.losses) g_item += static_cast<double>(static_cast<const T*>(grads.losses)[item]);
   // An overflowed coefficient must not turn a gradient that is not asked for into inf * 0; a NaN one marks bad boundaries.
-  double g = grads.loss || grads.losses || coef != coef ? coef * g_pair : 0.0;
+  double g = g_item != 0.0 || is_nan(coef) ? coef * g_item : 0.0;
   if (grads.logratios) g += static_cast<double>(static_cast<const T*>(grads.logratios)[s]);
   g *= per_token;
   if (grads.logps) g += static_cast<double>(static_cast<const T*>(grads.logps)[s]);

@@ -3,6 +3,9 @@
 // u is the log ratio log pi_theta/pi_ref. A separable loss is A(u) = h'(e^u) and P(u) = e^u h'(e^u) - h(e^u) of a convex
 // generator h, with P'(u) = e^u A'(u); a coupled one is a pair loss. DIL_DIVERGENCES is the one list;
 // dil_kernels/divergences.py is its twin in torch, and the tests compare the two.
+//
+// What overflows is an infinity of the right sign, never a NaN: where two terms overflow against each other, their
+// logarithms are compared.
 #pragma once
 
 #include <cmath>
@@ -15,9 +18,17 @@
 
 namespace dil {
 
-struct PairOptions {
-  double beta;   // of dpo
-  double alpha;  // share of the chosen responses in the reference expectation
+struct LossParameters {
+  double parameter;        // beta of dpo, power of power; 0 where the loss has none
+  double alpha;            // share of the chosen responses in the reference expectation
+  double max_log_ratio;    // soft bound on u; 0 for none
+  double chosen_weight;    // of the chosen term of a separable loss
+  double rejected_weight;  // likewise
+};
+
+struct Term {
+  double loss;
+  double grad;  // d loss / d u
 };
 
 struct PairLoss {
@@ -26,6 +37,8 @@ struct PairLoss {
   double grad_l;  // d loss / d u_l
 };
 
+DIL_HD bool is_nan(double x) { return x != x; }
+
 DIL_HD double softplus(double x) { return (x > 0.0 ? x : 0.0) + log1p(exp(-fabs(x))); }
 
 DIL_HD double sigmoid(double x) {
@@ -33,79 +46,192 @@ DIL_HD double sigmoid(double x) {
   return (x >= 0.0 ? 1.0 : e) / (1.0 + e);
 }
 
-// L = -A(u_w) + alpha P(u_w) + (1 - alpha) P(u_l). A term with weight 0 is left out, so that 0 * inf cannot arise.
+// (e^{k u} - 1) / k, which is u where k is 0.
+DIL_HD double expm1_over(double k, double u) {
+  const double x = k * u;
+  if (fabs(x) >= 1.0) return expm1(x) / k;
+  return x == 0.0 ? u : u * (expm1(x) / x);
+}
+
+DIL_HD double log_add(double a, double b) {  // log(e^a + e^b)
+  const double high = a > b ? a : b, low = a > b ? b : a;
+  return low == -INFINITY ? high : high + log1p(exp(low - high));
+}
+
+// e^positive - e^negative where both overflow.
+DIL_HD double overflowed(double positive, double negative) { return positive < negative ? -INFINITY : INFINITY; }
+
+// u bounded to (-M, M) as M tanh(u / M), and its slope 1 / cosh(u / M)^2.
+DIL_HD double soft_bound(double u, double M) { return M == 0.0 ? u : M * tanh(u / M); }
+DIL_HD double soft_bound_slope(double u, double M) {
+  if (M == 0.0) return 1.0;
+  const double e = exp(-2.0 * fabs(u / M));
+  return 4.0 * e / ((1.0 + e) * (1.0 + e));
+}
+
+// A gradient through a bound or a weight; 0 where that is 0, however large the gradient.
+DIL_HD double scaled(double grad, double by) { return by == 0.0 ? 0.0 : grad * by; }
+
+// L = chosen_weight [-A(u_w) + alpha P(u_w)] + rejected_weight (1 - alpha) P(u_l). A term of weight 0 is left out.
 template <class D>
 struct Separable {
   static constexpr bool separable = true;
-  static DIL_HD PairLoss pair(double u_w, double u_l, PairOptions options) {
-    PairLoss out{-D::A(u_w), -D::dA(u_w), 0.0};
-    if (options.alpha != 0.0) {
-      out.loss += options.alpha * D::P(u_w);
-      out.grad_w += options.alpha * D::dP(u_w);
+
+  // log A and log P where these may overflow.
+  static DIL_HD double log_A(double, double) { return -INFINITY; }
+  static DIL_HD double log_P(double, double) { return INFINITY; }
+
+  // weight P(v) and weight P'(v), finite also where only P is not.
+  static DIL_HD double weighted_P(double v, double p, double weight) {
+    const double P = D::P(v, p);
+    return P == INFINITY ? exp(log(weight) + D::log_P(v, p)) : weight * P;
+  }
+  static DIL_HD double weighted_dP(double v, double p, double weight) {
+    const double dP = D::dP(v, p);
+    return dP == INFINITY ? exp(log(weight) + v) * D::dA(v, p) : weight * dP;
+  }
+
+  static DIL_HD Term chosen(double u, const LossParameters& o) {
+    const double p = o.parameter, v = soft_bound(u, o.max_log_ratio);
+    Term out{-D::A(v, p), -D::dA(v, p)};
+    if (o.alpha != 0.0) {
+      out.loss += weighted_P(v, p, o.alpha);
+      out.grad += weighted_dP(v, p, o.alpha);
+      if (is_nan(out.loss) && !is_nan(u)) out.loss = overflowed(log(o.alpha) + D::log_P(v, p), D::log_A(v, p));
+      if (is_nan(out.grad) && !is_nan(u)) out.grad = overflowed(log(o.alpha) + v, 0.0);  // A'(u) (alpha e^u - 1)
     }
-    if (options.alpha != 1.0) {
-      out.loss += (1.0 - options.alpha) * D::P(u_l);
-      out.grad_l = (1.0 - options.alpha) * D::dP(u_l);
+    return {scaled(out.loss, o.chosen_weight), scaled(scaled(out.grad, soft_bound_slope(u, o.max_log_ratio)), o.chosen_weight)};
+  }
+
+  static DIL_HD Term rejected(double u, const LossParameters& o) {
+    const double weight = o.rejected_weight * (1.0 - o.alpha);
+    if (weight == 0.0) return {0.0, 0.0};
+    const double p = o.parameter, v = soft_bound(u, o.max_log_ratio);
+    return {weighted_P(v, p, weight), scaled(weighted_dP(v, p, weight), soft_bound_slope(u, o.max_log_ratio))};
+  }
+
+  static DIL_HD PairLoss pair(double u_w, double u_l, const LossParameters& o) {
+    const Term w = chosen(u_w, o), l = rejected(u_l, o);
+    double loss = w.loss + l.loss;
+    if (is_nan(loss) && !is_nan(u_w) && !is_nan(u_l)) {
+      const double p = o.parameter, v_w = soft_bound(u_w, o.max_log_ratio), v_l = soft_bound(u_l, o.max_log_ratio);
+      const double positive = log_add(
+          log(o.chosen_weight * o.alpha) + D::log_P(v_w, p), log(o.rejected_weight * (1.0 - o.alpha)) + D::log_P(v_l, p));
+      loss = overflowed(positive, log(o.chosen_weight) + D::log_A(v_w, p));
     }
-    return out;
+    return {loss, w.grad, l.grad};
   }
 };
 
 // h(r) = (r - 1)^2 / 2; DIL eq. 24
 struct Lsif : Separable<Lsif> {
   static constexpr const char* name = "lsif";
-  static DIL_HD double A(double u) { return exp(u); }
-  static DIL_HD double P(double u) { return 0.5 * exp(2.0 * u); }
-  static DIL_HD double dA(double u) { return exp(u); }
-  static DIL_HD double dP(double u) { return exp(2.0 * u); }
+  static DIL_HD double A(double u, double) { return exp(u); }
+  static DIL_HD double P(double u, double) { return 0.5 * exp(2.0 * u); }
+  static DIL_HD double dA(double u, double) { return exp(u); }
+  static DIL_HD double dP(double u, double) { return exp(2.0 * u); }
+  static DIL_HD double log_A(double u, double) { return u; }
+  static DIL_HD double log_P(double u, double) { return 2.0 * u - log(2.0); }
 };
 
 // h(r) = r log r - r; DIL table 1
 struct Ukl : Separable<Ukl> {
   static constexpr const char* name = "ukl";
-  static DIL_HD double A(double u) { return u; }
-  static DIL_HD double P(double u) { return exp(u); }
-  static DIL_HD double dA(double) { return 1.0; }
-  static DIL_HD double dP(double u) { return exp(u); }
+  static DIL_HD double A(double u, double) { return u; }
+  static DIL_HD double P(double u, double) { return exp(u); }
+  static DIL_HD double dA(double, double) { return 1.0; }
+  static DIL_HD double dP(double u, double) { return exp(u); }
+  static DIL_HD double log_P(double u, double) { return u; }
 };
 
 // h(r) = r log r - (1 + r) log(1 + r); DIL table 1
 struct Bce : Separable<Bce> {
   static constexpr const char* name = "bce";
-  static DIL_HD double A(double u) { return -softplus(-u); }
-  static DIL_HD double P(double u) { return softplus(u); }
-  static DIL_HD double dA(double u) { return sigmoid(-u); }
-  static DIL_HD double dP(double u) { return sigmoid(u); }
+  static DIL_HD double A(double u, double) { return -softplus(-u); }
+  static DIL_HD double P(double u, double) { return softplus(u); }
+  static DIL_HD double dA(double u, double) { return sigmoid(-u); }
+  static DIL_HD double dP(double u, double) { return sigmoid(u); }
+};
+
+// h(r) = (r^{1+k} - r) / (k (1+k)), k >= -1; Basu et al. 1998. The constant of P makes the loss continuous in k: ukl at 0.
+struct Power : Separable<Power> {
+  static constexpr const char* name = "power";
+  static DIL_HD double A(double u, double k) { return expm1_over(k, u); }
+  static DIL_HD double P(double u, double k) {
+    return k >= 0.0 ? exp((1.0 + k) * u) / (1.0 + k) : expm1_over(1.0 + k, u) + (1.0 + k);
+  }
+  static DIL_HD double dA(double u, double k) { return exp(k * u); }
+  static DIL_HD double dP(double u, double k) { return exp((1.0 + k) * u); }
+  static DIL_HD double log_A(double u, double k) { return k * u - log(k); }
+  static DIL_HD double log_P(double u, double k) { return (1.0 + k) * u - log1p(k); }
+};
+
+// h(r) = -log r; Itakura-Saito
+struct Is : Separable<Is> {
+  static constexpr const char* name = "is";
+  static DIL_HD double A(double u, double) { return -exp(-u); }
+  static DIL_HD double P(double u, double) { return u; }
+  static DIL_HD double dA(double u, double) { return exp(-u); }
+  static DIL_HD double dP(double, double) { return 1.0; }
+};
+
+// h(r) = 1 / (1 + r); the Brier score of the classifier r / (1 + r)
+struct Brier : Separable<Brier> {
+  static constexpr const char* name = "brier";
+  static DIL_HD double A(double u, double) { return -sigmoid(-u) * sigmoid(-u); }
+  static DIL_HD double P(double u, double) { return sigmoid(u) * sigmoid(u); }
+  static DIL_HD double dA(double u, double) { return 2.0 * sigmoid(u) * sigmoid(-u) * sigmoid(-u); }
+  static DIL_HD double dP(double u, double) { return 2.0 * sigmoid(u) * sigmoid(u) * sigmoid(-u); }
 };
 
 // Not separable; DIL eq. 27
 struct Dpo {
   static constexpr const char* name = "dpo";
   static constexpr bool separable = false;
-  static DIL_HD PairLoss pair(double u_w, double u_l, PairOptions options) {
-    const double margin = options.beta * (u_w - u_l);
-    const double g = options.beta * sigmoid(-margin);
-    return {softplus(-margin), -g, g};
+  static DIL_HD PairLoss pair(double u_w, double u_l, const LossParameters& o) {
+    const double margin = o.parameter * (soft_bound(u_w, o.max_log_ratio) - soft_bound(u_l, o.max_log_ratio));
+    const double g = o.parameter * sigmoid(-margin);
+    return {softplus(-margin), -g * soft_bound_slope(u_w, o.max_log_ratio), g * soft_bound_slope(u_l, o.max_log_ratio)};
   }
+  // A sequence alone has no loss; the callers refuse to ask for one.
+  static DIL_HD Term chosen(double, const LossParameters&) { return {NAN, NAN}; }
+  static DIL_HD Term rejected(double, const LossParameters&) { return {NAN, NAN}; }
 };
 
-#define DIL_DIVERGENCES(X) X(Lsif) X(Ukl) X(Bce) X(Dpo)
+#define DIL_DIVERGENCES(X) X(Lsif) X(Ukl) X(Bce) X(Power) X(Is) X(Brier) X(Dpo)
 
 enum class Divergence : int {
 #define DIL_ENUM(D) D,
   DIL_DIVERGENCES(DIL_ENUM)
 #undef DIL_ENUM
+      None  // log ratios only: every loss is 0
 };
 
-DIL_HD PairLoss pair_loss(Divergence divergence, double u_w, double u_l, PairOptions options) {
+DIL_HD PairLoss pair_loss(Divergence divergence, double u_w, double u_l, const LossParameters& o) {
   switch (divergence) {
 #define DIL_CASE(D)   \
   case Divergence::D: \
-    return D::pair(u_w, u_l, options);
+    return D::pair(u_w, u_l, o);
     DIL_DIVERGENCES(DIL_CASE)
 #undef DIL_CASE
+    case Divergence::None:
+      return {0.0, 0.0, 0.0};
   }
   return {NAN, NAN, NAN};
+}
+
+// The term of one response of unpaired data.
+DIL_HD Term response_loss(Divergence divergence, double u, bool is_chosen, const LossParameters& o) {
+  switch (divergence) {
+#define DIL_CASE(D)   \
+  case Divergence::D: \
+    return is_chosen ? D::chosen(u, o) : D::rejected(u, o);
+    DIL_DIVERGENCES(DIL_CASE)
+#undef DIL_CASE
+    case Divergence::None:
+      return {0.0, 0.0};
+  }
+  return {NAN, NAN};
 }
 
 }  // namespace dil

@@ -30,12 +30,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dil_kernels, m) {
       "float logit_scale, float softcap, float inv_temperature) -> ()");
   m.def(
       "density_ratio_fwd(Tensor token_logps, Tensor? labels, Tensor? cu_seqlens, Tensor? ref_token_logps, Tensor? ref_logps, "
-      "str loss_type, float beta, float alpha, bool average, bool interleaved, bool mean, int ignore_index, bool shift) "
+      "Tensor? is_chosen, str loss_type, float parameter, float alpha, float max_log_ratio, float chosen_weight, "
+      "float rejected_weight, bool average, bool interleaved, bool mean, int ignore_index, bool shift) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "density_ratio_bwd(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_logratios, Tensor? grad_logps, "
-      "Tensor token_logps, Tensor? labels, Tensor? cu_seqlens, Tensor lengths, Tensor num_pairs, Tensor coefs, "
-      "bool average, bool interleaved, bool mean, int ignore_index, bool shift) -> Tensor");
+      "Tensor token_logps, Tensor? labels, Tensor? cu_seqlens, Tensor? is_chosen, Tensor lengths, Tensor counts, "
+      "Tensor coefs, bool average, bool interleaved, bool mean, int ignore_index, bool shift) -> Tensor");
 }
 
 namespace py = pybind11;
@@ -81,14 +82,28 @@ py::object divergence_scalars(const std::string& name) {
   throw py::value_error("unknown divergence " + name);
 }
 
+using Array = py::array_t<double>;
+
 py::tuple divergence_pair(
-    const std::string& name, const py::array_t<double>& u_w, const py::array_t<double>& u_l, double beta, double alpha) {
+    const std::string& name, const Array& u_w, const Array& u_l, double parameter, double alpha, double max_log_ratio,
+    double chosen_weight, double rejected_weight) {
   const Divergence divergence = divergence_by_name(name);
-  const PairOptions options{beta, alpha};
+  const LossParameters parameters{parameter, alpha, max_log_ratio, chosen_weight, rejected_weight};
   const auto part = [&](auto member) {
-    return py::vectorize([=](double w, double l) { return pair_loss(divergence, w, l, options).*member; })(u_w, u_l);
+    return py::vectorize([=](double w, double l) { return pair_loss(divergence, w, l, parameters).*member; })(u_w, u_l);
   };
   return py::make_tuple(part(&PairLoss::loss), part(&PairLoss::grad_w), part(&PairLoss::grad_l));
+}
+
+py::tuple divergence_response(
+    const std::string& name, const Array& u, bool is_chosen, double parameter, double alpha, double max_log_ratio,
+    double chosen_weight, double rejected_weight) {
+  const Divergence divergence = divergence_by_name(name);
+  const LossParameters parameters{parameter, alpha, max_log_ratio, chosen_weight, rejected_weight};
+  const auto part = [&](auto member) {
+    return py::vectorize([=](double v) { return response_loss(divergence, v, is_chosen, parameters).*member; })(u);
+  };
+  return py::make_tuple(part(&Term::loss), part(&Term::grad));
 }
 
 }  // namespace
@@ -99,8 +114,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("divergence_names", &divergence_names, "Every compiled loss.");
   m.def(
       "divergence_scalars", &divergence_scalars, py::arg("name"),
-      "A, P and their derivatives dA, dP of a separable loss as fp64 functions over arrays of log ratios; None if coupled.");
+      "A, P and their derivatives dA, dP of a separable loss as fp64 functions over arrays of log ratios and of the loss's "
+      "own parameter (anything where it has none); None if coupled.");
   m.def(
-      "divergence_pair", &divergence_pair, py::arg("name"), py::arg("u_w"), py::arg("u_l"), py::arg("beta") = 0.1,
-      py::arg("alpha") = 0.0, "Loss, d loss/d u_w and d loss/d u_l of pairs, in fp64 over arrays of log ratios.");
+      "divergence_pair", &divergence_pair, py::arg("name"), py::arg("u_w"), py::arg("u_l"), py::arg("parameter") = 0.0,
+      py::arg("alpha") = 0.0, py::arg("max_log_ratio") = 0.0, py::arg("chosen_weight") = 1.0, py::arg("rejected_weight") = 1.0,
+      "Loss, d loss/d u_w and d loss/d u_l of pairs, in fp64 over arrays of log ratios.");
+  m.def(
+      "divergence_response", &divergence_response, py::arg("name"), py::arg("u"), py::arg("is_chosen"),
+      py::arg("parameter") = 0.0, py::arg("alpha") = 0.0, py::arg("max_log_ratio") = 0.0, py::arg("chosen_weight") = 1.0,
+      py::arg("rejected_weight") = 1.0, "Loss and d loss/d u of single responses, in fp64 over an array of log ratios.");
 }

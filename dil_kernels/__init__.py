@@ -12,6 +12,7 @@ from dil_kernels.functional import (
     linear_token_logps,
     sequence_logps,
     token_logps,
+    unpaired_dil_loss,
 )
 
 __version__ = "0.1.0"
@@ -29,4 +30,5 @@ __all__ = [
     "register_divergence",
     "sequence_logps",
     "token_logps",
+    "unpaired_dil_loss",
 ]

@@ -164,16 +164,17 @@ def _loss_problem(device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _compiled_losses() -> tuple[str, ...]:
+def compiled_losses() -> tuple[str, ...]:
+    """The losses that the extension computes; it sums log ratios for any."""
     extension = load_extension()
     return () if extension is None else tuple(extension.divergence_names())
 
 
-def loss_is_compiled(loss_type: str, backend: str, device: torch.device) -> bool:
-    """Whether the extension computes a loss, for log-probs that `backend` computes on `device`."""
+def sums_are_compiled(backend: str, device: torch.device) -> bool:
+    """Whether the extension sums log ratios, of log-probs that `backend` computes on `device`."""
     if backend == "eager" or device.type not in BEST:
         return False
     problem = _loss_problem(device)
     if problem is not None and not torch.compiler.is_compiling():
         _warn_once(f"dil_kernels: the compiled density-ratio loss is unavailable ({problem}); using eager PyTorch")
-    return problem is None and loss_type in _compiled_losses()
+    return problem is None

@@ -4,10 +4,10 @@ A Bregman divergence with generator ``h`` fits the density ratio ``r = pi_theta 
 ``u = log r``, ``A(u) = h'(e^u)`` and ``P(u) = e^u h'(e^u) - h(e^u)``, the loss of one pair (DIL, arXiv 2503.05079,
 eq. 19, with the reference expectation taken as ``alpha`` chosen + ``1 - alpha`` rejected) is
 
-    L = -A(u_w) + alpha P(u_w) + (1 - alpha) P(u_l)
+    L = chosen_weight [-A(u_w) + alpha P(u_w)] + rejected_weight (1 - alpha) P(u_l)
 
-Every entry satisfies ``P'(u) = e^u A'(u)``. `csrc/divergences.h` holds the same math for the compiled backend; a test
-ties the two together.
+Every entry satisfies ``P'(u) = e^u A'(u)``. `dil_kernels/scalar_losses.py` combines the terms; `csrc/divergences.h`
+holds the same math for the compiled backend, and a test ties the two together. docs/losses.md describes every entry.
 """
 
 from __future__ import annotations
@@ -15,61 +15,140 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid  # exact everywhere; softplus turns linear above 20
 
-DEFAULT_DPO_BETA = 0.1
+Elementwise = Callable[..., Tensor]
+LARGEST_U_OF_H = 300.0  # a loss given by h alone sees ratios from e^-300 to e^300: their squares are finite in fp64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """The own parameter of a loss, a keyword of every function that takes a ``loss_type``.
+
+    Attributes:
+        name: "beta" or "power".
+        default: taken where none is given.
+        minimum: the least value.
+        exclusive: whether `minimum` itself is left out.
+    """
+
+    name: str
+    default: float
+    minimum: float
+    exclusive: bool = False
+
+    def check(self, value: float) -> float:
+        """The value as a float; a ``ValueError`` if it is out of range."""
+        if not (self.minimum <= value < math.inf) or (self.exclusive and value == self.minimum):
+            bound = f"{'>' if self.exclusive else '>='} {self.minimum:g}"
+            raise ValueError(f"{self.name} must be a finite number {bound}, got {value}")
+        return float(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """One loss over the log ratios of a preference pair.
+    """One loss over the log ratios of chosen and rejected responses.
 
-    A separable loss is given by ``A`` and ``P`` (elementwise torch functions of ``u``, any floating dtype and shape); a
-    loss that couples the two responses is given by ``pair(u_w, u_l, beta)`` instead.
+    A separable loss is given by ``A`` and ``P``, or by ``h`` alone, which is then differentiated; a loss that couples
+    the two responses by ``pair`` instead. All are elementwise torch functions of any floating dtype and shape. A loss
+    with a parameter takes its value as the last argument of each.
 
     Attributes:
         name: the ``loss_type`` by which it is chosen.
         source: where the formula stands.
         A: ``u -> h'(e^u)``.
         P: ``u -> e^u h'(e^u) - h(e^u)``, up to a constant.
-        pair: ``(u_w, u_l, beta) -> loss``, for a loss that is not separable.
+        dA: ``u -> A'(u)``; A is differentiated if not given.
+        dP: ``u -> P'(u)``; likewise.
+        h: ``r -> h(r)``, strictly convex on r > 0. Log ratios beyond +-300 are taken as +-300.
+        pair: ``(u_w, u_l) -> loss``, for a loss that is not separable; differentiated by autograd.
+        log_A, log_P: logarithms of A and P where these overflow; without both, a loss whose terms overflow against each
+            other is taken as +inf.
+        parameter: the loss's own parameter, if it has one.
     """
 
     name: str
     source: str
-    A: Callable[[Tensor], Tensor] | None = None
-    P: Callable[[Tensor], Tensor] | None = None
-    pair: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    A: Elementwise | None = None
+    P: Elementwise | None = None
+    dA: Elementwise | None = None
+    dP: Elementwise | None = None
+    h: Elementwise | None = None
+    pair: Elementwise | None = None
+    log_A: Elementwise | None = None
+    log_P: Elementwise | None = None
+    parameter: Parameter | None = None
 
     def __post_init__(self) -> None:
-        if (self.A is None) != (self.P is None) or (self.A is None) == (self.pair is None):
-            raise ValueError(f"divergence {self.name!r} needs either both A and P (separable) or pair (coupled)")
+        if (self.A is None) != (self.P is None) or sum(f is not None for f in (self.A, self.h, self.pair)) != 1:
+            raise ValueError(
+                f"divergence {self.name!r} needs either both A and P, or h alone (separable), or pair (coupled)"
+            )
+        terms: dict[str, Elementwise] = {}
+        if self.h is not None:
+            terms = _terms_of_generator(self.h)
+        elif self.A is not None and self.P is not None:
+            terms = {"dA": self.dA or _derivative(self.A), "dP": self.dP or _derivative(self.P)}
+        for name, function in terms.items():
+            object.__setattr__(self, name, function)
 
     @property
     def separable(self) -> bool:
         """Whether each response's gradient depends on that response alone."""
         return self.pair is None
 
-    @property
-    def takes_beta(self) -> bool:
-        """Whether the loss has a beta."""
-        return self.pair is not None
+    def term(self, name: str, u: Tensor, parameter: float) -> Tensor:
+        """One of the elementwise functions at `u`, with the parameter if the loss has one."""
+        function: Elementwise = getattr(self, name)
+        return function(u) if self.parameter is None else function(u, parameter)
 
-    def loss(self, u_w: Tensor, u_l: Tensor, *, beta: float = DEFAULT_DPO_BETA, alpha: float = 0.0) -> Tensor:
-        """Loss of each pair, from chosen log ratios ``u_w`` and rejected log ratios ``u_l`` (same shape)."""
-        if self.pair is not None:
-            return self.pair(u_w, u_l, beta)
-        assert self.A is not None
-        assert self.P is not None
-        loss = -self.A(u_w)
-        if alpha != 0.0:
-            loss = loss + alpha * self.P(u_w)
-        if alpha != 1.0:
-            loss = loss + (1.0 - alpha) * self.P(u_l)
-        return loss
+
+def _derivative(f: Elementwise) -> Elementwise:
+    def df(x: Tensor, *parameter: float) -> Tensor:
+        derivative: Tensor = torch.func.grad(lambda v: f(v, *parameter).sum())(x)
+        return derivative
+
+    return df
+
+
+def _terms_of_generator(h: Elementwise) -> dict[str, Elementwise]:
+    """A, P and their derivatives from ``h(r)``: ``A' = h''(r) r`` and ``P' = h''(r) r^2``."""
+    d1 = _derivative(h)
+    d2 = _derivative(d1)
+
+    def ratio(u: Tensor) -> Tensor:
+        return u.clamp(-LARGEST_U_OF_H, LARGEST_U_OF_H).exp()
+
+    return {
+        "A": lambda u, *p: d1(ratio(u), *p),
+        "P": lambda u, *p: ratio(u) * d1(ratio(u), *p) - h(ratio(u), *p),
+        "dA": lambda u, *p: d2(ratio(u), *p) * ratio(u),
+        "dP": lambda u, *p: d2(ratio(u), *p) * ratio(u).square(),
+    }
+
+
+@dataclass(frozen=True)
+class LossParameters:
+    """Everything beside the log ratios that the loss of a pair depends on, checked; as csrc/divergences.h has it.
+
+    Attributes:
+        loss_type: the name of the divergence.
+        parameter: the loss's own parameter; 0 where it has none.
+        alpha: share of the chosen responses in the reference expectation.
+        max_log_ratio: soft bound M on the log ratios, u -> M tanh(u / M); 0 for none.
+        chosen_weight, rejected_weight: of the two terms.
+    """
+
+    loss_type: str
+    parameter: float
+    alpha: float = 0.0
+    max_log_ratio: float = 0.0
+    chosen_weight: float = 1.0
+    rejected_weight: float = 1.0
 
 
 _REGISTRY: dict[str, Divergence] = {}
@@ -88,33 +167,89 @@ def get_divergence(loss_type: str) -> Divergence:
         raise ValueError(f"unknown loss_type {loss_type!r}; available: {', '.join(_REGISTRY)}") from None
 
 
-def resolve_options(loss_type: str, beta: float | None, alpha: float) -> tuple[Divergence, float]:
+def resolve_options(
+    loss_type: str,
+    beta: float | None = None,
+    alpha: float = 0.0,
+    *,
+    power: float | None = None,
+    max_log_ratio: float | None = None,
+    chosen_weight: float = 1.0,
+    rejected_weight: float = 1.0,
+) -> LossParameters:
     """Check the options of a loss against what it uses.
-
-    Returns:
-        The divergence and the beta to use (`DEFAULT_DPO_BETA` where none is given; meaningless for a separable loss).
 
     Raises:
         ValueError: unknown loss, an option that the loss does not use, or a value out of range.
     """
     divergence = get_divergence(loss_type)
-    if beta is not None:
-        if not divergence.takes_beta:
-            raise ValueError(f"beta={beta} was given, but loss_type={loss_type!r} has no beta; leave it None")
-        if not 0 < beta < math.inf:
-            raise ValueError(f"beta must be a finite number > 0, got {beta}")
+    own = divergence.parameter
+    parameter = 0.0 if own is None else own.default
+    for name, value in (("beta", beta), ("power", power)):
+        if value is None:
+            continue
+        if own is None or own.name != name:
+            raise ValueError(f"{name}={value} was given, but loss_type={loss_type!r} has no {name}; leave it None")
+        parameter = own.check(value)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    if alpha != 0.0 and not divergence.separable:
-        raise ValueError(f"alpha={alpha} was given, but loss_type={loss_type!r} is not separable; leave it 0")
-    return divergence, DEFAULT_DPO_BETA if beta is None else float(beta)
+    if max_log_ratio is not None and not 0.0 < max_log_ratio < math.inf:
+        raise ValueError(f"max_log_ratio must be a finite number > 0, got {max_log_ratio}")
+    for name, weight in (("chosen_weight", chosen_weight), ("rejected_weight", rejected_weight)):
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(f"{name} must be a finite number >= 0, got {weight}")
+    of_separable = {"alpha": (alpha, 0), "chosen_weight": (chosen_weight, 1), "rejected_weight": (rejected_weight, 1)}
+    for name, (value, unused) in of_separable.items():
+        if value != unused and not divergence.separable:
+            raise ValueError(
+                f"{name}={value} was given, but loss_type={loss_type!r} is not separable; leave it {unused}"
+            )
+    return LossParameters(
+        divergence.name,
+        parameter,
+        float(alpha),
+        float(max_log_ratio or 0.0),
+        float(chosen_weight),
+        float(rejected_weight),
+    )
+
+
+def resolve_non_negative(parameters: LossParameters, constant: float | None, reduction: str) -> float | None:
+    """Check the constant C of the non-negative correction (`dil_kernels.scalar_losses.non_negative_loss`).
+
+    Raises:
+        ValueError: C is out of range, the loss has no lower bound of P to correct by, or nothing is averaged.
+    """
+    if constant is None:
+        return None
+    if not 0.0 < constant < 1.0:
+        raise ValueError(f"non_negative must be between 0 and 1 (it is below 1 / sup r), got {constant}")
+    if not math.isfinite(floor_of_P(parameters)):
+        raise ValueError(
+            f"non_negative={constant} was given, but loss_type={parameters.loss_type!r} has no non-negative part: it "
+            "needs a separable loss with a finite P(-inf)"
+        )
+    if reduction != "mean":
+        raise ValueError(
+            f"non_negative={constant} corrects means over the batch: reduction must be 'mean', got {reduction!r}"
+        )
+    return float(constant)
+
+
+def floor_of_P(parameters: LossParameters) -> float:
+    """P at r = 0, its least value; NaN for a loss that is not separable."""
+    divergence = get_divergence(parameters.loss_type)
+    if not divergence.separable:
+        return math.nan
+    return float(divergence.term("P", torch.tensor(-math.inf, dtype=torch.float64), parameters.parameter))
 
 
 def register_divergence(divergence: Divergence) -> Divergence:
     """Make a loss available by name wherever a ``loss_type`` is taken.
 
-    A separable divergence is checked on a grid of log ratios in fp64: ``P'(u) = e^u A'(u)`` and ``A'(u) > 0`` (``h``
-    strictly convex). One that is not in the compiled list is evaluated by autograd on per-sequence log ratios.
+    A separable divergence is checked on a grid of log ratios in fp64: ``A'(u) > 0`` (``h`` strictly convex),
+    ``P'(u) = e^u A'(u)``, and ``dA`` and ``dP``, where given, against autograd. The compiled kernels sum log ratios for
+    it; its own math runs in torch on those, a number a sequence.
 
     Args:
         divergence: the loss; its name must be new.
@@ -125,49 +260,103 @@ def register_divergence(divergence: Divergence) -> Divergence:
     Raises:
         ValueError: the name is taken, or the check fails.
     """
-    if divergence.name in _REGISTRY:
+    if divergence.name in _REGISTRY or divergence.name == "none":
         raise ValueError(f"divergence {divergence.name!r} is already registered")
-    if divergence.A is not None and divergence.P is not None:
-        with torch.enable_grad():
-            u = torch.linspace(-4.0, 4.0, 33, dtype=torch.float64, requires_grad=True)
-            (dA,) = torch.autograd.grad(divergence.A(u).sum(), u)
-            (dP,) = torch.autograd.grad(divergence.P(u).sum(), u)
-        if not torch.allclose(dP, u.detach().exp() * dA, rtol=1e-6, atol=1e-9):
-            raise ValueError(f"divergence {divergence.name!r} breaks P'(u) = e^u A'(u): A and P do not share one h")
-        if not bool((dA > 0).all()):
-            raise ValueError(f"divergence {divergence.name!r}: A'(u) must be > 0 everywhere (h strictly convex)")
+    if divergence.separable:
+        parameter = 0.0 if divergence.parameter is None else divergence.parameter.default
+        _check_on_grid(divergence, parameter)
     _REGISTRY[divergence.name] = divergence
     return divergence
 
 
-register_divergence(
-    Divergence(
-        name="lsif",  # h(r) = (r - 1)^2 / 2
-        source="DIL (arXiv 2503.05079) eq. 24",
-        A=lambda u: u.exp(),
-        P=lambda u: 0.5 * (2.0 * u).exp(),
-    )
+def _check_on_grid(divergence: Divergence, parameter: float) -> None:
+    u = torch.linspace(-8.0, 8.0, 65, dtype=torch.float64)
+    dA, dP = divergence.term("dA", u, parameter), divergence.term("dP", u, parameter)
+    if not bool((dA > 0).all()):
+        raise ValueError(f"divergence {divergence.name!r}: A'(u) must be > 0 everywhere (h strictly convex)")
+    if not torch.allclose(dP, u.exp() * dA, rtol=1e-6, atol=1e-12):
+        raise ValueError(f"divergence {divergence.name!r} breaks P'(u) = e^u A'(u): A and P do not share one h")
+    for name, given in (("A", dA), ("P", dP)):
+        with torch.enable_grad():
+            x = u.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(divergence.term(name, x, parameter).sum(), x)
+        if not torch.allclose(given, grad, rtol=1e-6, atol=1e-12):
+            raise ValueError(f"divergence {divergence.name!r}: d{name} is not the derivative of {name}")
+
+
+def _expm1_over(k: float, u: Tensor) -> Tensor:
+    """``(e^{k u} - 1) / k``, which is u where k is 0."""
+    x = k * u
+    quotient = torch.where(x == 0, 1.0, torch.expm1(x) / torch.where(x == 0, 1.0, x))
+    return torch.where(x.abs() < 1, u * quotient, torch.expm1(x) / (k or 1.0))
+
+
+def _power_P(u: Tensor, k: float) -> Tensor:
+    # The constant makes the loss continuous in k: that of ukl at 0, finite at -1.
+    return ((1.0 + k) * u).exp() / (1.0 + k) if k >= 0 else _expm1_over(1.0 + k, u) + (1.0 + k)
+
+
+def _builtin(**fields: Any) -> None:
+    register_divergence(Divergence(**fields))
+
+
+_builtin(
+    name="lsif",  # h(r) = (r - 1)^2 / 2
+    source="DIL (arXiv 2503.05079) eq. 24",
+    A=lambda u: u.exp(),
+    P=lambda u: 0.5 * (2.0 * u).exp(),
+    dA=lambda u: u.exp(),
+    dP=lambda u: (2.0 * u).exp(),
+    log_A=lambda u: u,
+    log_P=lambda u: 2.0 * u - math.log(2.0),
 )
-register_divergence(
-    Divergence(
-        name="ukl",  # h(r) = r log r - r
-        source="DIL (arXiv 2503.05079) table 1",
-        A=lambda u: 1.0 * u,
-        P=lambda u: u.exp(),
-    )
+_builtin(
+    name="ukl",  # h(r) = r log r - r
+    source="DIL (arXiv 2503.05079) table 1",
+    A=lambda u: 1.0 * u,
+    P=lambda u: u.exp(),
+    dA=lambda u: torch.ones_like(u),
+    dP=lambda u: u.exp(),
+    log_P=lambda u: u,
 )
-register_divergence(
-    Divergence(
-        name="bce",  # h(r) = r log r - (1 + r) log(1 + r)
-        source="DIL (arXiv 2503.05079) table 1",
-        A=lambda u: logsigmoid(u),
-        P=lambda u: -logsigmoid(-u),
-    )
+_builtin(
+    name="bce",  # h(r) = r log r - (1 + r) log(1 + r)
+    source="DIL (arXiv 2503.05079) table 1",
+    A=lambda u: logsigmoid(u),
+    P=lambda u: -logsigmoid(-u),
+    dA=lambda u: (-u).sigmoid(),
+    dP=lambda u: u.sigmoid(),
 )
-register_divergence(
-    Divergence(
-        name="dpo",
-        source="DIL (arXiv 2503.05079) eq. 27; DPO (arXiv 2305.18290) eq. 7",
-        pair=lambda u_w, u_l, beta: -logsigmoid(beta * (u_w - u_l)),
-    )
+_builtin(
+    name="power",  # h(r) = (r^{1+k} - r) / (k (1+k)); below -1 the loss is unbounded in the rejected term, too
+    source="Basu et al. 1998, Biometrika 85; Sugiyama et al. 2012, Ann. Inst. Stat. Math. 64",
+    A=lambda u, k: _expm1_over(k, u),
+    P=_power_P,
+    dA=lambda u, k: (k * u).exp(),
+    dP=lambda u, k: ((1.0 + k) * u).exp(),
+    log_A=lambda u, k: k * u - (math.log(k) if k > 0 else math.nan),
+    log_P=lambda u, k: (1.0 + k) * u - (math.log1p(k) if k > -1 else math.nan),
+    parameter=Parameter(name="power", default=0.5, minimum=-1.0),
+)
+_builtin(
+    name="is",  # h(r) = -log r
+    source="Itakura-Saito: Banerjee et al. 2005, JMLR 6; power at -1",
+    A=lambda u: -(-u).exp(),
+    P=lambda u: 1.0 * u,
+    dA=lambda u: (-u).exp(),
+    dP=lambda u: torch.ones_like(u),
+)
+_builtin(
+    name="brier",  # h(r) = 1 / (1 + r)
+    source="Menon and Ong 2016, ICML: the square loss of a classifier of chosen against reference",
+    A=lambda u: -(-u).sigmoid().square(),
+    P=lambda u: u.sigmoid().square(),
+    dA=lambda u: 2.0 * u.sigmoid() * (-u).sigmoid().square(),
+    dP=lambda u: 2.0 * u.sigmoid().square() * (-u).sigmoid(),
+)
+_builtin(
+    name="dpo",
+    source="DIL (arXiv 2503.05079) eq. 27; DPO (arXiv 2305.18290) eq. 7",
+    pair=lambda u_w, u_l, beta: -logsigmoid(beta * (u_w - u_l)),
+    parameter=Parameter(name="beta", default=0.1, minimum=0.0, exclusive=True),
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dil_kernels.divergences import get_divergence
+from dil_kernels.divergences import LossParameters
+from dil_kernels.scalar_losses import pair_losses, response_losses, total
 
 
 def process_logits(logits: Tensor, *, final_logit_softcapping: float | None = None, temperature: float = 1.0) -> Tensor:
@@ -152,20 +153,19 @@ def density_ratio(
     cu_seqlens: Tensor | None,
     ref_token_logps: Tensor | None,
     ref_logps: Tensor | None,
+    is_chosen: Tensor | None,
+    parameters: LossParameters,
     *,
-    loss_type: str,
-    beta: float,
-    alpha: float,
     average: bool,
     interleaved: bool,
-    reduction: str,
+    mean: bool,
     ignore_index: int,
     shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Density-ratio loss over token log-probabilities; see `dil_kernels.ops.density_ratio` for the arguments.
 
     Returns:
-        loss [], losses [B], log ratios [S], log-prob sums [S], lengths [S] int32, the number of pairs in the mean [].
+        loss [], losses [B] or [S], log ratios [S], log-prob sums [S], lengths [S] int32, counts [2] int32.
     """
     out_dtype = token_logps.dtype
     dtype = accumulation_dtype(token_logps.device)
@@ -186,26 +186,46 @@ def density_ratio(
     u = torch.where(lengths == 0, 0, u)
     if average:
         u = u / lengths.clamp(min=1)
-
-    if interleaved:
-        u_w, u_l, len_w, len_l = u[0::2], u[1::2], lengths[0::2], lengths[1::2]
-    else:
-        u_w, u_l = u.chunk(2)
-        len_w, len_l = lengths.chunk(2)
-    counted = (len_w != 0) & (len_l != 0)
-    losses = get_divergence(loss_type).loss(
-        torch.where(counted, u_w, 0), torch.where(counted, u_l, 0), beta=beta, alpha=alpha
-    )
-    losses = torch.where(counted, losses, 0)
-    num_pairs = counted.sum()
-    loss = losses.sum()
-    if reduction != "sum":
-        loss = loss / num_pairs.clamp(min=1)
+    loss, losses, counts = losses_of_logratios(u, lengths != 0, is_chosen, parameters, interleaved, mean)
     return (
         loss.to(out_dtype),
         losses.to(out_dtype),
         u.to(out_dtype),
         logps.to(out_dtype),
         lengths.nan_to_num(nan=0).to(torch.int32),
-        num_pairs.to(torch.int32),
+        counts,
     )
+
+
+def split_pairs(values: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """[2B] in the order of the sequences -> chosen [B], rejected [B]."""
+    if interleaved:
+        return values[0::2], values[1::2]
+    B = values.shape[0] // 2
+    return values[:B], values[B:]
+
+
+def losses_of_logratios(
+    logratios: Tensor,
+    has_tokens: Tensor,
+    is_chosen: Tensor | None,
+    parameters: LossParameters,
+    interleaved: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], losses [B] (or [S] with `is_chosen`) and counts [2] int32, from log ratios [S]."""
+    if is_chosen is None:
+        u_w, u_l = split_pairs(logratios, interleaved)
+        counted = torch.logical_and(*split_pairs(has_tokens, interleaved))
+        losses = pair_losses(torch.where(counted, u_w, 0), torch.where(counted, u_l, 0), parameters)
+        counts = counted.sum().expand(2)
+    else:
+        counted = has_tokens
+        losses = response_losses(torch.where(counted, logratios, 0), is_chosen, parameters)
+        counts = torch.stack([(counted & is_chosen).sum(), (counted & ~is_chosen).sum()])
+    losses = torch.where(counted, losses, 0)
+    shares = losses
+    if mean:
+        divisors = counts.clamp(min=1)
+        shares = losses / (divisors[0] if is_chosen is None else torch.where(is_chosen, divisors[0], divisors[1]))
+    return total(shares), losses, counts.to(torch.int32)

@@ -7,13 +7,14 @@ import re
 import pytest
 import torch
 
-from dil_kernels import dil_loss, fused_dil_loss, sequence_logps, token_logps
+from dil_kernels import dil_loss, fused_dil_loss, sequence_logps, token_logps, unpaired_dil_loss
 
 LOGITS = torch.zeros(2, 4, 7)
 LABELS = torch.zeros(2, 4, dtype=torch.int64)
 PACKED = torch.zeros(6, 7)
 PACKED_LABELS = torch.zeros(6, dtype=torch.int64)
 REF = torch.zeros(1)
+SIDES = torch.tensor([True, False])
 
 
 def cu(*values: int) -> torch.Tensor:
@@ -75,10 +76,30 @@ def test_sequence_logps(change, error, message, backend) -> None:
 FUSED_CASES = [
     ({"logits": LOGITS.new_zeros(3, 4, 7), "labels": LABELS.new_zeros(3, 4), "ref_logits": LOGITS.new_zeros(3, 4, 7)},
      ValueError, "pairs need an even number of sequences, got 3 rows in logits [3, 4, 7]"),
-    ({"loss_type": "kl"}, ValueError, "unknown loss_type 'kl'; available: lsif, ukl, bce, dpo"),
+    ({"loss_type": "kl"}, ValueError, "unknown loss_type 'kl'; available: lsif, ukl, bce, power, is, brier, dpo"),
     ({"beta": 0.1}, ValueError, "beta=0.1 was given, but loss_type='lsif' has no beta"),
     ({"loss_type": "dpo", "beta": -1.0}, ValueError, "beta must be a finite number > 0, got -1.0"),
     ({"loss_type": "dpo", "alpha": 0.5}, ValueError, "alpha=0.5 was given, but loss_type='dpo' is not separable"),
+    ({"power": 0.5}, ValueError, "power=0.5 was given, but loss_type='lsif' has no power"),
+    ({"loss_type": "dpo", "power": 0.5}, ValueError, "power=0.5 was given, but loss_type='dpo' has no power"),
+    ({"loss_type": "power", "power": -1.5}, ValueError, "power must be a finite number >= -1, got -1.5"),
+    ({"max_log_ratio": 0.0}, ValueError, "max_log_ratio must be a finite number > 0, got 0.0"),
+    ({"chosen_weight": -1.0}, ValueError, "chosen_weight must be a finite number >= 0, got -1.0"),
+    ({"loss_type": "dpo", "rejected_weight": 2.0},
+     ValueError, "rejected_weight=2.0 was given, but loss_type='dpo' is not separable"),
+    ({"non_negative": 1.0}, ValueError, "non_negative must be between 0 and 1"),
+    ({"non_negative": 0.5, "reduction": "sum"}, ValueError, "reduction must be 'mean', got 'sum'"),
+    ({"non_negative": 0.5, "loss_type": "is"}, ValueError, "loss_type='is' has no non-negative part"),
+    ({"non_negative": 0.5, "loss_type": "dpo"}, ValueError, "loss_type='dpo' has no non-negative part"),
+    ({"is_chosen": SIDES, "loss_type": "dpo"}, ValueError, "couples the chosen and the rejected response of a pair"),
+    ({"is_chosen": SIDES, "pair_layout": "interleaved"}, ValueError, "with is_chosen there are no pairs"),
+    ({"is_chosen": SIDES[:1]}, ValueError, "is_chosen must be [2], got [1]"),
+    ({"is_chosen": SIDES.int()}, TypeError, "is_chosen must be bool, got torch.int32"),
+    ({"is_chosen": SIDES.to("meta")}, ValueError, "is_chosen is on meta, but cpu is needed"),
+    ({"is_chosen": SIDES, "ref_logits": None}, ValueError, "either as ref_logits, or as ref_logps"),
+    ({"is_chosen": SIDES, "ref_chosen_logps": REF}, ValueError, "are for pairs; with is_chosen give ref_logps"),
+    ({"is_chosen": SIDES, "ref_logits": None, "ref_logps": REF}, ValueError, "ref_logps must be [2], got [1]"),
+    ({"ref_logps": torch.zeros(2)}, ValueError, "ref_logps is for unpaired responses (is_chosen)"),
     ({"alpha": 1.5}, ValueError, "alpha must be in [0, 1], got 1.5"),
     ({"alpha": float("nan")}, ValueError, "alpha must be in [0, 1], got nan"),
     ({"reduction": "avg"}, ValueError, "unknown reduction 'avg'; available: mean, sum, none"),
@@ -133,6 +154,16 @@ def test_dil_loss(change, error, message) -> None:
         dil_loss(*[arguments.pop(name) for name in names], **arguments)
 
 
+def test_unpaired_dil_loss() -> None:
+    logps = torch.zeros(2)
+    with pytest.raises(ValueError, match=re.escape("is_chosen must be [2], got [2, 1]")):
+        unpaired_dil_loss(logps, logps, SIDES[:, None])
+    with pytest.raises(ValueError, match=re.escape("ref_logps must be [2], got [1]")):
+        unpaired_dil_loss(logps, REF, SIDES)
+    with pytest.raises(ValueError, match="couples the chosen and the rejected"):
+        unpaired_dil_loss(logps, logps, SIDES, loss_type="dpo")
+
+
 def test_ops_called_directly_keep_memory_safe() -> None:
     ops = torch.ops.dil_kernels
     labels = LABELS.clone()
@@ -140,18 +171,23 @@ def test_ops_called_directly_keep_memory_safe() -> None:
     with pytest.raises(RuntimeError, match=re.escape("labels must be in [0, 7) or ignore_index=-100, got 7 at [1, 2]")):
         ops.cpp_logps_fwd(LOGITS, labels, -100, True, 1.0)
     token_logps = torch.zeros(6)
-    options = ("lsif", 0.1, 0.0, True, False, True, -100, False)
+    options = (None, "lsif", 0.0, 0.0, 0.0, 1.0, 1.0, True, False, True, -100, False)
     for bad in (cu(0, 7, 6), cu(0, 6, 9), cu(-1, 3, 6), cu(0, 2, 5)):
         with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, not decrease"):
             ops.density_ratio_fwd(token_logps, PACKED_LABELS, bad, token_logps, None, *options)
+    for sides in (SIDES.int(), SIDES[:1]):
+        with pytest.raises(RuntimeError, match="is_chosen must be a contiguous bool"):
+            ops.density_ratio_fwd(token_logps, PACKED_LABELS, cu(0, 2, 6), token_logps, None, sides, *options[1:])
+    with pytest.raises(RuntimeError, match="dpo needs pairs"):
+        ops.density_ratio_fwd(token_logps, PACKED_LABELS, cu(0, 2, 6), token_logps, None, SIDES, "dpo", *options[2:])
     with pytest.raises(RuntimeError, match="loss_type nope is not compiled"):
         ops.density_ratio_fwd(
-            token_logps[None].repeat(2, 1), None, None, None, torch.zeros(2).double(), "nope", *options[1:]
+            token_logps[None].repeat(2, 1), None, None, None, torch.zeros(2).double(), None, "nope", *options[2:]
         )
 
 
 def test_the_backward_op_checks_what_the_forward_handed_on() -> None:
-    token_logps, good = torch.zeros(4, 3), (torch.ones(4).int(), torch.ones(()).int(), torch.ones(4))
+    token_logps, good = torch.zeros(4, 3), (torch.ones(4).int(), torch.ones(2).int(), torch.ones(4))
     for index, bad in (
         (0, torch.ones(1).int()),
         (1, torch.ones(0).int()),
@@ -161,7 +197,7 @@ def test_the_backward_op_checks_what_the_forward_handed_on() -> None:
         saved = [bad if i == index else tensor for i, tensor in enumerate(good)]
         with pytest.raises(RuntimeError, match="must be those of the forward"):
             torch.ops.dil_kernels.density_ratio_bwd(
-                torch.ones(()), None, None, None, token_logps, None, None, *saved, True, False, True, -1, False
+                torch.ones(()), None, None, None, token_logps, None, None, None, *saved, True, False, True, -1, False
             )
     expanded = torch.zeros(1, 4, 7).expand(2, 4, 7)
     rest = (torch.zeros(2, 3), torch.zeros(2, 3), -100, True, 1.0)

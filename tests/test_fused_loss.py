@@ -3,6 +3,8 @@ output."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 from implementations import Implementation, every_implementation
 from problems import IGNORE, boundaries
 
-from dil_kernels import dil_loss, fused_dil_loss, sequence_logps
-from dil_kernels.divergences import divergence_names
+from dil_kernels import Divergence, dil_loss, fused_dil_loss, register_divergence, sequence_logps
+from dil_kernels.divergences import _REGISTRY, LossParameters, divergence_names, get_divergence
 from dil_kernels.ops.density_ratio import density_ratio
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
@@ -66,40 +68,58 @@ def test_published_token_vectors(impl: Implementation, average: bool, loss_type:
 
 
 def oracle_inputs(data: st.DataObject, packed: bool):
-    """A batch of two or three pairs, padded or packed, with some all-masked responses."""
-    B = data.draw(st.integers(1, 3))
+    """A batch of up to three pairs or some unpaired responses, padded or packed, with some all-masked ones."""
+    unpaired = data.draw(st.booleans())
+    S = data.draw(st.integers(1, 5)) if unpaired else 2 * data.draw(st.integers(1, 3))
     gen = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     V = data.draw(st.sampled_from((2, 17, 130)))
     shift = data.draw(st.booleans())
     cu_seqlens = None
     shape: tuple[int, ...]
     if packed:
-        lengths = data.draw(boundaries(num_sequences=2 * B))
+        lengths = data.draw(boundaries(num_sequences=S))
         cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
         shape = (sum(lengths),)
     else:
-        shape = (2 * B, data.draw(st.integers(1 + shift, 6)))
+        shape = (S, data.draw(st.integers(1 + shift, 6)))
     labels = torch.randint(0, V, shape, generator=gen)
     labels[torch.rand(shape, generator=gen) < data.draw(st.sampled_from((0.0, 0.4, 0.9, 1.0)))] = IGNORE
     logits, ref_logits = (torch.randn(*shape, V, generator=gen) for _ in range(2))
-    return logits, ref_logits, labels, cu_seqlens, shift
+    is_chosen = torch.rand(S, generator=gen) < 0.5 if unpaired else None
+    return logits, ref_logits, labels, cu_seqlens, shift, is_chosen
+
+
+def loss_options(data: st.DataObject, paired: bool) -> dict[str, Any]:
+    """Every option of a loss."""
+    names = [name for name in divergence_names() if paired or get_divergence(name).separable]
+    loss_type = data.draw(st.sampled_from(names))
+    options: dict[str, Any] = {
+        "loss_type": loss_type,
+        "reduction": data.draw(st.sampled_from(("mean", "sum", "none"))),
+        "max_log_ratio": data.draw(st.sampled_from((None, 0.7, 5.0))),
+    }
+    if loss_type == "dpo":
+        return options | {"beta": data.draw(st.sampled_from((None, 0.1, 0.7)))}
+    if loss_type == "power":
+        options["power"] = data.draw(st.sampled_from((None, -0.5, 0.0, 0.9)))
+    options["alpha"] = data.draw(st.sampled_from((0.0, 0.5)))
+    for weight in ("chosen_weight", "rejected_weight"):
+        options[weight] = data.draw(st.sampled_from((1.0, 0.0, 2.5)))
+    if options["reduction"] == "mean" and loss_type != "is":
+        options["non_negative"] = data.draw(st.sampled_from((None, 0.2, 0.8)))
+    return options
 
 
 @every_implementation
 @given(data=st.data())
 @settings(max_examples=60)
 def test_every_option_matches_the_oracle(impl: Implementation, data: st.DataObject) -> None:
-    logits, ref_logits, labels, cu_seqlens, shift = oracle_inputs(data, packed=data.draw(st.booleans()))
-    loss_type = data.draw(st.sampled_from(divergence_names()))
-    options = {
-        "loss_type": loss_type,
-        "beta": data.draw(st.sampled_from((None, 0.1, 0.7))) if loss_type == "dpo" else None,
-        "alpha": 0.0 if loss_type == "dpo" else data.draw(st.sampled_from((0.0, 0.5))),
-        "average_log_prob": data.draw(st.booleans()),
-        "pair_layout": data.draw(st.sampled_from(("concatenated", "interleaved"))),
-        "reduction": data.draw(st.sampled_from(("mean", "sum", "none"))),
-        "shift": shift,
-    }
+    inputs = oracle_inputs(data, packed=data.draw(st.booleans()))
+    logits, ref_logits, labels, cu_seqlens, shift, is_chosen = inputs
+    options = loss_options(data, paired=is_chosen is None)
+    options |= {"average_log_prob": data.draw(st.booleans()), "shift": shift}
+    if is_chosen is None:
+        options["pair_layout"] = data.draw(st.sampled_from(("concatenated", "interleaved")))
     with_sums = data.draw(st.booleans())
     results = {}
     for name, device, backend, dtype in (
@@ -111,9 +131,13 @@ def test_every_option_matches_the_oracle(impl: Implementation, data: st.DataObje
         cu = None if cu_seqlens is None else cu_seqlens.to(device)
         if with_sums:
             sums = sequence_logps(ref_logits.double(), labels, cu_seqlens=cu_seqlens, shift=shift, backend="eager")
-            halves = (sums[0::2], sums[1::2]) if options["pair_layout"] == "interleaved" else sums.chunk(2)
-            ref = {f"ref_{k}_logps": v.to(device, dtype) for k, v in zip(("chosen", "rejected"), halves, strict=True)}
-        out = fused_dil_loss(x, labels.to(device), cu_seqlens=cu, backend=backend, **ref, **options)
+            ref = {"ref_logps": sums.to(device, dtype)}
+            if is_chosen is None:
+                halves = (sums[0::2], sums[1::2]) if options["pair_layout"] == "interleaved" else sums.chunk(2)
+                names = ("ref_chosen_logps", "ref_rejected_logps")
+                ref = {name: half.to(device, dtype) for name, half in zip(names, halves, strict=True)}
+        sides = None if is_chosen is None else is_chosen.to(device)
+        out = fused_dil_loss(x, labels.to(device), cu_seqlens=cu, backend=backend, is_chosen=sides, **ref, **options)
         # A gradient through every differentiable output at once, different for each entry.
         weight = torch.arange(1, out.losses.numel() + 1, device=device, dtype=dtype)
         total = (out.losses * weight).sum() + 0.3 * out.loss.sum() + 0.1 * (out.chosen_logps * weight).sum()
@@ -176,7 +200,7 @@ def test_the_loss_is_deterministic_and_in_fp64_inside() -> None:
     # 1e8 + 1 is lost in fp32; the log ratio must not lose it.
     token_logps = torch.tensor([[1e8, 1.0, -1e8], [0.0, 0.0, 0.0]])
     ref = torch.zeros_like(token_logps)
-    options = {"loss_type": "ukl", "beta": 0.1, "alpha": 0.0, "average": False, "interleaved": False}
+    options = {"average": False, "interleaved": False, "mean": True}
     for compiled in (True, False):
         out = density_ratio(
             token_logps,
@@ -184,8 +208,9 @@ def test_the_loss_is_deterministic_and_in_fp64_inside() -> None:
             None,
             ref,
             None,
+            None,
+            LossParameters("ukl", 0.0),
             **options,
-            reduction="mean",
             ignore_index=IGNORE,
             shift=False,
             compiled=compiled,
@@ -231,3 +256,127 @@ def test_dil_loss_of_mixed_precision(backend: str) -> None:
         losses, chosen, _ = dil_loss(policy, one, ref, one, loss_type="ukl", backend=backend)
         assert losses.dtype == policy.dtype
         torch.testing.assert_close(chosen.double(), torch.full((3,), expected).double(), rtol=1e-3, atol=0.0)
+
+
+def unpaired_batch(device: str):
+    """5 responses of which the second has no scored token; chosen, chosen, rejected, chosen, rejected."""
+    gen = torch.Generator().manual_seed(0)
+    logits, ref = (torch.randn(5, 6, 11, generator=gen).to(device) for _ in range(2))
+    labels = torch.randint(0, 11, (5, 6), generator=gen).to(device)
+    labels[1] = IGNORE
+    return logits.requires_grad_(), ref, labels, torch.tensor([True, True, False, True, False], device=device)
+
+
+@every_implementation
+def test_unpaired_responses(impl: Implementation) -> None:
+    logits, ref, labels, is_chosen = unpaired_batch(impl.device)
+    out = fused_dil_loss(logits, labels, ref_logits=ref, is_chosen=is_chosen, alpha=0.25, backend=impl.backend)
+    u = (out.chosen_rewards + out.rejected_rewards).detach()
+    chosen, rejected = -u.exp() + 0.25 * (2 * u).exp() / 2, 0.75 * (2 * u).exp() / 2
+    expected = torch.where(is_chosen, chosen, rejected)
+    expected[1] = 0.0
+    torch.testing.assert_close(out.losses, expected)
+    torch.testing.assert_close(out.loss, (expected[0] + expected[3]) / 2 + (expected[2] + expected[4]) / 2)
+    assert out.counts.tolist() == [2, 2]
+    assert out.chosen_lengths.tolist() == [5, 0, 0, 5, 0]
+    assert out.rejected_lengths.tolist() == [0, 0, 5, 0, 5]
+    for field in (out.chosen_logps, out.chosen_rewards):
+        assert (field[[1, 2, 4]] == 0).all()
+        assert (field[[0, 3]] != 0).all()
+    (grad,) = torch.autograd.grad(out.loss, logits)
+    assert grad[1].abs().max() == 0
+    assert grad[[0, 2, 3, 4]].abs().amax((1, 2)).min() > 0
+
+
+@every_implementation
+def test_unpaired_responses_of_pairs_have_the_mean_of_the_pairs(impl: Implementation) -> None:
+    gen = torch.Generator().manual_seed(0)
+    logits, ref = (torch.randn(6, 5, 11, generator=gen).to(impl.device) for _ in range(2))
+    labels = torch.randint(0, 11, (6, 5), generator=gen).to(impl.device)
+    is_chosen = torch.tensor([True] * 3 + [False] * 3, device=impl.device)
+    order = torch.tensor([4, 0, 2, 5, 1, 3], device=impl.device)
+    results = []
+    for rows, sides in ((torch.arange(6), None), (order, is_chosen[order])):
+        x = logits.clone().requires_grad_()
+        for reduction in ("mean", "sum"):
+            options = {"loss_type": "bce", "alpha": 0.3, "chosen_weight": 2.0, "reduction": reduction}
+            loss = fused_dil_loss(
+                x[rows], labels[rows], ref_logits=ref[rows], is_chosen=sides, backend=impl.backend, **options
+            ).loss
+            results.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+    torch.testing.assert_close(results[2:], results[:2])
+
+
+@every_implementation
+@pytest.mark.parametrize("unpaired", [True, False])
+def test_shares_of_micro_batches_add_up_exactly(impl: Implementation, unpaired: bool) -> None:
+    logits, ref, labels, is_chosen = unpaired_batch(impl.device)
+    if not unpaired:
+        logits, ref, labels = (torch.cat([x[:1], x[:4]]) for x in (logits.detach(), ref, labels))
+        # Pairs of rows 0 and 1, 2 and 3 (without a token), 3 and 4.
+        logits, ref, labels = (torch.cat([x[[0, 2, 3]], x[[1, 3, 4]]]) for x in (logits, ref, labels))
+        logits.requires_grad_()
+    parts = ([0, 1], [2, 3, 4]) if unpaired else ([0, 3], [1, 2, 4, 5])
+    options = {"loss_type": "ukl", "average_log_prob": False, "backend": impl.backend}
+
+    def run(rows: list[int], reduction: str):
+        sides = is_chosen[rows] if unpaired else None
+        return fused_dil_loss(
+            logits[rows], labels[rows], ref_logits=ref[rows], is_chosen=sides, reduction=reduction, **options
+        )
+
+    whole = run(list(range(logits.shape[0])), "mean")
+    outputs = [run(part, "sum") for part in parts]
+    counts = torch.stack([out.counts for out in outputs]).sum(0)
+    assert torch.equal(counts, whole.counts)
+    shares = torch.stack([out.share(counts) for out in outputs]).sum()
+    torch.testing.assert_close(shares, whole.loss)
+    expected, actual = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (whole.loss, shares))
+    torch.testing.assert_close(actual, expected)
+
+
+@every_implementation
+def test_the_non_negative_correction_leaves_the_chosen_term_alone(impl: Implementation) -> None:
+    for rejected, kept in ((3.0, True), (-3.0, False)):
+        u = torch.tensor([[0.5, 1.0], [rejected, rejected - 1]], device=impl.device, requires_grad=True)
+        zero = torch.zeros(2, device=impl.device)
+        backend = "eager" if impl.backend == "eager" else "auto"
+        loss, *_ = dil_loss(u[0], u[1], zero, zero, non_negative=0.5, reduction="mean", backend=backend)
+        (grad,) = torch.autograd.grad(loss, u)
+        w, l = u.detach()
+        constant = 0.0 if kept else 0.5
+        expected = (-w.exp() + constant * (2 * w).exp() / 2).mean() + kept * ((2 * l).exp() / 2).mean()
+        torch.testing.assert_close(loss.detach(), expected)
+        torch.testing.assert_close(grad[0], (-w.exp() + constant * (2 * w).exp()) / 2)
+        torch.testing.assert_close(grad[1], kept * (2 * l).exp() / 2)
+
+
+@every_implementation
+@pytest.mark.parametrize("unpaired", [True, False])
+def test_a_registered_loss_is_as_a_compiled_one(impl: Implementation, unpaired: bool) -> None:
+    logits, ref, labels, is_chosen = unpaired_batch(impl.device)
+    rows = slice(0, 5) if unpaired else slice(0, 4)
+    x, ref, labels = logits.detach()[rows].requires_grad_(), ref[rows], labels[rows]
+    results = []
+    register_divergence(Divergence(name="test_lsif", source="", h=lambda r: (r - 1) ** 2 / 2))
+    try:
+        for loss_type in ("lsif", "test_lsif"):
+            out = fused_dil_loss(
+                x,
+                labels,
+                ref_logits=ref,
+                is_chosen=is_chosen if unpaired else None,
+                loss_type=loss_type,
+                alpha=0.3,
+                backend=impl.backend,
+            )
+            weights = torch.arange(1, len(out.losses) + 1, device=impl.device)
+            total = (weights * out.losses).sum() + 2 * out.loss + out.rejected_rewards.sum()
+            constant = (1 - out.losses.eq(0).float()) * 0.5 * (loss_type == "test_lsif")
+            # A is r - 1 there, and P is (r^2 - 1) / 2.
+            constant = constant * (torch.where(is_chosen, 0.3 - 2, 0.7) if unpaired else -1)
+            (grad,) = torch.autograd.grad(total, x)
+            results.append((out.losses.detach() + constant, *(field.detach() for field in out[2:]), grad))
+    finally:
+        del _REGISTRY["test_lsif"]
+    torch.testing.assert_close(results[1], results[0])

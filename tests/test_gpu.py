@@ -10,13 +10,21 @@ import torch
 from tolerance import assert_as_exact_as_eager
 from torch import Tensor
 
-from dil_kernels import dil_loss, fused_dil_loss, sequence_logps, token_logps
+from dil_kernels import (
+    dil_loss,
+    fused_dil_loss,
+    fused_linear_dil_loss,
+    linear_token_logps,
+    sequence_logps,
+    token_logps,
+)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
 ]
 DEVICE = "cuda"
+LSIF = ("lsif", 0.0, 0.0, 0.0, 1.0, 1.0)  # and its parameters
 
 
 @dataclass
@@ -71,6 +79,35 @@ def thin_loss(b: Batch) -> tuple[Tensor, ...]:
     return dil_loss(chosen, rejected, b.ref_sums[0] / 10, b.ref_sums[1] / 10)
 
 
+def alternating(S: int) -> Tensor:
+    return torch.arange(S, device=DEVICE) % 2 == 0
+
+
+def head_of(b: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states [2B, T, 64] and a weight [V, 64] that depend on the leaf."""
+    return b.logits[..., :64], b.logits.view(-1, b.logits.shape[-1])[:64].t()
+
+
+def fused_linear(b: Batch, **options) -> tuple[Tensor, ...]:
+    hidden, weight = head_of(b)
+    return fused_linear_dil_loss(
+        hidden,
+        weight,
+        b.labels,
+        ref_hidden_states=hidden.detach() / 2,
+        ref_lm_head_weight=weight.detach(),
+        max_scored_tokens=b.labels.numel(),
+        **options,
+    )
+
+
+def linear_statistics(b: Batch) -> tuple[Tensor, ...]:
+    logps, statistics = linear_token_logps(
+        *head_of(b), b.labels, max_scored_tokens=b.labels.numel(), stash_bytes=0, return_statistics=True
+    )
+    return logps, *statistics
+
+
 # Every fused call of a training step. What a call returns without a gradient is compared and not differentiated.
 FUSED_CALLS: dict[str, Callable[[Batch], tuple[Tensor, ...]]] = {
     "token_logps": lambda b: (token_logps(b.logits, b.labels),),
@@ -85,8 +122,17 @@ FUSED_CALLS: dict[str, Callable[[Batch], tuple[Tensor, ...]]] = {
     "fused_dil_loss, reference sums": lambda b: fused_dil_loss(
         b.logits, b.labels, ref_chosen_logps=b.ref_sums[0], ref_rejected_logps=b.ref_sums[1], loss_type="bce"
     ),
+    "fused_dil_loss, unpaired": lambda b: fused_dil_loss(
+        b.logits, b.labels, ref_logits=b.ref_logits, is_chosen=alternating(b.labels.shape[0]), non_negative=0.5
+    ),
+    "fused_dil_loss, softcap": lambda b: fused_dil_loss(
+        b.logits, b.labels, ref_logits=b.ref_logits, final_logit_softcapping=20.0
+    ),
     "fused_dil_loss, packed": fused_packed,
     "fused_dil_loss, packed dpo": lambda b: fused_packed(b, loss_type="dpo", reduction="sum"),
+    "linear, stash": lambda b: fused_linear(b, stash_bytes=1 << 30),
+    "linear, recomputed": lambda b: fused_linear(b, stash_bytes=0, final_logit_softcapping=20.0),
+    "linear, statistics": lambda b: linear_statistics(b),
 }
 IN_PLACE_CALLS: dict[str, Callable[[Batch], tuple[Tensor, ...]]] = {
     "token_logps, in place": lambda b: (token_logps(head_output(b.logits), b.labels, inplace_backward=True),),
@@ -262,7 +308,7 @@ def test_the_loss_is_one_launch() -> None:
 
     token = torch.randn(512, 2047, device=DEVICE, requires_grad=True)
     labels = torch.randint(0, 9, (512, 2048), device=DEVICE)
-    inputs = (token, labels, None, torch.randn_like(token), None, "lsif", 0.1, 0.0, True, False, True, -100, True)
+    inputs = (token, labels, None, torch.randn_like(token), None, None, *LSIF, True, False, True, -100, True)
     torch.ops.dil_kernels.density_ratio_fwd(*inputs)
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         torch.ops.dil_kernels.density_ratio_fwd(*inputs)

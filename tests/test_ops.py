@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import implementations
 import pytest
 import torch
@@ -44,12 +46,16 @@ def test_opcheck_density_ratio(impl: Implementation, packed: bool) -> None:
     token_logps = torch.randn(shape, device=impl.device)
     labels = torch.randint(-1, 3, (12,) if packed else (4, 6), device=impl.device)
     cu_seqlens = torch.tensor([0, 3, 3, 8, 12], dtype=torch.int32, device=impl.device) if packed else None
-    for ref in ((torch.randn_like(token_logps), None), (None, torch.randn(4, device=impl.device).double())):
-        inputs = (token_logps, labels, cu_seqlens, *ref, "lsif", 0.1, 0.5, True, False, True, -1, True)
+    sides = torch.tensor([True, False, False, True], device=impl.device)
+    references = ((torch.randn_like(token_logps), None), (None, torch.randn(4, device=impl.device).double()))
+    for ref, is_chosen in itertools.product(references, (None, sides)):
+        parameters = ("lsif", 0.0, 0.5, 3.0, 1.0, 2.0)
+        flags = (True, False, True, -1, True)
+        inputs = (token_logps, labels, cu_seqlens, *ref, is_chosen, *parameters, *flags)
         torch.library.opcheck(ops.density_ratio_fwd.default, inputs, test_utils=OPCHECKS)
-        loss, _, logratios, _, lengths, num_pairs, coefs = ops.density_ratio_fwd(*inputs)
+        loss, _, logratios, _, lengths, counts, coefs = ops.density_ratio_fwd(*inputs)
         grads = (torch.ones_like(loss), None, torch.randn_like(logratios), None)
-        inputs = (*grads, token_logps, labels, cu_seqlens, lengths, num_pairs, coefs, True, False, True, -1, True)
+        inputs = (*grads, token_logps, labels, cu_seqlens, is_chosen, lengths, counts, coefs, *flags)
         torch.library.opcheck(ops.density_ratio_bwd.default, inputs, test_utils=OPCHECKS)
 
 

@@ -537,7 +537,8 @@ class NoHostRead(TorchDispatchMode):
 
 def test_counting_and_metrics_of_a_micro_batch_never_wait_for_the_device(tmp_path: Path) -> None:
     values = torch.randn(6, 3)
-    output = DILOutput(values[0, 0], *values[:5], torch.tensor([1, 0, 2]), torch.tensor([1, 3, 4]))
+    lengths = (torch.tensor([1, 0, 2]), torch.tensor([1, 3, 4]))
+    output = DILOutput(values[0, 0], *values[:5], *lengths, torch.tensor([2, 2]))
     trainer = make_trainer(tmp_path)
     found = NonFinitePairs(torch.device("cpu"))
     with NoHostRead():
@@ -574,7 +575,7 @@ def test_length_grouping_has_its_lengths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"loss_type": "kl"}, "unknown loss_type 'kl'; available: lsif, ukl, bce, dpo"),
+        ({"loss_type": "kl"}, "unknown loss_type 'kl'; available: lsif, ukl, bce, power, is, brier, dpo"),
         ({"beta": 0.1}, "beta=0.1 was given, but loss_type='lsif' has no beta"),
         ({"loss_type": "dpo", "beta": -1.0}, "beta must be a finite number > 0, got -1.0"),
         ({"alpha": 1.5}, "alpha must be in"),

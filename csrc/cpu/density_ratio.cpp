@@ -1,4 +1,4 @@
-// Density-ratio loss on the CPU: sequences are summed in parallel, pairs follow.
+// Density-ratio loss on the CPU: sequences are summed in parallel, their losses follow.
 #include <vector>
 
 #include "../checks.h"
@@ -33,56 +33,40 @@ void check_boundaries(const SequenceLayout& layout) {
 }
 
 template <class T>
-void forward(
-    const SequenceLayout& layout, const LossOptions& options, const T* token_logps, const T* ref_token_logps,
-    const double* ref_logps, const DensityRatioOutputs& out) {
-  const int64_t S = layout.num_sequences, B = S / 2;
-  std::vector<SequenceSums> sums(S);
-  torch::stable::parallel_for(0, S, grain(token_logps_per_sequence(layout)), [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) sums[s] = sum_sequence(layout, s, token_logps, ref_token_logps);
-  });
-  T* losses = out.losses.mutable_data_ptr<T>();
-  T* logratios = out.logratios.mutable_data_ptr<T>();
-  T* logps = out.logps.mutable_data_ptr<T>();
-  T* coefs = out.coefs.mutable_data_ptr<T>();
-  int32_t* lengths = out.lengths.mutable_data_ptr<int32_t>();
-  double total = 0.0;
-  int64_t num_pairs = 0;
-  for (int64_t pair = 0; pair < B; ++pair) {
-    const int64_t w = layout.chosen(pair, options.interleaved), l = layout.rejected(pair, options.interleaved);
-    double u[2];
-    int k = 0;
-    for (const int64_t s : {w, l}) {
-      u[k] = log_ratio(sums[s], ref_logps != nullptr, ref_logps ? ref_logps[s] : 0.0, options.average);
-      logratios[s] = static_cast<T>(u[k++]);
-      logps[s] = static_cast<T>(sums[s].logps);
-      lengths[s] = static_cast<int32_t>(sums[s].length);
+void forward(const SequenceLayout& layout, const LossOptions& options, const ForwardPointers<T>& p) {
+  std::vector<SequenceSums> sums(layout.num_sequences);
+  torch::stable::parallel_for(
+      0, layout.num_sequences, grain(token_logps_per_sequence(layout)), [&](int64_t first, int64_t last) {
+        for (int64_t s = first; s < last; ++s) sums[s] = sum_sequence(layout, s, p.token_logps, p.ref_token_logps);
+      });
+  Total totals[2];
+  for (int64_t item = 0; item < layout.num_items(); ++item) {
+    SequenceSums of_item[2];
+    bool counted = true;
+    for (int64_t k = 0; k < layout.sequences_per_item(); ++k) {
+      of_item[k] = sums[layout.sequence(item, k, options.interleaved)];
+      counted = counted && of_item[k].length > 0;
     }
-    const PairLoss loss = counted_pair_loss(sums[w], sums[l], u[0], u[1], options);
-    losses[pair] = static_cast<T>(loss.loss);
-    coefs[w] = static_cast<T>(loss.grad_w);
-    coefs[l] = static_cast<T>(loss.grad_l);
-    total += loss.loss;
-    num_pairs += sums[w].length > 0 && sums[l].length > 0;
+    totals[layout.side(item)].add(write_item(layout, options, p, item, of_item, true), counted);
   }
-  *out.loss.mutable_data_ptr<T>() = static_cast<T>(options.mean && num_pairs > 0 ? total / num_pairs : total);
-  *out.num_pairs.mutable_data_ptr<int32_t>() = static_cast<int32_t>(num_pairs);
+  *p.loss = static_cast<T>(total_loss(totals, options.mean));
+  p.counts[0] = static_cast<int32_t>(totals[0].count);
+  p.counts[1] = static_cast<int32_t>(totals[layout.is_chosen ? 1 : 0].count);
 }
 
 DensityRatioOutputs::Tuple density_ratio_fwd(
     const Tensor& token_logps, const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens,
-    const std::optional<Tensor>& ref_token_logps, const std::optional<Tensor>& ref_logps, const std::string& loss_type,
-    double beta, double alpha, bool average, bool interleaved, bool mean, int64_t ignore_index, bool shift) {
-  const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, ignore_index, shift);
+    const std::optional<Tensor>& ref_token_logps, const std::optional<Tensor>& ref_logps,
+    const std::optional<Tensor>& is_chosen, const std::string& loss_type, double parameter, double alpha, double max_log_ratio,
+    double chosen_weight, double rejected_weight, bool average, bool interleaved, bool mean, int64_t ignore_index, bool shift) {
+  const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, is_chosen, ignore_index, shift);
   check_reference(token_logps, ref_token_logps, ref_logps, layout);
   check_boundaries(layout);
-  const LossOptions options{divergence_by_name(loss_type), {beta, alpha}, average, interleaved, mean};
-  DensityRatioOutputs out(token_logps, layout.num_sequences);
+  const LossOptions options = loss_options(
+      loss_type, {parameter, alpha, max_log_ratio, chosen_weight, rejected_weight}, average, interleaved, mean, layout);
+  DensityRatioOutputs out(token_logps, layout);
   const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    forward<T>(
-        layout, options, token_logps.const_data_ptr<T>(), ref_token_logps ? ref_token_logps->const_data_ptr<T>() : nullptr,
-        ref_logps ? ref_logps->const_data_ptr<double>() : nullptr, out);
+    forward(layout, options, out.pointers<decltype(zero)>(token_logps, ref_token_logps, ref_logps));
   };
   token_logps.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return std::move(out).tuple();
@@ -91,35 +75,33 @@ DensityRatioOutputs::Tuple density_ratio_fwd(
 template <class T>
 void backward(
     const SequenceLayout& layout, const LossOptions& options, const SequenceGrads& grads, const int32_t* lengths,
-    int64_t num_pairs, const T* coefs, T* grad_token_logps) {
-  const int64_t B = layout.num_sequences / 2;
-  torch::stable::parallel_for(0, B, grain(2 * token_logps_per_sequence(layout)), [&](int64_t first, int64_t last) {
-    for (int64_t pair = first; pair < last; ++pair) {
-      for (const int64_t s : {layout.chosen(pair, options.interleaved), layout.rejected(pair, options.interleaved)}) {
-        const T g = static_cast<T>(token_grad<T>(grads, s, pair, coefs[s], lengths[s], num_pairs, options));
-        for (int64_t i = layout.begin(s); i < layout.end(s); ++i) grad_token_logps[i] = layout.scored(s, i) ? g : T{0};
-      }
-    }
-  });
+    const int32_t* counts, const T* coefs, T* grad_token_logps) {
+  torch::stable::parallel_for(
+      0, layout.num_sequences, grain(token_logps_per_sequence(layout)), [&](int64_t first, int64_t last) {
+        for (int64_t s = first; s < last; ++s) {
+          const T g = static_cast<T>(token_grad<T>(layout, options, grads, s, coefs[s], lengths[s], counts));
+          for (int64_t i = layout.begin(s); i < layout.end(s); ++i) grad_token_logps[i] = layout.scored(s, i) ? g : T{0};
+        }
+      });
 }
 
 Tensor density_ratio_bwd(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_losses,
     const std::optional<Tensor>& grad_logratios, const std::optional<Tensor>& grad_logps, const Tensor& token_logps,
-    const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens, const Tensor& lengths,
-    const Tensor& num_pairs, const Tensor& coefs, bool average, bool interleaved, bool mean, int64_t ignore_index, bool shift) {
-  const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, ignore_index, shift);
+    const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& is_chosen,
+    const Tensor& lengths, const Tensor& counts, const Tensor& coefs, bool average, bool interleaved, bool mean,
+    int64_t ignore_index, bool shift) {
+  const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, is_chosen, ignore_index, shift);
   check_boundaries(layout);
-  const int64_t S = layout.num_sequences;
-  check_saved(token_logps, lengths, num_pairs, coefs, S);
-  const LossOptions options{{}, {}, average, interleaved, mean};
-  const SequenceGrads grads = sequence_grads(grad_loss, grad_losses, grad_logratios, grad_logps, token_logps, S);
+  check_saved(token_logps, lengths, counts, coefs, layout.num_sequences);
+  const LossOptions options{Divergence::None, {}, average, interleaved, mean};
+  const SequenceGrads grads = sequence_grads(grad_loss, grad_losses, grad_logratios, grad_logps, token_logps, layout);
   Tensor out = torch::stable::empty_like(token_logps);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     backward<T>(
-        layout, options, grads, lengths.const_data_ptr<int32_t>(), *num_pairs.const_data_ptr<int32_t>(),
-        coefs.const_data_ptr<T>(), out.mutable_data_ptr<T>());
+        layout, options, grads, lengths.const_data_ptr<int32_t>(), counts.const_data_ptr<int32_t>(), coefs.const_data_ptr<T>(),
+        out.mutable_data_ptr<T>());
   };
   token_logps.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return out;

@@ -50,64 +50,43 @@ __device__ SequenceSums sum_sequence(const SequenceLayout& layout, int64_t s, co
   return sums;
 }
 
-template <class T>
-struct ForwardPointers {
-  const T* token_logps;      // [S, T_out] or [N_out]
-  const T* ref_token_logps;  // likewise, or nullptr
-  const double* ref_logps;   // [S] or nullptr
-  T* loss;                   // []
-  T* losses;                 // [B]
-  T* logratios;              // [S]
-  T* logps;                  // [S]
-  T* coefs;                  // [S]
-  int32_t* lengths;          // [S]
-  int32_t* num_pairs;        // [], 0 at launch: counts finished blocks until the last one writes the result
-};
-
-// One block a pair. The block that finishes last reduces the losses, in a fixed order.
+// One block an item. The block that finishes last reduces the losses, in a fixed order. counts[0] is 0 at launch: it counts
+// finished blocks until the result is written there.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     density_ratio_fwd_kernel(const SequenceLayout layout, const LossOptions options, const ForwardPointers<T> p) {
-  const int64_t B = layout.num_sequences / 2, pair = blockIdx.x;
-  const int64_t w = layout.chosen(pair, options.interleaved), l = layout.rejected(pair, options.interleaved);
+  const int64_t items = layout.num_items(), item = blockIdx.x;
   const bool valid = boundaries_valid(layout);
-  SequenceSums sums_w, sums_l;
-  if (valid) {
-    sums_w = sum_sequence(layout, w, p.token_logps, p.ref_token_logps);
-    sums_l = sum_sequence(layout, l, p.token_logps, p.ref_token_logps);
+  SequenceSums sums[2];
+  for (int64_t k = 0; valid && k < layout.sequences_per_item(); ++k) {
+    sums[k] = sum_sequence(layout, layout.sequence(item, k, options.interleaved), p.token_logps, p.ref_token_logps);
   }
   __shared__ bool last;
   if (threadIdx.x == 0) {
-    const bool has_ref_logps = p.ref_logps != nullptr;
-    const double u_w = log_ratio(sums_w, has_ref_logps, has_ref_logps ? p.ref_logps[w] : 0.0, options.average);
-    const double u_l = log_ratio(sums_l, has_ref_logps, has_ref_logps ? p.ref_logps[l] : 0.0, options.average);
-    const PairLoss loss = counted_pair_loss(sums_w, sums_l, u_w, u_l, options);
-    p.losses[pair] = static_cast<T>(valid ? loss.loss : NAN);
-    p.logratios[w] = static_cast<T>(valid ? u_w : NAN);
-    p.logratios[l] = static_cast<T>(valid ? u_l : NAN);
-    p.logps[w] = static_cast<T>(valid ? sums_w.logps : NAN);
-    p.logps[l] = static_cast<T>(valid ? sums_l.logps : NAN);
-    p.coefs[w] = static_cast<T>(valid ? loss.grad_w : NAN);
-    p.coefs[l] = static_cast<T>(valid ? loss.grad_l : NAN);
-    p.lengths[w] = static_cast<int32_t>(sums_w.length);
-    p.lengths[l] = static_cast<int32_t>(sums_l.length);
+    write_item(layout, options, p, item, sums, valid);
     __threadfence();
-    last = atomicAdd(reinterpret_cast<unsigned*>(p.num_pairs), 1u) == B - 1;
+    last = atomicAdd(reinterpret_cast<unsigned*>(p.counts), 1u) == items - 1;
   }
   __syncthreads();
   if (!last) return;
   __threadfence();
-  double total = 0.0, count = 0.0;
-  for (int64_t i = threadIdx.x; i < B; i += kThreads) {
-    total += static_cast<double>(__ldcg(p.losses + i));
-    count += __ldcg(p.lengths + layout.chosen(i, options.interleaved)) > 0 &&
-             __ldcg(p.lengths + layout.rejected(i, options.interleaved)) > 0;
+  Total totals[2];
+  for (int64_t i = threadIdx.x; i < items; i += kThreads) {
+    bool counted = true;
+    for (int64_t k = 0; k < layout.sequences_per_item(); ++k) {
+      counted = counted && __ldcg(p.lengths + layout.sequence(i, k, options.interleaved)) > 0;
+    }
+    totals[layout.side(i)].add(static_cast<double>(__ldcg(p.losses + i)), counted);
   }
-  total = block_sum(total);
-  count = block_sum(count);
+  for (Total& total : totals) {
+    total.positive = block_sum(total.positive);
+    total.rest = block_sum(total.rest);
+    total.count = block_sum(total.count);
+  }
   if (threadIdx.x == 0) {
-    *p.loss = static_cast<T>(options.mean && count > 0.0 ? total / count : total);
-    *p.num_pairs = static_cast<int32_t>(count);
+    *p.loss = static_cast<T>(total_loss(totals, options.mean));
+    p.counts[0] = static_cast<int32_t>(totals[0].count);
+    p.counts[1] = static_cast<int32_t>(totals[layout.is_chosen ? 1 : 0].count);
   }
 }
 
@@ -124,13 +103,11 @@ __device__ int64_t segment_of(const SequenceLayout& layout, int64_t i) {
 template <class T>
 __global__ void __launch_bounds__(kThreads) density_ratio_bwd_kernel(
     const SequenceLayout layout, const LossOptions options, const SequenceGrads grads, const int32_t* lengths,
-    const int32_t* num_pairs, const T* coefs, T* grad_token_logps, int64_t numel) {
+    const int32_t* counts, const T* coefs, T* grad_token_logps, int64_t numel) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= numel) return;
   const int64_t s = layout.cu_seqlens ? segment_of(layout, i) : i / layout.num_values;
-  const int64_t B = layout.num_sequences / 2;
-  const int64_t pair = options.interleaved ? s / 2 : s % B;
-  const T g = static_cast<T>(token_grad<T>(grads, s, pair, coefs[s], lengths[s], *num_pairs, options));
+  const T g = static_cast<T>(token_grad<T>(layout, options, grads, s, coefs[s], lengths[s], counts));
   grad_token_logps[i] = layout.scored(s, i) ? g : T{0};
 }
 
@@ -153,36 +130,27 @@ template <class T>
 void launch_fwd(
     const SequenceLayout& layout, const LossOptions& options, const Tensor& token_logps,
     const std::optional<Tensor>& ref_token_logps, const std::optional<Tensor>& ref_logps, const DensityRatioOutputs& out) {
-  const ForwardPointers<T> pointers{
-      token_logps.const_data_ptr<T>(),
-      ref_token_logps ? ref_token_logps->const_data_ptr<T>() : nullptr,
-      ref_logps ? ref_logps->const_data_ptr<double>() : nullptr,
-      out.loss.mutable_data_ptr<T>(),
-      out.losses.mutable_data_ptr<T>(),
-      out.logratios.mutable_data_ptr<T>(),
-      out.logps.mutable_data_ptr<T>(),
-      out.coefs.mutable_data_ptr<T>(),
-      out.lengths.mutable_data_ptr<int32_t>(),
-      out.num_pairs.mutable_data_ptr<int32_t>()};
+  const ForwardPointers<T> pointers = out.pointers<T>(token_logps, ref_token_logps, ref_logps);
   const cudaStream_t stream = current_stream(token_logps);
-  const int64_t B = layout.num_sequences / 2;
-  STD_CUDA_CHECK(cudaMemsetAsync(pointers.num_pairs, 0, sizeof(int32_t), stream));
-  if (B == 0) {
+  STD_CUDA_CHECK(cudaMemsetAsync(pointers.counts, 0, 2 * sizeof(int32_t), stream));
+  if (layout.num_items() == 0) {
     STD_CUDA_CHECK(cudaMemsetAsync(pointers.loss, 0, sizeof(T), stream));
     return;
   }
-  launch(density_ratio_fwd_kernel<T>, B, stream, layout, options, pointers);
+  launch(density_ratio_fwd_kernel<T>, layout.num_items(), stream, layout, options, pointers);
 }
 
 DensityRatioOutputs::Tuple density_ratio_fwd(
     const Tensor& token_logps, const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens,
-    const std::optional<Tensor>& ref_token_logps, const std::optional<Tensor>& ref_logps, const std::string& loss_type,
-    double beta, double alpha, bool average, bool interleaved, bool mean, int64_t ignore_index, bool shift) {
-  const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, ignore_index, shift);
+    const std::optional<Tensor>& ref_token_logps, const std::optional<Tensor>& ref_logps,
+    const std::optional<Tensor>& is_chosen, const std::string& loss_type, double parameter, double alpha, double max_log_ratio,
+    double chosen_weight, double rejected_weight, bool average, bool interleaved, bool mean, int64_t ignore_index, bool shift) {
+  const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, is_chosen, ignore_index, shift);
   check_reference(token_logps, ref_token_logps, ref_logps, layout);
-  const LossOptions options{divergence_by_name(loss_type), {beta, alpha}, average, interleaved, mean};
+  const LossOptions options = loss_options(
+      loss_type, {parameter, alpha, max_log_ratio, chosen_weight, rejected_weight}, average, interleaved, mean, layout);
   const torch::stable::accelerator::DeviceGuard guard(token_logps.get_device_index());
-  DensityRatioOutputs out(token_logps, layout.num_sequences);
+  DensityRatioOutputs out(token_logps, layout);
   const auto run = token_logps.scalar_type() == ScalarType::Double ? launch_fwd<double> : launch_fwd<float>;
   run(layout, options, token_logps, ref_token_logps, ref_logps, out);
   return std::move(out).tuple();
@@ -191,29 +159,29 @@ DensityRatioOutputs::Tuple density_ratio_fwd(
 template <class T>
 void launch_bwd(
     const SequenceLayout& layout, const LossOptions& options, const SequenceGrads& grads, const Tensor& lengths,
-    const Tensor& num_pairs, const Tensor& coefs, const Tensor& out) {
+    const Tensor& counts, const Tensor& coefs, const Tensor& out) {
   const int64_t numel = out.numel();
   if (numel == 0) return;
   launch(
       density_ratio_bwd_kernel<T>, (numel + kThreads - 1) / kThreads, current_stream(out), layout, options, grads,
-      lengths.const_data_ptr<int32_t>(), num_pairs.const_data_ptr<int32_t>(), coefs.const_data_ptr<T>(),
-      out.mutable_data_ptr<T>(), numel);
+      lengths.const_data_ptr<int32_t>(), counts.const_data_ptr<int32_t>(), coefs.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
+      numel);
 }
 
 Tensor density_ratio_bwd(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_losses,
     const std::optional<Tensor>& grad_logratios, const std::optional<Tensor>& grad_logps, const Tensor& token_logps,
-    const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens, const Tensor& lengths,
-    const Tensor& num_pairs, const Tensor& coefs, bool average, bool interleaved, bool mean, int64_t ignore_index, bool shift) {
-  const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, ignore_index, shift);
-  const int64_t S = layout.num_sequences;
-  check_saved(token_logps, lengths, num_pairs, coefs, S);
-  const LossOptions options{{}, {}, average, interleaved, mean};
-  const SequenceGrads grads = sequence_grads(grad_loss, grad_losses, grad_logratios, grad_logps, token_logps, S);
+    const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& is_chosen,
+    const Tensor& lengths, const Tensor& counts, const Tensor& coefs, bool average, bool interleaved, bool mean,
+    int64_t ignore_index, bool shift) {
+  const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, is_chosen, ignore_index, shift);
+  check_saved(token_logps, lengths, counts, coefs, layout.num_sequences);
+  const LossOptions options{Divergence::None, {}, average, interleaved, mean};
+  const SequenceGrads grads = sequence_grads(grad_loss, grad_losses, grad_logratios, grad_logps, token_logps, layout);
   const torch::stable::accelerator::DeviceGuard guard(token_logps.get_device_index());
   Tensor out = torch::stable::empty_like(token_logps);
   const auto run = token_logps.scalar_type() == ScalarType::Double ? launch_bwd<double> : launch_bwd<float>;
-  run(layout, options, grads, lengths, num_pairs, coefs, out);
+  run(layout, options, grads, lengths, counts, coefs, out);
   return out;
 }
 

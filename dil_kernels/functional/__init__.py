@@ -8,7 +8,7 @@ from dil_kernels.functional.linear import (
     linear_token_logps,
 )
 from dil_kernels.functional.logps import LogitStatistics, sequence_logps, token_logps
-from dil_kernels.functional.loss import DILOutput, dil_loss, fused_dil_loss
+from dil_kernels.functional.loss import DILOutput, dil_loss, fused_dil_loss, unpaired_dil_loss
 
 __all__ = [
     "DILOutput",
@@ -22,4 +22,5 @@ __all__ = [
     "linear_token_logps",
     "sequence_logps",
     "token_logps",
+    "unpaired_dil_loss",
 ]

@@ -14,7 +14,8 @@ from dil_kernels import reference
 from dil_kernels.backends import resolve_backend
 from dil_kernels.checks import check_cu_seqlens, check_head, check_positive, shape_of
 from dil_kernels.functional.logps import LogitStatistics, mask_boundaries
-from dil_kernels.functional.loss import DILOutput, loss_of_token_logps, resolve_loss_options, resolve_ref_logps
+from dil_kernels.functional.loss import loss_of_token_logps
+from dil_kernels.functional.loss_options import DILOutput, resolve_loss_options, resolve_ref_logps
 from dil_kernels.ops.linear import linear_logps
 from dil_kernels.ops.linear_head import TILE_SHAPES, peak_memory, stash_rows_within
 
@@ -398,9 +399,16 @@ def fused_linear_dil_loss(
     ref_hidden_states: Tensor | None = None,
     ref_lm_head_weight: Tensor | None = None,
     ref_lm_head_bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    is_chosen: Tensor | None = None,
     loss_type: str = "lsif",
     beta: float | None = None,
+    power: float | None = None,
     alpha: float = 0.0,
+    max_log_ratio: float | None = None,
+    non_negative: float | None = None,
+    chosen_weight: float = 1.0,
+    rejected_weight: float = 1.0,
     average_log_prob: bool = True,
     cu_seqlens: Tensor | None = None,
     pair_layout: str = "concatenated",
@@ -415,7 +423,7 @@ def fused_linear_dil_loss(
     max_scored_tokens: int | None = None,
     backend: str = "auto",
 ) -> DILOutput:
-    """DIL loss of preference pairs from hidden states and the head (arXiv 2503.05079, eq. 19), without the logits.
+    """DIL loss from hidden states and the head (arXiv 2503.05079, eq. 19), without the logits.
 
     Args:
         hidden_states: [2B, T, D], chosen and rejected responses under the policy; packed [1, N, D] or [N, D] with
@@ -427,7 +435,9 @@ def fused_linear_dil_loss(
             `ref_lm_head_weight` and costs one matrix product.
         ref_lm_head_weight: [V, D'].
         ref_lm_head_bias: [V].
-        loss_type, beta, alpha, average_log_prob, cu_seqlens, pair_layout, reduction: as in `fused_dil_loss`.
+        ref_logps, is_chosen: of responses that do not come in pairs, as in `fused_dil_loss`.
+        loss_type, beta, power, alpha, max_log_ratio, non_negative, chosen_weight, rejected_weight, average_log_prob,
+            cu_seqlens, pair_layout, reduction: as in `fused_dil_loss`.
         lm_head_bias: [V].
         logit_scale, final_logit_softcapping, temperature: as in `linear_token_logps`; they apply to both models.
         ignore_index, shift, stash_bytes, max_scored_tokens, backend: as in `linear_token_logps`.
@@ -438,7 +448,19 @@ def fused_linear_dil_loss(
     Raises:
         ValueError, TypeError, RuntimeError: as `linear_token_logps` and `fused_dil_loss`.
     """
-    loss_options = resolve_loss_options(loss_type, beta, alpha, average_log_prob, pair_layout, reduction)
+    loss_options = resolve_loss_options(
+        loss_type,
+        beta,
+        alpha,
+        average_log_prob,
+        pair_layout,
+        reduction,
+        power=power,
+        max_log_ratio=max_log_ratio,
+        non_negative=non_negative,
+        chosen_weight=chosen_weight,
+        rejected_weight=rejected_weight,
+    )
     options = _HeadOptions(
         ignore_index,
         shift,
@@ -473,13 +495,18 @@ def fused_linear_dil_loss(
         else f"in cu_seqlens {shape_of(cu_seqlens)}"
     )
     ref_logps = resolve_ref_logps(
-        ref_chosen_logps, ref_rejected_logps, S, counted_in, hidden_states.device, loss_options
+        ref_chosen_logps,
+        ref_rejected_logps,
+        S,
+        counted_in,
+        hidden_states.device,
+        loss_options,
+        ref_logps=ref_logps,
+        is_chosen=is_chosen,
     )
     if (ref_hidden_states is None) == (ref_logps is None):
-        raise ValueError(
-            "give the reference either as ref_hidden_states and ref_lm_head_weight, or as both ref_chosen_logps and "
-            "ref_rejected_logps"
-        )
+        sums = "both ref_chosen_logps and ref_rejected_logps" if is_chosen is None else "ref_logps"
+        raise ValueError(f"give the reference either as ref_hidden_states and ref_lm_head_weight, or as {sums}")
     token_logps, _, name = _token_logps(hidden_states, lm_head_weight, lm_head_bias, labels, options, statistics=False)
     ref_token_logps = None
     if ref_hidden_states is not None:
@@ -504,4 +531,5 @@ def fused_linear_dil_loss(
         ignore_index=ignore_index,
         shift=shift,
         backend=name,
+        is_chosen=is_chosen,
     )

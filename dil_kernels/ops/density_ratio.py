@@ -1,15 +1,19 @@
 """The density-ratio loss over token log-probabilities as torch.library ops, and the autograd Function above them.
 
-    density_ratio_fwd(token_logps, labels?, cu_seqlens?, ref_token_logps?, ref_logps?, loss_type, beta, alpha, average,
-                      interleaved, mean, ignore_index, shift)
-        -> (loss [], losses [B], logratios [S], logps [S], lengths [S] int32, num_pairs [] int32, coefs [S])
+    density_ratio_fwd(token_logps, labels?, cu_seqlens?, ref_token_logps?, ref_logps?, is_chosen?, loss_type, parameter,
+                      alpha, max_log_ratio, chosen_weight, rejected_weight, average, interleaved, mean, ignore_index,
+                      shift)
+        -> (loss [], losses [B] or [S], logratios [S], logps [S], lengths [S] int32, counts [2] int32, coefs [S])
     density_ratio_bwd(grad_loss?, grad_losses?, grad_logratios?, grad_logps?, token_logps, labels?, cu_seqlens?,
-                      lengths, num_pairs, coefs, average, interleaved, mean, ignore_index, shift) -> grad_token_logps
+                      is_chosen?, lengths, counts, coefs, average, interleaved, mean, ignore_index, shift)
+        -> grad_token_logps
 
 Sequences are rows of token_logps [S, T_out], or segments of a packed [N_out] delimited by cu_seqlens [S + 1]. A token
 counts where its label (shifted by one if `shift`) is not ignore_index; every token does without labels. Pair i is
-sequences i and B + i, or 2i and 2i + 1 if interleaved. `coefs` is d losses / d logratio of each sequence. Both ops are
-declared in csrc/ops.cpp.
+sequences i and B + i, or 2i and 2i + 1 if interleaved; with `is_chosen` [S] there are no pairs, and each sequence has a
+loss of its own. `counts` is what the mean divides by: the pairs, twice, or the chosen and the rejected sequences.
+`coefs` is d losses / d logratio of each sequence. loss_type "none" sums log ratios and leaves every loss 0. Both ops
+are declared in csrc/ops.cpp.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels import backends, reference
+from dil_kernels.divergences import LossParameters
 from dil_kernels.ops import refuse_double_backward
 
 
@@ -33,23 +38,17 @@ def _fake_fwd(
     cu_seqlens: Tensor | None,
     ref_token_logps: Tensor | None,
     ref_logps: Tensor | None,
-    loss_type: str,
-    beta: float,
-    alpha: float,
-    average: bool,
-    interleaved: bool,
-    mean: bool,
-    ignore_index: int,
-    shift: bool,
+    is_chosen: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     S = _num_sequences(token_logps, cu_seqlens)
     return (
         token_logps.new_empty(()),
-        token_logps.new_empty((S // 2,)),
+        token_logps.new_empty((S if is_chosen is not None else S // 2,)),
         token_logps.new_empty((S,)),
         token_logps.new_empty((S,)),
         token_logps.new_empty((S,), dtype=torch.int32),
-        token_logps.new_empty((), dtype=torch.int32),
+        token_logps.new_empty((2,), dtype=torch.int32),
         token_logps.new_empty((S,)),
     )
 
@@ -60,16 +59,7 @@ def _fake_bwd(
     grad_logratios: Tensor | None,
     grad_logps: Tensor | None,
     token_logps: Tensor,
-    labels: Tensor | None,
-    cu_seqlens: Tensor | None,
-    lengths: Tensor,
-    num_pairs: Tensor,
-    coefs: Tensor,
-    average: bool,
-    interleaved: bool,
-    mean: bool,
-    ignore_index: int,
-    shift: bool,
+    *saved: Any,
 ) -> Tensor:
     return token_logps.new_empty(token_logps.shape)
 
@@ -90,36 +80,19 @@ class DensityRatio(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         ref_token_logps: Tensor | None,
         ref_logps: Tensor | None,
-        loss_type: str,
-        beta: float,
-        alpha: float,
-        average: bool,
-        interleaved: bool,
-        mean: bool,
-        ignore_index: int,
-        shift: bool,
+        is_chosen: Tensor | None,
+        *options: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See the head of this file."""
-        loss, losses, logratios, logps, lengths, num_pairs, coefs = torch.ops.dil_kernels.density_ratio_fwd(
-            token_logps,
-            labels,
-            cu_seqlens,
-            ref_token_logps,
-            ref_logps,
-            loss_type,
-            beta,
-            alpha,
-            average,
-            interleaved,
-            mean,
-            ignore_index,
-            shift,
+        loss, losses, logratios, logps, lengths, counts, coefs = torch.ops.dil_kernels.density_ratio_fwd(
+            token_logps, labels, cu_seqlens, ref_token_logps, ref_logps, is_chosen, *options
         )
-        ctx.save_for_backward(token_logps, labels, cu_seqlens, lengths, num_pairs, coefs)
-        ctx.mark_non_differentiable(lengths, num_pairs)
+        ctx.save_for_backward(token_logps, labels, cu_seqlens, is_chosen, lengths, counts, coefs)
+        ctx.mark_non_differentiable(lengths, counts)
         ctx.set_materialize_grads(False)
-        ctx.options = (average, interleaved, mean, ignore_index, shift)
-        return loss, losses, logratios, logps, lengths, num_pairs
+        ctx.num_inputs = 6 + len(options)
+        ctx.options = options[-5:]  # average, interleaved, mean, ignore_index, shift
+        return loss, losses, logratios, logps, lengths, counts
 
     @staticmethod
     def backward(
@@ -135,7 +108,7 @@ class DensityRatio(torch.autograd.Function):
         grads = (grad_loss, grad_losses, grad_logratios, grad_logps)
         given = [None if grad is None else grad.contiguous() for grad in grads]
         grad = torch.ops.dil_kernels.density_ratio_bwd(*given, *ctx.saved_tensors, *ctx.options)
-        return (grad,) + (None,) * 12
+        return (grad,) + (None,) * (ctx.num_inputs - 1)
 
 
 def density_ratio(
@@ -144,21 +117,21 @@ def density_ratio(
     cu_seqlens: Tensor | None,
     ref_token_logps: Tensor | None,
     ref_logps: Tensor | None,
+    is_chosen: Tensor | None,
+    parameters: LossParameters,
     *,
-    loss_type: str,
-    beta: float,
-    alpha: float,
     average: bool,
     interleaved: bool,
-    reduction: str,
+    mean: bool,
     ignore_index: int,
     shift: bool,
     compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss [], losses [B], log ratios [S], log-prob sums [S], lengths [S] and the number of pairs counted [].
+    """Loss [], losses [B] or [S], log ratios [S], log-prob sums [S], lengths [S] and counts [2].
 
-    A pair with a response that has no scored token has loss 0, no gradient, and is left out of the mean. Sums and
-    losses are taken in fp64 and returned in the dtype of `token_logps`.
+    An item (a pair, or a sequence with `is_chosen`) with a response that has no scored token has loss 0, no gradient,
+    and is left out of the mean. Sums and losses are taken in fp64 and returned in the dtype of `token_logps`. With
+    `compiled`, the extension does all of it for its own losses; for others it sums, and torch takes the loss.
     """
     if not compiled:
         return reference.density_ratio(
@@ -167,27 +140,38 @@ def density_ratio(
             cu_seqlens,
             ref_token_logps,
             ref_logps,
-            loss_type=loss_type,
-            beta=beta,
-            alpha=alpha,
+            is_chosen,
+            parameters,
             average=average,
             interleaved=interleaved,
-            reduction=reduction,
+            mean=mean,
             ignore_index=ignore_index,
             shift=shift,
         )
-    return DensityRatio.apply(
+    known = parameters.loss_type in backends.compiled_losses()
+    loss, losses, logratios, logps, lengths, counts = DensityRatio.apply(
         token_logps,
         labels,
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         None if ref_token_logps is None else ref_token_logps.to(token_logps.dtype),
         None if ref_logps is None else ref_logps.double(),
-        loss_type,
-        beta,
-        alpha,
+        None if is_chosen is None else is_chosen.contiguous(),
+        parameters.loss_type if known else "none",
+        parameters.parameter,
+        parameters.alpha,
+        parameters.max_log_ratio,
+        parameters.chosen_weight,
+        parameters.rejected_weight,
         average,
         interleaved,
-        reduction != "sum",
+        mean,
         ignore_index,
         shift,
     )
+    if not known:
+        wide = logratios.to(reference.accumulation_dtype(logratios.device))
+        # NaN log ratios are those of invalid boundaries, which must not pass for responses without a token.
+        has_tokens = (lengths > 0) | wide.isnan()
+        loss, losses, counts = reference.losses_of_logratios(wide, has_tokens, is_chosen, parameters, interleaved, mean)
+        loss, losses = loss.to(token_logps.dtype), losses.to(token_logps.dtype)
+    return loss, losses, logratios, logps, lengths, counts
