@@ -6,8 +6,10 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import importlib
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -69,6 +71,7 @@ class RunOptions:
     dtype: str = "float32"
     attn_implementation: str | None = None
     resume_from_checkpoint: str | bool = False
+    import_modules: tuple[str, ...] = ()
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,6 +103,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
     Raises:
         SystemExit: with status 2 and a line on stderr: an option is unknown, missing or bad; status 0 after --help.
     """
+    modules = import_modules(argv)
     parser = build_parser()
     command_line = vars(parser.parse_known(argv))
     recipe_path = command_line.pop("config", None)
@@ -109,7 +113,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
     if missing:
         parser.error(f"{', '.join(missing)} must be given, here or in a recipe (--config)")
     run_fields = {field.name for field in dataclasses.fields(RunOptions)}
-    run = RunOptions(**{name: value for name, value in values.items() if name in run_fields})
+    run = RunOptions(
+        **{**{name: value for name, value in values.items() if name in run_fields}, "import_modules": modules}
+    )
     try:
         config = DILConfig(**{name: value for name, value in values.items() if name not in run_fields})
     except (ValueError, TypeError, ImportError) as error:
@@ -119,6 +125,26 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
             f"--eval-strategy {getattr(config.eval_strategy, 'value', config.eval_strategy)} needs --eval-file"
         )
     return run, config
+
+
+def import_modules(argv: Sequence[str]) -> tuple[str, ...]:
+    """Import the modules that ``--import`` names, before the choices of the other options are known.
+
+    Raises:
+        SystemExit: with status 2: one cannot be imported.
+    """
+    parser = Parser(prog="dil-train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="modules", action="append", default=[])
+    names = parser.parse_known_args(list(argv))[0].modules
+    sys.path.insert(0, "")  # as `python -m` has it: a module beside the caller
+    try:
+        for name in names:
+            importlib.import_module(name)
+    except Exception as error:  # whatever the user's module raises
+        parser.error(f"--import {name}: {type(error).__name__}: {error}")
+    finally:
+        sys.path.remove("")
+    return tuple(names)
 
 
 def read_recipe(path: str, parser: Parser) -> dict[str, Any]:
@@ -208,11 +234,19 @@ def _add_run_options(parser: Parser) -> None:
     group.add_argument(
         "--config", metavar="FILE", help="YAML recipe of any of these options; the command line overrides it"
     )
+    group.add_argument(
+        "--import",
+        dest="import_modules",
+        action="append",
+        metavar="MODULE",
+        help="import a Python module first, such as one that calls register_divergence; may be repeated",
+    )
     group.add_argument("--model", metavar="NAME", help="the model to train: a directory, or a name on the hub")
     group.add_argument(
         "--train-file",
         metavar="FILE",
-        help="preference pairs (prompt, chosen, rejected): a .jsonl, .json or .parquet file, or a data set on the hub",
+        help="preference pairs (prompt, chosen, rejected) or single responses (prompt, completion, label): a .jsonl, "
+        ".json or .parquet file, or a data set on the hub",
     )
     group.add_argument("--eval-file", metavar="FILE", help="held-out pairs for the before/after table; likewise")
     group.add_argument("--output-dir", metavar="DIR", help="where checkpoints, model, table and plot are written")

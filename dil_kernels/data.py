@@ -1,4 +1,4 @@
-"""Preference pairs: load them and check every one."""
+"""Preference pairs and single labelled responses: load them and check every one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ except ImportError as error:
 
 COLUMNS = ("prompt", "chosen", "rejected")
 RESPONSES = COLUMNS[1:]
+UNPAIRED_COLUMNS = ("prompt", "completion", "label")
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 ROWS_PER_CHUNK = 1000
 
 Messages = list[dict[str, str]]
-Pair = dict[str, Any]  # prompt, chosen, rejected: three strings, or three lists of {role, content}
+Pair = dict[str, Any]  # prompt, chosen, rejected: strings, or lists of {role, content}; or prompt, completion, label
 
 
 class PreferenceDataError(ValueError):
@@ -38,14 +39,17 @@ def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train
     Where the responses are whole conversations, ``prompt`` may be missing or a string: it is then what both share
     before their last message. A string with responses of one message is the user's message.
 
+    Responses that do not come in pairs have the columns ``prompt``, ``completion`` and ``label`` instead, as TRL's KTO
+    has them: a completion is what chosen and rejected are above, its label true where it is to be imitated.
+
     Args:
         source: a local .jsonl, .json (JSON Lines or one array) or .parquet file; or what `datasets.load_dataset` takes:
             a name on the hub, or a directory.
         split: the split to take from a hub data set or a directory; a local file has only "train".
 
     Returns:
-        A data set with the columns prompt, chosen and rejected, all strings or all lists of messages, in the order of
-        the source. Other columns and other keys of messages are dropped.
+        A data set with the columns prompt, chosen and rejected (or prompt, completion and label), all strings or all
+        lists of messages, in the order of the source. Other columns and other keys of messages are dropped.
 
     Raises:
         PreferenceDataError: the source cannot be read, or a pair is broken.
@@ -110,7 +114,7 @@ def _parse_json(text: bytes, path: Path, first_line: int) -> Any:
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         file = pq.ParquetFile(path)
-        columns = [name for name in file.schema_arrow.names if name in COLUMNS]
+        columns = _kept_columns(file.schema_arrow.names)
         number = itertools.count(1)
         for batch in file.iter_batches(batch_size=ROWS_PER_CHUNK, columns=columns):
             for record in batch.to_pylist():
@@ -122,13 +126,13 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 def _checked_records(records: Iterator[tuple[str, Any]], source: str) -> datasets.Dataset:
     """The checked pairs; only one chunk of them exists as Python objects at a time."""
     chunks: list[datasets.Dataset] = []
-    conversational: bool | None = None
+    first: Pair | None = None
     while chunk := list(itertools.islice(records, ROWS_PER_CHUNK)):
         pairs = []
         for where, record in chunk:
-            pairs.append(check_pair(record, where, conversational))
-            conversational = is_conversational(pairs[-1])
-        chunks.append(datasets.Dataset.from_list(pairs, features=_features(bool(conversational))))
+            pairs.append(check_pair(record, where, first))
+            first = pairs[-1]
+        chunks.append(datasets.Dataset.from_list(pairs, features=_features(pairs[-1])))
     if not chunks:
         raise PreferenceDataError(f"{source}: holds no preference pair")
     return datasets.concatenate_datasets(chunks)
@@ -138,19 +142,29 @@ def _checked_dataset(dataset: datasets.Dataset, source: str) -> datasets.Dataset
     """The checked pairs of a data set that `datasets` keeps on disk."""
     if len(dataset) == 0:
         raise PreferenceDataError(f"{source}: holds no preference pair")
-    dataset = dataset.select_columns([name for name in dataset.column_names if name in COLUMNS])
-    conversational = is_conversational(check_pair(dataset[0], f"{source}, row 1"))
+    dataset = dataset.select_columns(_kept_columns(dataset.column_names))
+    first = check_pair(dataset[0], f"{source}, row 1")
     return dataset.map(
-        lambda record, index: check_pair(record, f"{source}, row {index + 1}", conversational),
+        lambda record, index: check_pair(record, f"{source}, row {index + 1}", first),
         with_indices=True,
-        features=_features(conversational),
+        features=_features(first),
         desc="Checking preference pairs",
     )
 
 
-def _features(conversational: bool) -> datasets.Features:
+def _kept_columns(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name in (*COLUMNS, *UNPAIRED_COLUMNS)]
+
+
+def _features(pair: Pair) -> datasets.Features:
     text = datasets.Value("string")
-    return datasets.Features(dict.fromkeys(COLUMNS, [{"role": text, "content": text}] if conversational else text))
+    kind = [{"role": text, "content": text}] if is_conversational(pair) else text
+    return datasets.Features({name: datasets.Value("bool") if name == "label" else kind for name in pair})
+
+
+def response_columns(pair: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns that hold the responses: chosen and rejected, or completion alone."""
+    return ("completion",) if "completion" in pair and "chosen" not in pair else RESPONSES
 
 
 def is_conversational(pair: Pair) -> bool:
@@ -158,35 +172,51 @@ def is_conversational(pair: Pair) -> bool:
     return not isinstance(pair["prompt"], str)
 
 
-def check_pair(record: Any, where: str, conversational: bool | None = None) -> Pair:
-    """Check one pair and bring it into one of the two forms.
+def check_pair(record: Any, where: str, like: Pair | None = None) -> Pair:
+    """Check one pair, or one labelled response, and bring it into one of the two forms.
 
     Args:
         record: what stood in the data.
         where: its place, for the message.
-        conversational: the form that the other pairs have, if known.
+        like: a checked one of the same data, whose form this one must have.
 
     Returns:
-        prompt, chosen and rejected: three strings, or three lists of messages.
+        prompt, chosen and rejected, or prompt, completion and label: strings, or lists of messages.
 
     Raises:
-        PreferenceDataError: the pair is broken.
+        PreferenceDataError: the record is broken.
     """
     if not isinstance(record, Mapping):
         raise PreferenceDataError(f"{where}: expected an object with {', '.join(COLUMNS)}, got {type(record).__name__}")
-    for column in RESPONSES:
+    columns = response_columns({name: value for name, value in record.items() if value is not None})
+    for column in columns:
         _require(record, column, where)
-    if isinstance(record["chosen"], str) or isinstance(record["rejected"], str):
+    if any(isinstance(record[column], str) for column in columns):
         _require(record, "prompt", where)
-        pair = {column: _check_text(record[column], where, column) for column in COLUMNS}
+        pair: Pair = {column: _check_text(record[column], where, column) for column in ("prompt", *columns)}
     else:
-        pair = _check_conversation(record, where)
-    if conversational is not None and conversational != is_conversational(pair):
-        forms = ("three strings", "lists of messages")
+        pair = _check_conversation(record, where, columns)
+    if columns == ("completion",):
+        pair["label"] = _check_label(record, where)
+    if like is not None and pair.keys() != like.keys():
+        names = (", ".join(form) for form in (pair, like))
+        raise PreferenceDataError("{}: this record has {}, but those before it have {}".format(where, *names))
+    if like is not None and is_conversational(like) != is_conversational(pair):
+        what, strings = ("pair", "three strings") if columns == RESPONSES else ("response", "strings")
+        forms = (strings, "lists of messages")
         raise PreferenceDataError(
-            f"{where}: this pair is {forms[not conversational]}, but those before it are {forms[conversational]}"
+            f"{where}: this {what} is {forms[is_conversational(pair)]}, but those before it are "
+            f"{forms[is_conversational(like)]}"
         )
     return pair
+
+
+def _check_label(record: Mapping[str, Any], where: str) -> bool:
+    _require(record, "label", where)
+    if not isinstance(record["label"], bool):
+        kind = type(record["label"]).__name__
+        raise PreferenceDataError(f"{where}, column 'label': expected true or false, got {kind}")
+    return record["label"]
 
 
 def _require(record: Mapping[str, Any], column: str, where: str) -> None:
@@ -199,7 +229,7 @@ def _check_text(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str):
         raise PreferenceDataError(f"{where}, column {column!r}: expected a string, got {type(value).__name__}")
     _check_unicode(value, f"{where}, column {column!r}")
-    if column in RESPONSES:
+    if column != "prompt":
         _check_filled(value, where, column)
     return value
 
@@ -216,12 +246,12 @@ def _check_unicode(text: str, where: str) -> None:
         raise PreferenceDataError(f"{where}: not valid Unicode: {error.reason}") from error
 
 
-def _check_conversation(record: Mapping[str, Any], where: str) -> Pair:
+def _check_conversation(record: Mapping[str, Any], where: str, columns: tuple[str, ...]) -> Pair:
     prompt = record.get("prompt")
-    responses = {column: _check_response(record[column], where, column) for column in RESPONSES}
+    responses = {column: _check_response(record[column], where, column) for column in columns}
     if prompt is None or isinstance(prompt, str):
         prompt = None if prompt is None else _check_text(prompt, where, "prompt")
-        return _split_conversations(prompt, responses["chosen"], responses["rejected"], where)
+        return _split_conversations(prompt, responses, where)
     for column, messages in responses.items():
         if len(messages) != 1:
             raise PreferenceDataError(
@@ -240,18 +270,20 @@ def _check_response(value: Any, where: str, column: str) -> Messages:
     return messages
 
 
-def _split_conversations(prompt: str | None, chosen: Messages, rejected: Messages, where: str) -> Pair:
-    """The pair of two conversations that share everything before their last message."""
-    shared = chosen[:-1]
-    if shared != rejected[:-1]:
+def _split_conversations(prompt: str | None, responses: dict[str, Messages], where: str) -> Pair:
+    """The prompt and the answers of conversations that share everything before their last message."""
+    shared, *others = (conversation[:-1] for conversation in responses.values())
+    if any(other != shared for other in others):
         raise PreferenceDataError(f"{where}: chosen and rejected differ before their last message")
     if not shared and prompt is None:
         raise PreferenceDataError(f"{where}: column 'prompt' is missing, and the responses hold only the answer")
     if prompt is not None and not shared:
         shared = [{"role": "user", "content": prompt}]
     if prompt is not None and prompt.strip() not in [message["content"].strip() for message in shared]:
-        raise PreferenceDataError(f"{where}, column 'prompt': not a message of the conversation in chosen and rejected")
-    return {"prompt": shared, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+        raise PreferenceDataError(
+            f"{where}, column 'prompt': not a message of the conversation in {' and '.join(responses)}"
+        )
+    return {"prompt": shared, **{column: conversation[-1:] for column, conversation in responses.items()}}
 
 
 def _check_messages(value: Any, where: str, column: str) -> Messages:

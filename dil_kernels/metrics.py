@@ -1,4 +1,4 @@
-"""What training and evaluation report of the pairs, kept on the device until it is read."""
+"""What training and evaluation report of pairs and unpaired responses, kept on the device until it is read."""
 
 from __future__ import annotations
 
@@ -20,42 +20,55 @@ METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
+SUMMED = (*METRICS, "loss/chosen", "loss/rejected")
 ROWS_NAMED = 8
 ROW_BITS = 40  # a failure is kept as step * 2^40 + row, so that the smallest is the first
 NO_FAILURE = 2**63 - 1
 
 
-def counted_pairs(output: DILOutput) -> Tensor:
-    """Which pairs are in the means, [B] bool: those whose responses both have a scored token."""
-    return (output.chosen_lengths > 0) & (output.rejected_lengths > 0)
-
-
-def pair_metrics(output: DILOutput) -> Tensor:
-    """METRICS of every pair and, last, whether it is in the means: [B, len(METRICS) + 1], zeros where it is not."""
-    counted = counted_pairs(output)
-    metrics = (
-        output.losses,
-        output.chosen_rewards,
-        output.rejected_rewards,
-        output.chosen_rewards - output.rejected_rewards,
-        output.chosen_rewards > output.rejected_rewards,
-        output.chosen_logps,
-        output.rejected_logps,
-        counted,
-    )
-    values = torch.stack([metric.detach().to(accumulation_dtype(counted.device)) for metric in metrics], dim=1)
-    return torch.where(counted.unsqueeze(1), values, 0)
+def response_metrics(output: DILOutput, unpaired: bool) -> Tensor:
+    """SUMMED of every pair or unpaired response, then which of them count: [items, 2 len(SUMMED)], zeros where not."""
+    chosen, rejected = output.chosen_lengths > 0, output.rejected_lengths > 0
+    pairs = chosen & rejected
+    if not unpaired:
+        chosen = rejected = pairs
+    columns = {
+        "loss": (output.losses, pairs),
+        "loss/chosen": (output.losses, chosen if unpaired else torch.zeros_like(pairs)),
+        "loss/rejected": (output.losses, rejected if unpaired else torch.zeros_like(pairs)),
+        "rewards/chosen": (output.chosen_rewards, chosen),
+        "rewards/rejected": (output.rejected_rewards, rejected),
+        "rewards/margins": (output.chosen_rewards - output.rejected_rewards, pairs),
+        "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards, pairs),
+        "logps/chosen": (output.chosen_logps, chosen),
+        "logps/rejected": (output.rejected_logps, rejected),
+    }
+    dtype = accumulation_dtype(pairs.device)
+    values, counts = zip(*(columns[name] for name in SUMMED), strict=True)
+    counted = torch.stack(counts, dim=1)
+    summed = torch.where(counted, torch.stack([value.detach().to(dtype) for value in values], dim=1), 0)
+    return torch.cat([summed, counted.to(dtype)], dim=1)
 
 
 def zero_sums(device: torch.device) -> Tensor:
-    """The sum of `pair_metrics` over no pair: [len(METRICS) + 1]."""
-    return torch.zeros(len(METRICS) + 1, dtype=accumulation_dtype(device), device=device)
+    """The sum of `response_metrics` over nothing: [2 len(SUMMED)]."""
+    return torch.zeros(2 * len(SUMMED), dtype=accumulation_dtype(device), device=device)
 
 
 def means(sums: Tensor) -> dict[str, float]:
-    """METRICS averaged over pairs, from the sum of their `pair_metrics`; NaN without a pair. Waits for the device."""
-    *totals, count = sums.tolist()
-    return {name: total / count if count else math.nan for name, total in zip(METRICS, totals, strict=True)}
+    """What is reported, from the sum of `response_metrics`; NaN where nothing counts. Waits for the device.
+
+    Of pairs, METRICS. Of unpaired responses, the means of each side: the loss is the sum of those of the two sides,
+    and the margin the difference of their rewards.
+    """
+    totals, counts = sums.view(2, -1).tolist()
+    mean = {name: t / n if n else math.nan for name, t, n in zip(SUMMED, totals, counts, strict=True)}
+    sides = [name for name, n in zip(SUMMED, counts, strict=True) if n and name in ("loss/chosen", "loss/rejected")]
+    if not sides:
+        return {name: mean[name] for name in METRICS}
+    mean["loss"] = sum(mean[name] for name in sides)
+    mean["rewards/margins"] = mean["rewards/chosen"] - mean["rewards/rejected"]
+    return {name: mean[name] for name in SUMMED if name != "rewards/accuracies"}
 
 
 class NonFinitePairs:

@@ -126,12 +126,12 @@ def _weighted_P(d: Divergence, v: Tensor, p: LossParameters, weight: float) -> T
     P = d.term("P", v, p.parameter)
     if d.log_P is None:
         return weight * P
-    return torch.where(math.inf == P, _log_term(d, "log_P", v, p, weight).exp(), weight * P)
+    return torch.where(P.isposinf(), _log_term(d, "log_P", v, p, weight).exp(), weight * P)
 
 
 def _weighted_dP(d: Divergence, v: Tensor, p: LossParameters, weight: float) -> Tensor:
     dP = d.term("dP", v, p.parameter)
-    return torch.where(dP == math.inf, (_log(weight) + v).exp() * d.term("dA", v, p.parameter), weight * dP)
+    return torch.where(dP.isposinf(), (_log(weight) + v).exp() * d.term("dA", v, p.parameter), weight * dP)
 
 
 def _chosen(d: Divergence, u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from dil_kernels.data import RESPONSES, Pair, PreferenceDataError, check_pair, is_conversational
+from dil_kernels.data import Pair, PreferenceDataError, check_pair, is_conversational, response_columns
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,8 @@ IGNORE_INDEX = -100
 TRUNCATION_MODES = ("keep_end", "keep_start")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+UNPAIRED_TOKEN_COLUMNS = ("prompt_ids", "completion_ids", "label")
+UNPAIRED_REF_COLUMNS = ("ref_logps",)
 
 
 def tokenize_dataset(
@@ -41,7 +43,8 @@ def tokenize_dataset(
 
     Returns:
         One row a pair: prompt_ids, chosen_ids and rejected_ids (lists of token ids), row (its place in `dataset`,
-        counted from 1) and length (tokens of the longer sequence).
+        counted from 1) and length (tokens of the longer sequence). One row a response, where these come unpaired:
+        completion_ids and label in place of chosen_ids and rejected_ids.
 
     Raises:
         PreferenceDataError: a pair is broken, or its response cannot be told from its prompt exactly.
@@ -49,19 +52,21 @@ def tokenize_dataset(
 
     def tokenize(record: Pair, index: int) -> dict[str, Any]:
         where = f"row {index + 1}"
-        ids = tokenize_pair(check_pair(record, where), tokenizer, where)
+        pair = check_pair(record, where)
+        ids = tokenize_pair(pair, tokenizer, where)
         kept = truncate(
             *ids, max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode
         )
-        prompt_ids, chosen_ids, rejected_ids = kept
+        prompt_ids, *responses = kept
+        columns = [f"{column}_ids" for column in response_columns(pair)]
         return {
             "prompt_ids": prompt_ids,
-            "chosen_ids": chosen_ids,
-            "rejected_ids": rejected_ids,
+            **dict(zip(columns, responses, strict=True)),
+            **({"label": pair["label"]} if "label" in pair else {}),
             "row": index + 1,
-            "length": len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)),
+            "length": len(prompt_ids) + max(map(len, responses)),
             "truncated": kept != ids,
-            "identical": chosen_ids == rejected_ids,
+            "identical": len(responses) == 2 and responses[0] == responses[1],
         }
 
     tokenized = dataset.map(
@@ -79,8 +84,8 @@ def tokenize_dataset(
     return tokenized.remove_columns(["truncated", "identical"])
 
 
-def tokenize_pair(pair: Pair, tokenizer: Any, where: str) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of the prompt, the chosen and the rejected response, untruncated.
+def tokenize_pair(pair: Pair, tokenizer: Any, where: str) -> tuple[list[int], ...]:
+    """Token ids of the prompt and of each response (chosen and rejected, or the one completion), untruncated.
 
     A conversation goes through the chat template: its prompt ends where generation starts, and its response is all
     that follows, end-of-turn marks included. A response that is a string gets the end-of-sequence token. Where the end
@@ -109,11 +114,11 @@ def tokenize_pair(pair: Pair, tokenizer: Any, where: str) -> tuple[list[int], li
         if not ids:
             raise PreferenceDataError(f"{where}, column {column!r}: the response has no token")
         responses.append(ids)
-    return prompt_ids, responses[0], responses[1]
+    return prompt_ids, *responses
 
 
 def _join(pair: Pair) -> tuple[str, dict[str, str]]:
-    return pair["prompt"], {column: pair["prompt"] + pair[column] for column in RESPONSES}
+    return pair["prompt"], {column: pair["prompt"] + pair[column] for column in response_columns(pair)}
 
 
 def _render(pair: Pair, tokenizer: Any, where: str) -> tuple[str, dict[str, str]]:
@@ -122,7 +127,7 @@ def _render(pair: Pair, tokenizer: Any, where: str) -> tuple[str, dict[str, str]
         prompt: str = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
         texts = {
             column: str(tokenizer.apply_chat_template(pair["prompt"] + pair[column], tokenize=False))
-            for column in RESPONSES
+            for column in response_columns(pair)
         }
     except TemplateError as error:
         raise PreferenceDataError(f"{where}: the chat template refuses this conversation: {error}") from error
@@ -145,13 +150,11 @@ def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 def truncate(
     prompt_ids: list[int],
-    chosen_ids: list[int],
-    rejected_ids: list[int],
-    *,
+    *responses: list[int],
     max_length: int | None,
     max_prompt_length: int | None,
     truncation_mode: str,
-) -> tuple[list[int], list[int], list[int]]:
+) -> tuple[list[int], ...]:
     """Cut a pair that is longer than `max_length`: first its prompt, then the ends of its responses.
 
     Args:
@@ -163,17 +166,19 @@ def truncate(
     Returns:
         The ids that remain.
     """
-    if max_length is None or len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) <= max_length:
-        return prompt_ids, chosen_ids, rejected_ids
+    if max_length is None or len(prompt_ids) + max(map(len, responses)) <= max_length:
+        return prompt_ids, *responses
     assert max_prompt_length is not None
     prompt_ids = prompt_ids[-max_prompt_length:] if truncation_mode == "keep_end" else prompt_ids[:max_prompt_length]
     room = max_length - len(prompt_ids)
-    return prompt_ids, chosen_ids[:room], rejected_ids[:room]
+    return prompt_ids, *(ids[:room] for ids in responses)
 
 
 @dataclass(frozen=True)
 class PreferenceCollator:
     """Batches tokenised pairs: B chosen sequences, then the B rejected ones, padded on the right.
+
+    Unpaired responses come in their order, with their sides.
 
     Attributes:
         pad_token_id: fills the input ids; attention mask and labels keep it out of everything.
@@ -187,9 +192,10 @@ class PreferenceCollator:
         Returns:
             input_ids, attention_mask and labels [2B, T] int64 (labels are -100 on prompt and padding). Where the pairs
             have them: rows [B] int64, the place of each pair in its data set; ref_chosen_logps and ref_rejected_logps
-            [B] fp32.
+            [B] fp32. For S unpaired responses: [S, T], is_chosen [S] bool, rows [S] and ref_logps [S].
         """
-        sides = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+        columns = ("completion_ids",) if "label" in pairs[0] else TOKEN_COLUMNS[1:]
+        sides = [(pair["prompt_ids"], pair[column]) for column in columns for pair in pairs]
         shape = (len(sides), max(len(prompt) + len(response) for prompt, response in sides))
         input_ids = torch.full(shape, self.pad_token_id)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -202,7 +208,9 @@ class PreferenceCollator:
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if "row" in pairs[0]:
             batch["rows"] = torch.tensor([pair["row"] for pair in pairs])
-        for column in REF_COLUMNS:
+        if "label" in pairs[0]:
+            batch["is_chosen"] = torch.tensor([pair["label"] for pair in pairs])
+        for column in (*REF_COLUMNS, *UNPAIRED_REF_COLUMNS):
             if column in pairs[0]:
                 batch[column] = torch.tensor([pair[column] for pair in pairs], dtype=torch.float32)
         return batch

@@ -30,8 +30,16 @@ except ImportError as error:
 
 from dil_kernels.backends import resolve_backend
 from dil_kernels.functional import DILOutput, fused_dil_loss, sequence_logps
-from dil_kernels.metrics import NonFinitePairs, counted_pairs, means, pair_metrics, zero_sums
-from dil_kernels.tokenization import IGNORE_INDEX, REF_COLUMNS, TOKEN_COLUMNS, PreferenceCollator, tokenize_dataset
+from dil_kernels.metrics import NonFinitePairs, means, response_metrics, zero_sums
+from dil_kernels.tokenization import (
+    IGNORE_INDEX,
+    REF_COLUMNS,
+    TOKEN_COLUMNS,
+    UNPAIRED_REF_COLUMNS,
+    UNPAIRED_TOKEN_COLUMNS,
+    PreferenceCollator,
+    tokenize_dataset,
+)
 from dil_kernels.training_config import DILConfig
 
 __all__ = ["DILConfig", "DILTrainer", "disable_dropout", "last_complete_checkpoint"]
@@ -43,11 +51,14 @@ class DILTrainer(Trainer):
     """Trains a causal language model on preference pairs by Direct Imitation Learning (arXiv 2503.05079).
 
     The loss is the mean over the pairs whose responses both have a scored token, over all micro-batches and processes
-    of an optimizer step together: gradient accumulation and data parallelism give the gradients of one large batch.
+    of an optimizer step together: gradient accumulation and data parallelism give the gradients of one large batch. Of
+    unpaired responses (columns prompt, completion, label) it is the mean over the chosen ones plus that over the
+    rejected ones, likewise.
 
     Metrics, in training averaged since the last log and in evaluation over all pairs: loss, rewards/chosen and
     rewards/rejected (log ratios, per token with `average_log_prob`), rewards/margins, rewards/accuracies, logps/chosen
-    and logps/rejected (sums over tokens).
+    and logps/rejected (sums over tokens). Unpaired responses have loss/chosen and loss/rejected, no accuracies, and
+    margins of means.
 
     A training loss that is not finite ends training with a `FloatingPointError` that names the step and the rows of the
     data: at the next log, before the next checkpoint or at the end, whichever is first.
@@ -129,7 +140,8 @@ class DILTrainer(Trainer):
             raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*TOKEN_COLUMNS, "row", "length", *REF_COLUMNS]  # type: ignore[assignment]
+        paired, unpaired = (*TOKEN_COLUMNS, *REF_COLUMNS), (*UNPAIRED_TOKEN_COLUMNS, *UNPAIRED_REF_COLUMNS)
+        self._signature_columns = [*paired, *unpaired[1:], "row", "length"]  # type: ignore[assignment]
 
     def _precompute_reference(self, model: nn.Module) -> None:
         """Add the reference log-probs to the data sets, under `model` as it is now."""
@@ -148,18 +160,19 @@ class DILTrainer(Trainer):
         model.train(training).to(device)
 
     def _add_reference(self, dataset: datasets.Dataset, model: nn.Module, batch_size: int) -> datasets.Dataset:
-        """The data set with the columns ref_chosen_logps and ref_rejected_logps: fp32 sums over tokens."""
-        if set(REF_COLUMNS) <= set(dataset.column_names):
+        """The data set with ref_chosen_logps and ref_rejected_logps (unpaired, ref_logps): fp32 sums over tokens."""
+        columns = _ref_columns(dataset)
+        if set(columns) <= set(dataset.column_names):
             return dataset
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
         sums = []
         for batch in tqdm(loader, desc="Reference log-probs", disable=self.args.disable_tqdm):
             with torch.no_grad(), self.accelerator.autocast():
                 logits = _logits(model, batch)
-            chosen, rejected = sequence_logps(logits, batch["labels"], backend=self.args.backend).chunk(2)
-            sums.append(self.accelerator.gather_for_metrics(torch.stack([chosen, rejected], dim=1)))
+            logps = sequence_logps(logits, batch["labels"], backend=self.args.backend)
+            sums.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(len(columns)), dim=1)))
         values = torch.cat(sums).float().cpu().numpy()
-        for index, column in enumerate(REF_COLUMNS):
+        for index, column in enumerate(columns):
             dataset = dataset.add_column(column, values[:, index])
         return dataset
 
@@ -175,7 +188,7 @@ class DILTrainer(Trainer):
         if dataset is None or isinstance(dataset, str):
             return dataset
         dataset = _tokenized(dataset, self.processing_class, self.args)
-        if self.ref_model is None and not set(REF_COLUMNS) <= set(dataset.column_names):
+        if self.ref_model is None and not set(_ref_columns(dataset)) <= set(dataset.column_names):
             raise ValueError(
                 "the reference log-probs were precomputed, and the reference model is gone: give every evaluation set "
                 "to the constructor, or set precompute_ref_log_probs=False"
@@ -200,13 +213,17 @@ class DILTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The micro-batches of one optimizer step, and how many pairs count in it over all processes."""
+        """The micro-batches of one optimizer step, and `DILOutput.counts` of all of it over all processes."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        num_pairs = torch.zeros((), dtype=torch.int64, device=device)
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             scored = (batch["labels"][:, 1:] != IGNORE_INDEX).any(1)
-            num_pairs += torch.logical_and(*scored.chunk(2)).sum().to(device)
-        return batches, self.accelerator.reduce(num_pairs, reduction="sum")
+            if "is_chosen" in batch:
+                is_chosen = batch["is_chosen"]
+                counts += torch.stack([(scored & is_chosen).sum(), (scored & ~is_chosen).sum()]).to(device)
+            else:
+                counts += torch.logical_and(*scored.chunk(2)).sum().to(device)
+        return batches, self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
         self,
@@ -221,39 +238,39 @@ class DILTrainer(Trainer):
             model: the wrapped policy.
             inputs: a batch as of `PreferenceCollator`, on the device.
             return_outputs: return the `DILOutput` of the batch, too.
-            num_items_in_batch: the pairs that count in the step over all processes; those of this batch if None.
+            num_items_in_batch: the counts [2] of the step over all processes; those of this batch if None.
 
         Returns:
-            The loss []. Its sum over the micro-batches, averaged over the processes, is the mean over the pairs.
+            The loss []. Its sum over the micro-batches, averaged over the processes, is the mean over the step.
         """
-        output = self._run_pairs(model, inputs)
+        output = self._run_batch(model, inputs)
         if num_items_in_batch is None:
-            loss = output.loss / counted_pairs(output).sum().clamp(min=1)
+            loss = output.share(output.counts)
         else:
-            # DDP averages gradients over the processes, but the mean is over the pairs of all of them.
-            loss = output.loss * (self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1))
+            # DDP averages gradients over the processes, but the mean is over the responses of all of them.
+            loss = output.share(torch.as_tensor(num_items_in_batch)) * self.accelerator.num_processes
         if model.training:
-            self._train_sums += pair_metrics(output).sum(0)
+            self._train_sums += response_metrics(output, "is_chosen" in inputs).sum(0)
             self._non_finite.add(output.losses, inputs.get("rows"), self.state.global_step + 1)
         return (loss, output) if return_outputs else loss
 
-    def _run_pairs(self, model: nn.Module, inputs: dict[str, Tensor]) -> DILOutput:
-        """The fused loss of a batch, summed over its pairs."""
+    def _run_batch(self, model: nn.Module, inputs: dict[str, Tensor]) -> DILOutput:
+        """The fused loss of a batch, summed."""
         ref_logits = None
         if self.ref_model is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 ref_logits = _logits(self.ref_model, inputs)
+        reference: dict[str, Any] = {"ref_logits": ref_logits}
+        if ref_logits is None:
+            reference = {name: inputs[name] for name in _ref_columns(inputs)}
         logits = _logits(model, inputs)
         kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
         return fused_dil_loss(
             logits,
             inputs["labels"],
-            ref_chosen_logps=inputs["ref_chosen_logps"] if ref_logits is None else None,
-            ref_rejected_logps=inputs["ref_rejected_logps"] if ref_logits is None else None,
-            ref_logits=ref_logits,
-            loss_type=self.args.loss_type,
-            beta=self.args.beta,
-            alpha=self.args.alpha,
+            **reference,
+            is_chosen=inputs.get("is_chosen"),
+            **self.args.loss_options(),
             average_log_prob=self.args.average_log_prob,
             # Nobody else needs the logits; a model that does gets autograd's error.
             inplace_backward=kernels and logits.requires_grad,
@@ -303,9 +320,10 @@ class DILTrainer(Trainer):
         """The mean loss of a batch; its logits are not kept."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            output = self._run_pairs(model, inputs)
-        self._eval_sums += self.accelerator.gather_for_metrics(pair_metrics(output)).sum(0)
-        return output.loss / counted_pairs(output).sum().clamp(min=1), None, None
+            output = self._run_batch(model, inputs)
+        metrics = response_metrics(output, "is_chosen" in inputs)
+        self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
+        return output.share(output.counts), None, None
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -343,7 +361,7 @@ def _tokenized(dataset: Any, tokenizer: Any, args: DILConfig) -> Any:
         return {name: _tokenized(part, tokenizer, args) for name, part in dataset.items()}
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(f"preference pairs must come as a datasets.Dataset, got {type(dataset).__name__}")
-    if set(TOKEN_COLUMNS) <= set(dataset.column_names):
+    if any(set(columns) <= set(dataset.column_names) for columns in (TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS)):
         return dataset
     with args.main_process_first(desc="tokenisation"):
         return tokenize_dataset(
@@ -354,6 +372,12 @@ def _tokenized(dataset: Any, tokenizer: Any, args: DILConfig) -> Any:
             truncation_mode=args.truncation_mode,
             num_proc=args.dataset_num_proc,
         )
+
+
+def _ref_columns(data: Any) -> tuple[str, ...]:
+    """The columns of reference log-probs that a tokenised data set or a batch of it has room for."""
+    names = getattr(data, "column_names", data)
+    return UNPAIRED_REF_COLUMNS if "label" in names or "is_chosen" in names else REF_COLUMNS
 
 
 def _pad_token_id(tokenizer: Any) -> int:

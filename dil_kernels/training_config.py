@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -21,15 +22,34 @@ class DILConfig(TrainingArguments):
 
     loss_type: str = field(
         default="lsif",
-        metadata={"help": "The density-ratio loss: lsif (the paper's default), ukl, bce, dpo, or a registered one."},
+        metadata={
+            "help": "The density-ratio loss (docs/losses.md): lsif (the paper's default), ukl, bce, power, is, brier, "
+            "dpo, or a registered one."
+        },
     )
     beta: float | None = field(
         default=None,
         metadata={"help": "Inverse temperature of the dpo loss (0.1 if not given); no other loss has one."},
     )
+    power: float | None = field(
+        default=None,
+        metadata={"help": "Exponent of the power loss (0.5 if not given): 1 is lsif, 0 ukl, -1 Itakura-Saito."},
+    )
     alpha: float = field(
         default=0.0,
         metadata={"help": "Share of the chosen responses in the reference expectation, in [0, 1]; 0 is the paper's."},
+    )
+    max_log_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Soft bound M on the log ratios in the loss, u -> M tanh(u/M); none if not given."},
+    )
+    chosen_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the chosen term of a separable loss."},
+    )
+    rejected_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the rejected term of a separable loss."},
     )
     average_log_prob: bool = field(
         default=True,
@@ -78,7 +98,7 @@ class DILConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        resolve_options(self.loss_type, self.beta, self.alpha)
+        resolve_options(**self.loss_options())
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.label_smoothing_factor:
@@ -87,6 +107,11 @@ class DILConfig(TrainingArguments):
             self.max_prompt_length = _resolve_prompt_length(self.max_length, self.max_prompt_length)
         elif self.max_prompt_length is not None:
             raise ValueError(f"max_prompt_length={self.max_prompt_length} was given, but max_length=None cuts nothing")
+
+    def loss_options(self) -> dict[str, Any]:
+        """The keywords of the fused losses that define the loss."""
+        names = ("loss_type", "beta", "power", "alpha", "max_log_ratio", "chosen_weight", "rejected_weight")
+        return {name: getattr(self, name) for name in names}
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

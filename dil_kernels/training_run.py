@@ -131,7 +131,7 @@ def run_training(
         resume_from_checkpoint: a checkpoint, or True for the last complete one.
 
     Returns:
-        The scores of the held-out pairs before and after training; None if there are no such pairs.
+        The scores of the held-out pairs before and after training; None without such pairs (none at all, or unpaired).
     """
     trainer = DILTrainer(
         model=model,
@@ -144,9 +144,10 @@ def run_training(
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LiveProgress)
-    before = None if eval_dataset is None else score_pairs(trainer)
+    in_pairs = eval_dataset is not None and "label" not in eval_dataset.column_names
+    before = score_pairs(trainer) if in_pairs else None
     trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
-    after = None if eval_dataset is None else score_pairs(trainer)
+    after = score_pairs(trainer) if in_pairs else None
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
