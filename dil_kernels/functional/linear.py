@@ -185,7 +185,7 @@ def _token_logps(
             stash_bytes = _default_stash_bytes(hidden.device)
         flat, raw = linear_logps(
             hidden.reshape(-1, hidden.shape[-1]),
-            weight,
+            weight.contiguous(),
             bias,
             targets,
             rows=rows,

@@ -376,7 +376,7 @@ def head_backward(
     scaled_x = hidden.new_empty(index.shape[0], hidden.shape[1], dtype=head.operand_dtype)
     for begin, end in _row_slices(index.shape[0]):
         scaled_x[begin:end] = _scaled(gather_rows(hidden, index[begin:end]), coefs[begin:end], scaled_x.dtype)
-    d_weight = torch.empty_like(weight) if grad_weight else None
+    d_weight = weight.new_empty(weight.shape) if grad_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if grad_bias else None
     same_dtype = weight.dtype == head.operand_dtype
     if stash_rows == index.shape[0] and d_bias is None and same_dtype:
