@@ -1,0 +1,318 @@
+"""`DILTrainer` and `DILConfig` on top of TRL's `DPOTrainer`, for TRL 1.0 and later.
+
+TRL keeps what it does well: data, collators, PEFT, reference models, precomputed reference log-probs, callbacks. The
+log-probs, the loss and what is averaged over are ours: a step with gradient accumulation, on any number of processes,
+has the gradients of one large batch, and so have the metrics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from accelerate.utils import is_peft_model
+    from trl import DPOConfig, DPOTrainer
+    from trl.models.utils import disable_gradient_checkpointing
+    from trl.trainer.utils import use_adapter
+except ImportError as error:
+    raise ImportError(f"this DILTrainer needs the extra [trl]: pip install 'dil-kernels[trl]' ({error})") from error
+
+from dil_kernels.backends import BACKENDS, resolve_backend
+from dil_kernels.checks import check_choice
+from dil_kernels.divergences import get_divergence, resolve_options
+from dil_kernels.functional import DILOutput, token_logps
+from dil_kernels.functional.loss import loss_of_token_logps, resolve_loss_options
+from dil_kernels.metrics import counted_pairs, means, pair_metrics, zero_sums
+
+__all__ = ["DILConfig", "DILTrainer"]
+
+IGNORE_INDEX = -100
+NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+# What TRL's losses use and ours do not; anything but the default would be silently ignored.
+UNUSED_OPTIONS = (
+    "label_smoothing",
+    "label_smoothing_factor",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "use_weighting",
+    "ld_alpha",
+    "loss_weights",
+    "discopop_tau",
+    "padding_free",
+)
+NAMES_IN_TRL = {"sigmoid": "dpo", "bco_pair": "bce"}
+
+
+@dataclass
+class DILConfig(DPOConfig):
+    """TRL's `DPOConfig` with the options of the density-ratio losses; checked at construction.
+
+    Raises:
+        ValueError: an option that is unknown, out of range, or not used by the loss.
+    """
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["lsif"],
+        metadata={"help": "The density-ratio loss: lsif (the paper's default), ukl, bce, dpo, or a registered one."},
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "Inverse temperature of the dpo loss (0.1 if not given); no other loss has one."},
+    )
+    alpha: float = field(
+        default=0.0,
+        metadata={"help": "Share of the chosen responses in the reference expectation, in [0, 1]; 0 is the paper's."},
+    )
+    average_log_prob: bool = field(
+        default=True,
+        metadata={"help": "Divide each log ratio by the number of scored tokens of its response."},
+    )
+    backend: str = field(
+        default="auto",
+        metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # makes a list of loss_type
+        if len(self.loss_type) != 1:
+            raise ValueError(f"loss_type must be one loss, got {self.loss_type}")
+        (loss_type,) = self.loss_type
+        if loss_type in NAMES_IN_TRL:
+            raise ValueError(
+                f"loss_type={loss_type!r} of TRL is loss_type={NAMES_IN_TRL[loss_type]!r} with average_log_prob=False here"
+            )
+        resolve_options(loss_type, self.beta, self.alpha)
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        options = self.__dataclass_fields__
+        for name in UNUSED_OPTIONS:
+            if name in options and getattr(self, name) != options[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} was given, but no DIL loss uses it")
+        if self.use_liger_kernel and hasattr(DPOTrainer, "_compute_loss_liger"):
+            raise ValueError("use_liger_kernel=True was given, but in this version of TRL it replaces the loss")
+
+
+class DILTrainer(DPOTrainer):
+    """TRL's `DPOTrainer` with Direct Imitation Learning (arXiv 2503.05079) in place of DPO.
+
+    The loss is the mean over the pairs whose responses both have a scored token, over all micro-batches and processes
+    of an optimizer step together. TRL averages the means of micro-batches instead, which weighs a pair by how many
+    others happened to be beside it.
+
+    Metrics have TRL's names and are means over pairs, in training since the last log, in evaluation over the data set;
+    they stay on the device until they are logged. rewards/* are log ratios, times beta if the loss has one.
+
+    Args:
+        model, ref_model: as of `trl.DPOTrainer`.
+        args: a `DILConfig`.
+        rest, kwargs: the other arguments of `trl.DPOTrainer`.
+
+    Raises:
+        TypeError: args are not a `DILConfig`.
+        NotImplementedError: a set-up in which the loss would not be exact.
+    """
+
+    args: DILConfig
+    loss_is_scaled_for_ga = True  # by the number of pairs, in compute_loss
+
+    _tag_names = ("trl", "dil")
+    _name = "DIL"
+    _paper = {  # noqa: RUF012, as TRL has it
+        "title": "On a Connection Between Imitation Learning and RLHF",
+        "id": "2503.05079",
+        "citation": textwrap.dedent("""\
+            @inproceedings{xiao2025connection,
+                title        = {{On a Connection Between Imitation Learning and RLHF}},
+                author       = {Teng Xiao and Yige Yuan and Mingxiao Li and Zhengyu Chen and Vasant Honavar},
+                year         = 2025,
+                booktitle    = {International Conference on Learning Representations},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        ref_model: nn.Module | None = None,
+        args: DILConfig | None = None,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> None:
+        args = DILConfig("dil_output") if args is None else args
+        if not isinstance(args, DILConfig):
+            raise TypeError(f"args must be a dil_kernels.integrations.trl.DILConfig, got {type(args).__name__}")
+        super().__init__(model, ref_model, args, *rest, **kwargs)
+        if self.args.n_gpu > 1:
+            raise NotImplementedError(
+                f"{self.args.n_gpu} GPUs in one process would split a batch across its pairs; use torchrun, or make "
+                "one GPU visible with CUDA_VISIBLE_DEVICES"
+            )
+        if getattr(self.accelerator, "parallelism_config", None) is not None:
+            raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or context parallelism")
+        # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
+        self.model_accepts_loss_kwargs = True
+        (loss_type,) = args.loss_type
+        self.loss_options = resolve_loss_options(
+            loss_type, args.beta, args.alpha, args.average_log_prob, pair_layout="concatenated", reduction="sum"
+        )
+        self.beta = self.loss_options.beta if get_divergence(loss_type).takes_beta else 1.0
+        self._start_record()
+
+    def _start_record(self) -> None:
+        self._sums = {"train": zero_sums(self.args.device), "eval": zero_sums(self.args.device)}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer.train`."""
+        self._start_record()
+        return super().train(*args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of one optimizer step, and how many pairs count in it over all processes."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        num_pairs = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batches:
+            scored = batch["completion_mask"][:, 1:].any(1)
+            num_pairs += torch.logical_and(*scored.chunk(2)).sum().to(device)
+        return batches, self.accelerator.reduce(num_pairs, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The share of a micro-batch in the loss of its optimizer step.
+
+        Args:
+            model: the policy as the trainer wrapped it.
+            inputs: a batch of TRL's collators, on the device.
+            return_outputs: return what the model returned, too, logits included.
+            num_items_in_batch: the pairs that count in the step over all processes; those of this batch if None.
+
+        Returns:
+            The loss []. Its sum over the micro-batches, averaged over the processes, is the mean over the pairs.
+        """
+        labels = _labels(inputs)
+        with_router = {"output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else {}
+        policy_logps, outputs = self._score(model, inputs, labels, keep_logits=return_outputs, **with_router)
+        ref_token_logps = ref_logps = None
+        if self.precompute_ref_logps:
+            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            ref_token_logps = self._score_reference(None, inputs, labels)
+        output = loss_of_token_logps(
+            policy_logps,
+            labels,
+            None,
+            ref_token_logps,
+            ref_logps,
+            self.loss_options,
+            ignore_index=IGNORE_INDEX,
+            shift=True,
+            backend=resolve_backend(self.args.backend, policy_logps.device, policy_logps.dtype),
+        )
+        if num_items_in_batch is None:
+            loss = output.loss / counted_pairs(output).sum().clamp(min=1)
+        else:
+            # Gradients are averaged over the processes, but the mean is over the pairs of all of them.
+            loss = output.loss * (self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1))
+        self._record(output)
+        return (loss, outputs) if return_outputs else loss
+
+    def _score(
+        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, *, keep_logits: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """Log-probs of the labels [2B, T - 1] fp32, and the outputs of the model: the one place where they meet."""
+        model_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        outputs = model(**model_inputs, use_cache=False, **kwargs)
+        logits = outputs.logits
+        if logits.shape[1] != labels.shape[1]:
+            logits = logits[:, -labels.shape[1] :]  # prompt tuning prepends virtual tokens
+            keep_logits = True
+        kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
+        logps = token_logps(
+            logits,
+            labels,
+            ignore_index=IGNORE_INDEX,
+            # Nobody else needs the logits; a model that does gets autograd's error.
+            inplace_backward=kernels and logits.requires_grad and not keep_logits,
+            backend=self.args.backend,
+        )
+        return logps, outputs
+
+    def _score_reference(self, model: nn.Module | None, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """Log-probs of the labels under the reference: `model`, or the one that the trainer holds."""
+        adapter: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            policy = self.accelerator.unwrap_model(self.model)
+            # The adapters off give a new adapter's reference; TRL keeps a copy of one that was loaded.
+            adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+        if model is None:
+            model = self.model if self.ref_model is None else self.ref_model
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            adapter,
+            self.accelerator.autocast(),
+        ):
+            return self._score(model, inputs, labels)[0]
+
+    def compute_ref_log_probs(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """Summed log-probs [B] of chosen and rejected responses under the reference, for TRL's precomputation.
+
+        Args:
+            args: (model, inputs), in TRL before 1.9 only (inputs,).
+        """
+        *model, inputs = args
+        logps = self._score_reference(model[0] if model else None, inputs, _labels(inputs))
+        chosen, rejected = logps.sum(1).chunk(2)
+        return chosen, rejected
+
+    def _record(self, output: DILOutput) -> None:
+        """Add a micro-batch to what is logged next."""
+        metrics = pair_metrics(
+            output._replace(
+                chosen_rewards=self.beta * output.chosen_rewards, rejected_rewards=self.beta * output.rejected_rewards
+            )
+        )
+        if self.model.training:
+            self._sums["train"] += metrics.sum(0)
+        else:
+            self._sums["eval"] += self.accelerator.gather_for_metrics(metrics).sum(0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, in training with the means of the metrics since the last log, which waits for the device."""
+        if "loss" in logs:
+            self._publish("train", self.accelerator.reduce(self._sums["train"], reduction="sum"))
+        super().log(logs, start_time)
+
+    def _publish(self, mode: str, sums: Tensor) -> float:
+        """Hand the metrics to TRL's log; returns the mean loss."""
+        metrics = means(sums)
+        loss = metrics.pop("loss")
+        self._metrics[mode].update({name: [value] for name, value in metrics.items()})
+        self._sums[mode] = zero_sums(self.args.device)
+        return loss
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; the loss and the metrics are means over all pairs of the data set, whatever the batches."""
+        self._sums["eval"] = zero_sums(self.args.device)
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        loss = self._publish("eval", self._sums["eval"])
+        (name,) = (name for name in output.metrics if name.endswith("_loss"))
+        output.metrics[name] = loss
+        return output
+
+
+def _labels(inputs: dict[str, Any]) -> Tensor:  # [2B, T]
+    labels: Tensor = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+    return labels
