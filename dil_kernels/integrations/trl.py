@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 try:
+    import trl
     from accelerate.utils import is_peft_model
+    from packaging.version import Version
     from trl import DPOConfig, DPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
@@ -30,9 +32,12 @@ from dil_kernels.checks import check_choice
 from dil_kernels.divergences import get_divergence, resolve_options
 from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.loss import loss_of_token_logps, resolve_loss_options
-from dil_kernels.metrics import counted_pairs, means, pair_metrics, zero_sums
+from dil_kernels.metrics import NonFinitePairs, counted_pairs, means, pair_metrics, zero_sums
 
 __all__ = ["DILConfig", "DILTrainer"]
+
+if Version(trl.__version__) < Version("1.0.0"):
+    raise ImportError(f"this DILTrainer needs TRL 1.0 or later, found {trl.__version__}; see dil_kernels.dil_loss")
 
 IGNORE_INDEX = -100
 NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
@@ -87,7 +92,8 @@ class DILConfig(DPOConfig):
         (loss_type,) = self.loss_type
         if loss_type in NAMES_IN_TRL:
             raise ValueError(
-                f"loss_type={loss_type!r} of TRL is loss_type={NAMES_IN_TRL[loss_type]!r} with average_log_prob=False here"
+                f"loss_type={loss_type!r} of TRL is here loss_type={NAMES_IN_TRL[loss_type]!r} with "
+                "average_log_prob=False"
             )
         resolve_options(loss_type, self.beta, self.alpha)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
@@ -165,7 +171,8 @@ class DILTrainer(DPOTrainer):
         self._start_record()
 
     def _start_record(self) -> None:
-        self._sums = {"train": zero_sums(self.args.device), "eval": zero_sums(self.args.device)}
+        self._train_sums, self._eval_sums = zero_sums(self.args.device), zero_sums(self.args.device)
+        self._non_finite = NonFinitePairs(self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `transformers.Trainer.train`."""
@@ -224,7 +231,10 @@ class DILTrainer(DPOTrainer):
             loss = output.loss / counted_pairs(output).sum().clamp(min=1)
         else:
             # Gradients are averaged over the processes, but the mean is over the pairs of all of them.
-            loss = output.loss * (self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1))
+            loss = output.loss * self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
+        if with_router:
+            num_batches = self.current_gradient_accumulation_steps if self.model.training else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / num_batches
         self._record(output)
         return (loss, outputs) if return_outputs else loss
 
@@ -279,37 +289,39 @@ class DILTrainer(DPOTrainer):
 
     def _record(self, output: DILOutput) -> None:
         """Add a micro-batch to what is logged next."""
-        metrics = pair_metrics(
-            output._replace(
-                chosen_rewards=self.beta * output.chosen_rewards, rejected_rewards=self.beta * output.rejected_rewards
-            )
-        )
+        rewards = {name: self.beta * getattr(output, name) for name in ("chosen_rewards", "rejected_rewards")}
+        metrics = pair_metrics(output._replace(**rewards))
         if self.model.training:
-            self._sums["train"] += metrics.sum(0)
+            self._train_sums += metrics.sum(0)
+            self._non_finite.add(output.losses, None, self.state.global_step + 1)
         else:
-            self._sums["eval"] += self.accelerator.gather_for_metrics(metrics).sum(0)
+            self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, in training with the means of the metrics since the last log, which waits for the device."""
         if "loss" in logs:
-            self._publish("train", self.accelerator.reduce(self._sums["train"], reduction="sum"))
+            self._non_finite.check(self.accelerator.gather)
+            sums = self.accelerator.reduce(self._train_sums, reduction="sum")
+            logs |= {name: value for name, value in means(sums).items() if name != "loss"}
+            self._train_sums = zero_sums(self.args.device)
         super().log(logs, start_time)
 
-    def _publish(self, mode: str, sums: Tensor) -> float:
-        """Hand the metrics to TRL's log; returns the mean loss."""
-        metrics = means(sums)
-        loss = metrics.pop("loss")
-        self._metrics[mode].update({name: [value] for name, value in metrics.items()})
-        self._sums[mode] = zero_sums(self.args.device)
-        return loss
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._non_finite.check(self.accelerator.gather)
+        super()._save_checkpoint(model, trial)
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """Evaluate; the loss and the metrics are means over all pairs of the data set, whatever the batches."""
-        self._sums["eval"] = zero_sums(self.args.device)
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        loss = self._publish("eval", self._sums["eval"])
-        (name,) = (name for name in output.metrics if name.endswith("_loss"))
-        output.metrics[name] = loss
+        self._eval_sums = zero_sums(self.args.device)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means(self._eval_sums).items()})
         return output
 
 
