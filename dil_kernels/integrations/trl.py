@@ -87,6 +87,35 @@ class DILConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # makes a list of loss_type
+        self._check()
+
+    @classmethod
+    def from_dpo_config(
+        cls,
+        config: DPOConfig,
+        *,
+        loss_type: str = "lsif",
+        beta: float | None = None,
+        alpha: float = 0.0,
+        average_log_prob: bool = True,
+        backend: str = "auto",
+    ) -> DILConfig:
+        """The options of a `DPOConfig` that a launcher such as axolotl built, with another loss.
+
+        Args:
+            config: whose other options are taken; it is left as it is.
+            loss_type, beta, alpha, average_log_prob, backend: in place of its own loss_type and beta.
+
+        Raises:
+            ValueError: an option that the loss does not use, as at construction.
+        """
+        ours = {"alpha": alpha, "average_log_prob": average_log_prob, "backend": backend}
+        new = cls.__new__(cls)  # what is computed at construction, as the device is, comes along
+        new.__dict__.update(vars(config), loss_type=[loss_type], beta=beta, **ours)
+        new._check()
+        return new
+
+    def _check(self) -> None:
         if len(self.loss_type) != 1:
             raise ValueError(f"loss_type must be one loss, got {self.loss_type}")
         (loss_type,) = self.loss_type
