@@ -29,7 +29,7 @@ except ImportError as error:
 
 from dil_kernels.backends import BACKENDS, resolve_backend
 from dil_kernels.checks import check_choice
-from dil_kernels.divergences import get_divergence, resolve_options
+from dil_kernels.divergences import resolve_options
 from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.loss import loss_of_token_logps, resolve_loss_options
 from dil_kernels.metrics import NonFinitePairs, counted_pairs, means, pair_metrics, zero_sums
@@ -70,7 +70,7 @@ class DILConfig(DPOConfig):
     )
     beta: float | None = field(
         default=None,
-        metadata={"help": "Inverse temperature of the dpo loss (0.1 if not given); no other loss has one."},
+        metadata={"help": "Inverse temperature of the dpo loss (as TRL's if not given: 0.1); no other loss has one."},
     )
     alpha: float = field(
         default=0.0,
@@ -124,6 +124,8 @@ class DILConfig(DPOConfig):
                 f"loss_type={loss_type!r} of TRL is here loss_type={NAMES_IN_TRL[loss_type]!r} with "
                 "average_log_prob=False"
             )
+        if loss_type == "dpo" and self.beta is None:
+            self.beta = DPOConfig.__dataclass_fields__["beta"].default
         resolve_options(loss_type, self.beta, self.alpha)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         options = self.__dataclass_fields__
@@ -196,7 +198,7 @@ class DILTrainer(DPOTrainer):
         self.loss_options = resolve_loss_options(
             loss_type, args.beta, args.alpha, args.average_log_prob, pair_layout="concatenated", reduction="sum"
         )
-        self.beta = self.loss_options.beta if get_divergence(loss_type).takes_beta else 1.0
+        self.beta = 1.0 if args.beta is None else args.beta
         self._start_record()
 
     def _start_record(self) -> None:
