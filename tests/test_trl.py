@@ -10,6 +10,7 @@ import copy
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from tiny_model import make_model, make_pairs, make_tokenizer
 from torch import Tensor
 from torch.nn.functional import softplus
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 trl = pytest.importorskip("trl", reason="needs the extra [trl]")
@@ -27,7 +29,8 @@ peft = pytest.importorskip("peft", reason="needs peft")
 from datasets import Dataset, load_from_disk  # noqa: E402
 from packaging.version import Version  # noqa: E402
 
-from dil_kernels.integrations.trl import UNUSED_OPTIONS, DILConfig, DILTrainer  # noqa: E402
+from dil_kernels.integrations.trl import DILConfig, DILTrainer  # noqa: E402
+from dil_kernels.integrations.trl_config import UNUSED_OPTIONS  # noqa: E402
 from dil_kernels.metrics import METRICS  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -217,6 +220,35 @@ def test_a_loss_is_that_of_trl_step_by_step(
             assert actual[metric] == pytest.approx(expected[metric], rel=1e-4, abs=1e-4), metric
 
 
+STATISTICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy", "num_tokens")
+
+
+def test_the_statistics_are_those_of_trl(tmp_path: Path) -> None:
+    """With one micro-batch a step, where TRL's mean of means is the mean."""
+
+    def run(**options: Any) -> Any:
+        trainer = make_trainer(
+            tmp_path,
+            arguments={"eval_dataset": make_pairs(4, seed=1)},
+            per_device_train_batch_size=3,
+            per_device_eval_batch_size=4,
+            max_steps=3,
+            eval_strategy="steps",
+            eval_steps=2,
+            **options,
+        )
+        trainer.train()
+        return [log for log in trainer.state.log_history if "train_runtime" not in log]
+
+    ours = run(loss_type="dpo", average_log_prob=False)
+    theirs = run(trainer_class=trl.DPOTrainer, config_class=trl.DPOConfig)
+    for actual, expected in zip(ours, theirs, strict=True):
+        prefix = "" if "loss" in actual else "eval_"
+        for metric in (*METRICS, *STATISTICS):
+            assert actual[prefix + metric] == pytest.approx(expected[prefix + metric], rel=1e-4, abs=1e-5), metric
+        assert expected.keys() <= actual.keys()
+
+
 def accumulated(output_dir: Path, batch_size: int, accumulation: int, **options: Any) -> dict[str, Tensor]:
     trainer = make_trainer(
         output_dir,
@@ -245,6 +277,31 @@ def test_what_accumulation_is_compared_with_in_the_readme(tmp_path: Path) -> Non
     options = {"trainer_class": trl.DPOTrainer, "config_class": trl.DPOConfig, "learning_rate": 1.0}
     full, split = accumulated(tmp_path, 7, 1, **options), accumulated(tmp_path, 2, 4, **options)
     assert max((full[name] - split[name]).abs().max() for name in full) > 1e-3
+
+
+class HostReads(TorchDispatchMode):
+    """The files in which a value of a tensor is read by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            callers = (Path(frame.filename) for frame in reversed(traceback.extract_stack()[:-1]))
+            self.files.append(next(path.name for path in callers if "torch" not in path.parts))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_micro_batch_does_not_wait_for_the_device(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    batch = batch_of(trainer)
+    trainer.model.train()
+    with HostReads() as reads:
+        trainer.get_batch_samples(iter([batch, batch]), 2, torch.device("cpu"))
+        trainer.compute_loss(trainer.model, batch)
+    # transformers looks for padding; labels are checked on the CPU only
+    assert set(reads.files) <= {"masking_utils.py", "checks.py"}
 
 
 class Unscored:
@@ -325,7 +382,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     gradients, history = torch.load(tmp_path / "two" / "result.pt")
     expected_gradients, expected_history = distributed_run(tmp_path / "one", per_device_train_batch_size=4)
     assert_close(gradients, expected_gradients, 1e-7)  # the reference sums are stored in fp32
-    compared = {"loss", "eval_loss", *METRICS, *(f"eval_{metric}" for metric in METRICS)}
+    metrics = (*METRICS, *STATISTICS)
+    compared = {*metrics, *(f"eval_{metric}" for metric in metrics)}
     for actual, expected in zip(history, expected_history, strict=True):
         for key in expected.keys() & compared:
             assert actual[key] == pytest.approx(expected[key], rel=1e-5), key
@@ -449,7 +507,8 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     whole.train()
     resumed = resumable(tmp_path, model=make_model(5))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert logs_of(resumed) == logs_of(whole)
+    for actual, expected in zip(logs_of(resumed), logs_of(whole), strict=True):
+        assert {**actual, "num_tokens": 0} == {**expected, "num_tokens": 0}  # TRL counts them from the resumption
     for name, value in weights_of(whole).items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
     card = (tmp_path / "README.md").read_text()
@@ -493,7 +552,7 @@ def test_the_router_of_a_mixture_is_balanced_as_by_trl(tmp_path: Path) -> None:
     ours = run(loss_type="dpo", beta=0.1, average_log_prob=False)
     theirs = run(trainer_class=trl.DPOTrainer, config_class=trl.DPOConfig)
     for actual, expected in zip(logs_of(ours), logs_of(theirs), strict=True):
-        for metric in ("loss", "rewards/margins", "logps/chosen"):
+        for metric in ("loss", "aux_loss", "rewards/margins", "logps/chosen"):
             assert actual[metric] == pytest.approx(expected[metric], rel=1e-4, abs=1e-4), metric
     assert logs_of(ours)[0]["loss"] > 1.0  # log 2 and the router's half
 

@@ -1,4 +1,4 @@
-"""`DILTrainer` and `DILConfig` on top of TRL's `DPOTrainer`, for TRL 1.0 and later.
+"""`DILTrainer` on top of TRL's `DPOTrainer`, for TRL 1.0 and later.
 
 TRL keeps what it does well: data, collators, PEFT, reference models, precomputed reference log-probs, callbacks. The
 log-probs, the loss and what is averaged over are ours: a step with gradient accumulation, on any number of processes,
@@ -11,129 +11,40 @@ import contextlib
 import itertools
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 try:
-    import trl
     from accelerate.utils import is_peft_model
-    from packaging.version import Version
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
 except ImportError as error:
     raise ImportError(f"this DILTrainer needs the extra [trl]: pip install 'dil-kernels[trl]' ({error})") from error
 
-from dil_kernels.backends import BACKENDS, resolve_backend
-from dil_kernels.checks import check_choice
-from dil_kernels.divergences import resolve_options
+from dil_kernels.backends import resolve_backend
 from dil_kernels.functional import DILOutput, token_logps
+from dil_kernels.functional.logps import LogitStatistics
 from dil_kernels.functional.loss import loss_of_token_logps, resolve_loss_options
-from dil_kernels.metrics import NonFinitePairs, counted_pairs, means, pair_metrics, zero_sums
+from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_sums
+from dil_kernels.integrations.trl_config import DILConfig
+from dil_kernels.metrics import METRICS, NonFinitePairs, counted_pairs, means, pair_metrics
+from dil_kernels.reference import accumulation_dtype
 
 __all__ = ["DILConfig", "DILTrainer"]
 
-if Version(trl.__version__) < Version("1.0.0"):
-    raise ImportError(f"this DILTrainer needs TRL 1.0 or later, found {trl.__version__}; see dil_kernels.dil_loss")
-
 IGNORE_INDEX = -100
 NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
-# What TRL's losses use and ours do not; anything but the default would be silently ignored.
-UNUSED_OPTIONS = (
-    "label_smoothing",
-    "label_smoothing_factor",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "use_weighting",
-    "ld_alpha",
-    "loss_weights",
-    "discopop_tau",
-    "padding_free",
-)
-NAMES_IN_TRL = {"sigmoid": "dpo", "bco_pair": "bce"}
 
 
-@dataclass
-class DILConfig(DPOConfig):
-    """TRL's `DPOConfig` with the options of the density-ratio losses; checked at construction.
+class Scores(NamedTuple):
+    """What a model has to say of a batch of 2B sequences."""
 
-    Raises:
-        ValueError: an option that is unknown, out of range, or not used by the loss.
-    """
-
-    loss_type: list[str] = field(
-        default_factory=lambda: ["lsif"],
-        metadata={"help": "The density-ratio loss: lsif (the paper's default), ukl, bce, dpo, or a registered one."},
-    )
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "Inverse temperature of the dpo loss (as TRL's if not given: 0.1); no other loss has one."},
-    )
-    alpha: float = field(
-        default=0.0,
-        metadata={"help": "Share of the chosen responses in the reference expectation, in [0, 1]; 0 is the paper's."},
-    )
-    average_log_prob: bool = field(
-        default=True,
-        metadata={"help": "Divide each log ratio by the number of scored tokens of its response."},
-    )
-    backend: str = field(
-        default="auto",
-        metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # makes a list of loss_type
-        self._check()
-
-    @classmethod
-    def from_dpo_config(
-        cls,
-        config: DPOConfig,
-        *,
-        loss_type: str = "lsif",
-        beta: float | None = None,
-        alpha: float = 0.0,
-        average_log_prob: bool = True,
-        backend: str = "auto",
-    ) -> DILConfig:
-        """The options of a `DPOConfig` that a launcher such as axolotl built, with another loss.
-
-        Args:
-            config: whose other options are taken; it is left as it is.
-            loss_type, beta, alpha, average_log_prob, backend: in place of its own loss_type and beta.
-
-        Raises:
-            ValueError: an option that the loss does not use, as at construction.
-        """
-        ours = {"alpha": alpha, "average_log_prob": average_log_prob, "backend": backend}
-        new = cls.__new__(cls)  # what is computed at construction, as the device is, comes along
-        new.__dict__.update(vars(config), loss_type=[loss_type], beta=beta, **ours)
-        new._check()
-        return new
-
-    def _check(self) -> None:
-        if len(self.loss_type) != 1:
-            raise ValueError(f"loss_type must be one loss, got {self.loss_type}")
-        (loss_type,) = self.loss_type
-        if loss_type in NAMES_IN_TRL:
-            raise ValueError(
-                f"loss_type={loss_type!r} of TRL is here loss_type={NAMES_IN_TRL[loss_type]!r} with "
-                "average_log_prob=False"
-            )
-        if loss_type == "dpo" and self.beta is None:
-            self.beta = DPOConfig.__dataclass_fields__["beta"].default
-        resolve_options(loss_type, self.beta, self.alpha)
-        check_choice("backend", self.backend, ("auto", *BACKENDS))
-        options = self.__dataclass_fields__
-        for name in UNUSED_OPTIONS:
-            if name in options and getattr(self, name) != options[name].default:
-                raise ValueError(f"{name}={getattr(self, name)!r} was given, but no DIL loss uses it")
-        if self.use_liger_kernel and hasattr(DPOTrainer, "_compute_loss_liger"):
-            raise ValueError("use_liger_kernel=True was given, but in this version of TRL it replaces the loss")
+    token_logps: Tensor  # [2B, T - 1] fp32
+    statistics: LogitStatistics | None  # [2B, T - 1] each, if asked for
+    outputs: Any  # of the model
 
 
 class DILTrainer(DPOTrainer):
@@ -199,10 +110,12 @@ class DILTrainer(DPOTrainer):
             loss_type, args.beta, args.alpha, args.average_log_prob, pair_layout="concatenated", reduction="sum"
         )
         self.beta = 1.0 if args.beta is None else args.beta
+        self._has_router = getattr(self, "aux_loss_enabled", False)  # a mixture of experts, in TRL 1.8 or later
+        self._train_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._start_record()
 
     def _start_record(self) -> None:
-        self._train_sums, self._eval_sums = zero_sums(self.args.device), zero_sums(self.args.device)
+        self._train_sums, self._eval_sums = self._no_sums(), self._no_sums()
         self._non_finite = NonFinitePairs(self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -240,15 +153,15 @@ class DILTrainer(DPOTrainer):
             The loss []. Its sum over the micro-batches, averaged over the processes, is the mean over the pairs.
         """
         labels = _labels(inputs)
-        with_router = {"output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else {}
-        policy_logps, outputs = self._score(model, inputs, labels, keep_logits=return_outputs, **with_router)
+        with_router = {"output_router_logits": True} if self._has_router else {}
+        policy = self._score(model, inputs, labels, return_statistics=True, keep_logits=return_outputs, **with_router)
         ref_token_logps = ref_logps = None
         if self.precompute_ref_logps:
             ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         else:
             ref_token_logps = self._score_reference(None, inputs, labels)
         output = loss_of_token_logps(
-            policy_logps,
+            policy.token_logps,
             labels,
             None,
             ref_token_logps,
@@ -256,23 +169,30 @@ class DILTrainer(DPOTrainer):
             self.loss_options,
             ignore_index=IGNORE_INDEX,
             shift=True,
-            backend=resolve_backend(self.args.backend, policy_logps.device, policy_logps.dtype),
+            backend=resolve_backend(self.args.backend, labels.device, policy.token_logps.dtype),
         )
         if num_items_in_batch is None:
             loss = output.loss / counted_pairs(output).sum().clamp(min=1)
         else:
             # Gradients are averaged over the processes, but the mean is over the pairs of all of them.
             loss = output.loss * self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
-        if with_router:
+        if self._has_router:
             num_batches = self.current_gradient_accumulation_steps if self.model.training else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / num_batches
-        self._record(output)
-        return (loss, outputs) if return_outputs else loss
+            loss = loss + self.router_aux_loss_coef * policy.outputs.aux_loss / num_batches
+        self._record(inputs, policy, output)
+        return (loss, policy.outputs) if return_outputs else loss
 
     def _score(
-        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, *, keep_logits: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, Any]:
-        """Log-probs of the labels [2B, T - 1] fp32, and the outputs of the model: the one place where they meet."""
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        labels: Tensor,
+        *,
+        return_statistics: bool = False,
+        keep_logits: bool = False,
+        **kwargs: Any,
+    ) -> Scores:
+        """The one place where the forward of a model and the kernels meet."""
         model_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
         outputs = model(**model_inputs, use_cache=False, **kwargs)
         logits = outputs.logits
@@ -280,15 +200,15 @@ class DILTrainer(DPOTrainer):
             logits = logits[:, -labels.shape[1] :]  # prompt tuning prepends virtual tokens
             keep_logits = True
         kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
-        logps = token_logps(
-            logits,
-            labels,
-            ignore_index=IGNORE_INDEX,
+        options: dict[str, Any] = {
+            "ignore_index": IGNORE_INDEX,
             # Nobody else needs the logits; a model that does gets autograd's error.
-            inplace_backward=kernels and logits.requires_grad and not keep_logits,
-            backend=self.args.backend,
-        )
-        return logps, outputs
+            "inplace_backward": kernels and logits.requires_grad and not keep_logits,
+            "backend": self.args.backend,
+        }
+        if return_statistics:
+            return Scores(*token_logps(logits, labels, return_statistics=True, **options), outputs)
+        return Scores(token_logps(logits, labels, **options), None, outputs)
 
     def _score_reference(self, model: nn.Module | None, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         """Log-probs of the labels under the reference: `model`, or the one that the trainer holds."""
@@ -305,7 +225,7 @@ class DILTrainer(DPOTrainer):
             adapter,
             self.accelerator.autocast(),
         ):
-            return self._score(model, inputs, labels)[0]
+            return self._score(model, inputs, labels).token_logps
 
     def compute_ref_log_probs(self, *args: Any) -> tuple[Tensor, Tensor]:
         """Summed log-probs [B] of chosen and rejected responses under the reference, for TRL's precomputation.
@@ -318,23 +238,42 @@ class DILTrainer(DPOTrainer):
         chosen, rejected = logps.sum(1).chunk(2)
         return chosen, rejected
 
-    def _record(self, output: DILOutput) -> None:
-        """Add a micro-batch to what is logged next."""
+    def _no_sums(self) -> Tensor:
+        """Nothing to log yet: METRICS, the pairs that count, COLUMNS and the router's loss."""
+        size = len(METRICS) + 1 + len(COLUMNS) + 1
+        return torch.zeros(size, dtype=accumulation_dtype(self.args.device), device=self.args.device)
+
+    def _record(self, inputs: dict[str, Any], policy: Scores, output: DILOutput) -> None:
+        """Add a micro-batch to what is logged next; nothing waits for the device."""
         rewards = {name: self.beta * getattr(output, name) for name in ("chosen_rewards", "rejected_rewards")}
-        metrics = pair_metrics(output._replace(**rewards))
+        pairs = pair_metrics(output._replace(**rewards))
+        aux_loss = pairs[:, -1:] * (policy.outputs.aux_loss.detach() if self._has_router else 0.0)
+        assert policy.statistics is not None
+        sums = torch.cat([pairs, token_sums(policy.statistics, output), aux_loss], dim=1)
         if self.model.training:
-            self._train_sums += metrics.sum(0)
+            self._train_sums += sums.sum(0)
+            self._train_tokens += inputs["attention_mask"].sum()
             self._non_finite.add(output.losses, None, self.state.global_step + 1)
         else:
-            self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
+            self._eval_sums += self.accelerator.gather_for_metrics(sums).sum(0)
+
+    def _means(self, sums: Tensor) -> dict[str, float]:
+        """What TRL logs, from the sums over pairs of all processes, to be called by all of them."""
+        pairs, tokens, (aux_loss,) = sums.split([len(METRICS) + 1, len(COLUMNS), 1])
+        metrics = means(pairs) | token_means(tokens)
+        if self._has_router:
+            metrics["aux_loss"] = (aux_loss / pairs[-1]).item()
+            metrics["loss"] += self.router_aux_loss_coef * metrics["aux_loss"]
+        metrics["num_tokens"] = self.accelerator.reduce(self._train_tokens, reduction="sum").item()
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, in training with the means of the metrics since the last log, which waits for the device."""
         if "loss" in logs:
             self._non_finite.check(self.accelerator.gather)
-            sums = self.accelerator.reduce(self._train_sums, reduction="sum")
-            logs |= {name: value for name, value in means(sums).items() if name != "loss"}
-            self._train_sums = zero_sums(self.args.device)
+            metrics = self._means(self.accelerator.reduce(self._train_sums, reduction="sum"))
+            logs |= {name: value for name, value in metrics.items() if name != "loss"}
+            self._train_sums = self._no_sums()
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -350,9 +289,10 @@ class DILTrainer(DPOTrainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Evaluate; the loss and the metrics are means over all pairs of the data set, whatever the batches."""
-        self._eval_sums = zero_sums(self.args.device)
+        self._eval_sums = self._no_sums()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means(self._eval_sums).items()})
+        metrics = self._means(self._eval_sums)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
 

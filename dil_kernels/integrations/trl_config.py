@@ -1,0 +1,110 @@
+"""`DILConfig`: TRL's `DPOConfig` with the options of the density-ratio losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import trl
+from packaging.version import Version
+from trl import DPOConfig, DPOTrainer
+
+from dil_kernels.backends import BACKENDS
+from dil_kernels.checks import check_choice
+from dil_kernels.divergences import resolve_options
+
+if Version(trl.__version__) < Version("1.0.0"):
+    raise ImportError(f"this DILTrainer needs TRL 1.0 or later, found {trl.__version__}; see dil_kernels.dil_loss")
+
+# What TRL's losses use and ours do not; anything but the default would be silently ignored.
+UNUSED_OPTIONS = (
+    "label_smoothing",
+    "label_smoothing_factor",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "use_weighting",
+    "ld_alpha",
+    "loss_weights",
+    "discopop_tau",
+    "padding_free",
+)
+NAMES_IN_TRL = {"sigmoid": "dpo", "bco_pair": "bce"}
+
+
+@dataclass
+class DILConfig(DPOConfig):
+    """TRL's `DPOConfig` with the options of the density-ratio losses; checked at construction.
+
+    Raises:
+        ValueError: an option that is unknown, out of range, or not used by the loss.
+    """
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["lsif"],
+        metadata={"help": "The density-ratio loss: lsif (the paper's default), ukl, bce, dpo, or a registered one."},
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "Inverse temperature of the dpo loss (as TRL's if not given: 0.1); no other loss has one."},
+    )
+    alpha: float = field(
+        default=0.0,
+        metadata={"help": "Share of the chosen responses in the reference expectation, in [0, 1]; 0 is the paper's."},
+    )
+    average_log_prob: bool = field(
+        default=True,
+        metadata={"help": "Divide each log ratio by the number of scored tokens of its response."},
+    )
+    backend: str = field(
+        default="auto",
+        metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # makes a list of loss_type
+        self._check()
+
+    @classmethod
+    def from_dpo_config(
+        cls,
+        config: DPOConfig,
+        *,
+        loss_type: str = "lsif",
+        beta: float | None = None,
+        alpha: float = 0.0,
+        average_log_prob: bool = True,
+        backend: str = "auto",
+    ) -> DILConfig:
+        """The options of a `DPOConfig` that a launcher such as axolotl built, with another loss.
+
+        Args:
+            config: whose other options are taken; it is left as it is.
+            loss_type, beta, alpha, average_log_prob, backend: in place of its own loss_type and beta.
+
+        Raises:
+            ValueError: an option that the loss does not use, as at construction.
+        """
+        ours = {"alpha": alpha, "average_log_prob": average_log_prob, "backend": backend}
+        new = cls.__new__(cls)  # what is computed at construction, as the device is, comes along
+        new.__dict__.update(vars(config), loss_type=[loss_type], beta=beta, **ours)
+        new._check()
+        return new
+
+    def _check(self) -> None:
+        if len(self.loss_type) != 1:
+            raise ValueError(f"loss_type must be one loss, got {self.loss_type}")
+        (loss_type,) = self.loss_type
+        if loss_type in NAMES_IN_TRL:
+            raise ValueError(
+                f"loss_type={loss_type!r} of TRL is here loss_type={NAMES_IN_TRL[loss_type]!r} with "
+                "average_log_prob=False"
+            )
+        if loss_type == "dpo" and self.beta is None:
+            self.beta = DPOConfig.__dataclass_fields__["beta"].default
+        resolve_options(loss_type, self.beta, self.alpha)
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        options = self.__dataclass_fields__
+        for name in UNUSED_OPTIONS:
+            if name in options and getattr(self, name) != options[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} was given, but no DIL loss uses it")
+        if self.use_liger_kernel and hasattr(DPOTrainer, "_compute_loss_liger"):
+            raise ValueError("use_liger_kernel=True was given, but in this version of TRL it replaces the loss")
