@@ -1,0 +1,544 @@
+"""The fused head inside Hugging Face models, against the same models' own logits."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from dil_kernels.modeling import (
+    FusedHeadOutput,
+    UnsupportedHeadError,
+    fused_head_problem,
+    install_fused_head,
+    remove_fused_head,
+)
+
+IGNORE = -100
+RELATIVE = 1e-5  # fp32 against fp32, of the largest entry: two layers, a few hundred terms a sum
+V = 211
+
+COMMON = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # far from uniform
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+EXPERTS["experts_implementation"] = "eager"  # the grouped product has no fp64
+MINICPM = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+FREE = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}  # of dropout
+
+# model class: config, logit scale, softcap
+ARCHITECTURES: dict[str, tuple[dict[str, Any], float, float | None]] = {
+    "LlamaForCausalLM": (COMMON, 1.0, None),  # also SmolLM and SmolLM2
+    "MistralForCausalLM": (COMMON, 1.0, None),
+    "Qwen2ForCausalLM": (COMMON | {"tie_word_embeddings": True}, 1.0, None),
+    "Qwen3ForCausalLM": (COMMON | {"head_dim": 8}, 1.0, None),
+    "GemmaForCausalLM": (COMMON | {"head_dim": 8, "tie_word_embeddings": True}, 1.0, None),
+    "Gemma2ForCausalLM": (COMMON | {"head_dim": 8, "final_logit_softcapping": 3.0}, 1.0, 3.0),
+    "Gemma3ForCausalLM": (COMMON | {"head_dim": 8, "final_logit_softcapping": 3.0}, 1.0, 3.0),
+    "GraniteForCausalLM": (COMMON | {"logits_scaling": 0.7}, 1 / 0.7, None),
+    "CohereForCausalLM": (COMMON | {"logit_scale": 0.25, "tie_word_embeddings": True}, 0.25, None),
+    "Cohere2ForCausalLM": (COMMON | {"logit_scale": 0.25, "head_dim": 8}, 0.25, None),
+    "PhiForCausalLM": (COMMON, 1.0, None),  # bias
+    "Phi3ForCausalLM": (COMMON, 1.0, None),
+    "SmolLM3ForCausalLM": (COMMON, 1.0, None),
+    "Olmo2ForCausalLM": (COMMON, 1.0, None),
+    "StableLmForCausalLM": (COMMON, 1.0, None),
+    "Starcoder2ForCausalLM": (COMMON | {"embedding_dropout": 0.0, "residual_dropout": 0.0}, 1.0, None),
+    "GPTNeoXForCausalLM": (COMMON, 1.0, None),  # Pythia
+    "GPT2LMHeadModel": (GPT | FREE, 1.0, None),
+    "GPTJForCausalLM": (GPT | FREE | {"rotary_dim": 4}, 1.0, None),  # bias
+    "OPTForCausalLM": (COMMON | {"ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 16, "init_std": 0.2}, 1.0, None),
+    "MixtralForCausalLM": (COMMON | EXPERTS, 1.0, None),
+    "MiniCPM3ForCausalLM": (COMMON | MINICPM | {"dim_model_base": 16}, 1.0, None),  # scales before the head
+    "HyperCLOVAXForCausalLM": (COMMON | {"logits_scaling": 0.7}, 0.7, None),  # multiplies where Granite divides
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(**copy.deepcopy(ARCHITECTURES[name][0]))
+    model = model_class(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lm_head.bias"):
+            nn.init.normal_(parameter)
+    return model.to(dtype)
+
+
+def batch(T: int = 9, seed: int = 0) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Inputs of a right-padded batch [3, T], labels that score a part of it, an upstream gradient [3, T - 1]."""
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, V, (3, T), generator=gen)
+    mask = (torch.arange(T) < torch.tensor([[T], [T - 2], [T - 4]])).long()
+    labels = torch.where(mask.bool() & (torch.arange(T) > 2), ids, IGNORE)
+    return {"input_ids": ids, "attention_mask": mask}, labels, torch.randn(3, T - 1, generator=gen)
+
+
+def logps_of_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    logps = (logits[:, :-1] / temperature).log_softmax(-1)
+    targets = labels[:, 1:]
+    return torch.where(targets == IGNORE, 0.0, logps.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1))
+
+
+def own(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, **options: Any) -> Tensor:
+    return logps_of_logits(model(**inputs).logits, labels, **options)
+
+
+def fused(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, **options: Any) -> Tensor:
+    output = model(**inputs, score_labels=labels, score_options=options)
+    assert isinstance(output, FusedHeadOutput)
+    return output.token_logps
+
+
+def gradients(model: nn.Module, logps: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    logps.backward(upstream.to(logps.dtype))
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
+
+
+def assert_close(actual: Tensor, expected: Tensor, allowed: float, what: str) -> None:
+    error = (actual - expected).abs().max().item()
+    assert error <= allowed, f"{what}: {error:.2e} off, {allowed:.2e} allowed"
+
+
+def assert_same(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, upstream: Tensor, **options: Any) -> None:
+    """Log-probs and every gradient of the fused head are those of the model's logits, in fp32."""
+    expected = own(model, inputs, labels, **options)
+    expected_grads = gradients(model, expected, upstream)
+    actual = fused(model, inputs, labels, **options)
+    assert_close(actual, expected, RELATIVE * largest(expected), "log-probs")
+    assert_same_gradients(gradients(model, actual, upstream), expected_grads)
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    noise = 1e-7 * max(map(largest, expected.values()))  # of gradients that cancel to zero, as a key's bias
+    for name, grad in expected.items():
+        assert_close(actual[name], grad, RELATIVE * largest(grad) + noise, name)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_same_as_own_logits(name):
+    model = make(name).train()
+    head = install_fused_head(model)
+    assert head.logit_scale == pytest.approx(ARCHITECTURES[name][1], rel=1e-11)
+    assert head.final_logit_softcapping == ARCHITECTURES[name][2]
+    assert_same(model, *batch(), temperature=0.7)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bf16_no_less_exact_than_own_logits(name):
+    model = make(name, torch.bfloat16)
+    inputs, labels, upstream = batch()
+    exact = copy.deepcopy(model).double()
+    truth = own(exact, inputs, labels)
+    true_grads = gradients(exact, truth, upstream)
+    install_fused_head(model)
+
+    def errors(logps: Tensor) -> tuple[float, float]:
+        grads = gradients(model, logps, upstream)
+        assert grads.keys() == true_grads.keys()
+        worst = max(largest(grads[n] - g) / largest(g) for n, g in true_grads.items() if largest(g) > 1e-12)
+        return largest(logps - truth), worst
+
+    own_errors, fused_errors = errors(own(model, inputs, labels)), errors(fused(model, inputs, labels))
+    assert fused_errors[0] <= 2 * own_errors[0]
+    assert fused_errors[1] <= 2 * own_errors[1]
+
+
+def test_called_without_labels_to_score_nothing_changes():
+    model = make("Gemma2ForCausalLM").eval()
+    inputs, labels, _ = batch()
+    before = model(**inputs, labels=labels)
+    signature = inspect.signature(model.forward)
+    generated = model.generate(inputs["input_ids"], max_new_tokens=5, do_sample=False)
+    install_fused_head(model)
+    after = model(**inputs, labels=labels)
+    assert torch.equal(after.logits, before.logits)
+    assert torch.equal(after.loss, before.loss)
+    assert inspect.signature(model.forward) == signature
+    assert torch.equal(model.generate(inputs["input_ids"], max_new_tokens=5, do_sample=False), generated)
+
+
+def test_scores_without_the_logits():
+    model = make("LlamaForCausalLM")
+    inputs, labels, _ = batch()
+    install_fused_head(model)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    fused(model, inputs, labels)
+    assert shapes == [(1, 1, 4)]  # the stand-in
+
+
+def test_statistics_are_of_the_processed_logits():
+    model = make("Gemma2ForCausalLM")
+    inputs, labels, _ = batch()
+    install_fused_head(model)
+    output = model(**inputs, score_labels=labels, score_options={"return_statistics": True, "temperature": 0.7})
+    scored = labels[:, 1:] != IGNORE
+    logits = model(**inputs).logits[:, :-1][scored] / 0.7
+    logps = logits.log_softmax(-1)
+    assert_close(output.mean_logit[scored], logits.mean(-1), 1e-5, "mean logit")
+    assert_close(output.entropy[scored], -(logps.exp() * logps).sum(-1), 1e-5, "entropy")
+    assert torch.equal(output.top1_hit[scored], logits.argmax(-1) == labels[:, 1:][scored])
+    assert not output.entropy[~scored].any()
+
+
+def test_load_balancing_loss_is_handed_on():
+    model = make("MixtralForCausalLM")
+    inputs, labels, _ = batch()
+    expected = model(**inputs).aux_loss
+    install_fused_head(model)
+    assert torch.equal(model(**inputs, score_labels=labels).aux_loss, expected)
+
+
+def test_removal_restores_the_model():
+    model = make("LlamaForCausalLM")
+    attributes = {module: set(vars(module)) for module in (model, model.lm_head)}
+    install_fused_head(model)
+    remove_fused_head(model)
+    remove_fused_head(model)
+    assert model.forward == type(model).forward.__get__(model)
+    assert model.lm_head.forward == nn.Linear.forward.__get__(model.lm_head)
+    assert {module: set(vars(module)) for module in attributes} == attributes
+
+
+def test_other_instances_are_left_alone():
+    model, other = make("LlamaForCausalLM"), make("LlamaForCausalLM")
+    install_fused_head(model)
+    assert "forward" not in vars(other)
+    assert "forward" not in vars(other.lm_head)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_deep_copy_has_its_own_head(name):
+    model = make(name)
+    inputs, labels, upstream = batch()
+    install_fused_head(model)
+    clone = copy.deepcopy(model)
+    expected = own(model, inputs, labels)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_close(fused(clone, inputs, labels), expected, RELATIVE * largest(expected), "log-probs")
+    assert_same(clone, inputs, labels, upstream)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_saved_checkpoint_is_as_without_the_head(tmp_path):
+    model = make("Qwen2ForCausalLM")
+    inputs, labels, _ = batch()
+    keys = list(model.state_dict())
+    install_fused_head(model)
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert "forward" not in vars(loaded)
+    install_fused_head(loaded)
+    assert torch.equal(fused(loaded, inputs, labels), fused(model, inputs, labels))
+
+
+def test_autocast():
+    model = make("LlamaForCausalLM")
+    inputs, labels, upstream = batch()
+    truth = own(model, inputs, labels)
+    true_grads = gradients(model, truth, upstream)
+    install_fused_head(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = own(model, inputs, labels), fused(model, inputs, labels)
+    assert actual.dtype == torch.float32
+    assert largest(actual - truth) <= 2 * largest(expected - truth)
+    own_grads, fused_grads = gradients(model, expected, upstream), gradients(model, actual, upstream)
+    for name, grad in true_grads.items():
+        assert largest(fused_grads[name] - grad) <= 2 * largest(own_grads[name] - grad), name
+
+
+def test_gradient_checkpointing():
+    model = make("LlamaForCausalLM").train()
+    inputs, labels, upstream = batch()
+    expected = gradients(model, own(model, inputs, labels), upstream)
+    install_fused_head(model)
+    model.gradient_checkpointing_enable()
+    assert_same_gradients(gradients(model, fused(model, inputs, labels), upstream), expected)
+
+
+def test_checkpointing_the_whole_model():
+    model = make("LlamaForCausalLM").train()
+    inputs, labels, upstream = batch()
+    expected = gradients(model, own(model, inputs, labels), upstream)
+    install_fused_head(model)
+    logps = torch.utils.checkpoint.checkpoint(fused, model, inputs, labels, use_reentrant=False)
+    assert_same_gradients(gradients(model, logps, upstream), expected)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
+def test_compiles_without_graph_breaks(name):
+    torch._dynamo.reset()
+    model = make(name).train()
+    inputs, labels, upstream = batch()
+    install_fused_head(model)
+    expected = fused(model, inputs, labels)
+    expected_grads = gradients(model, expected, upstream)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    actual = compiled(**inputs, score_labels=labels).token_logps
+    assert_close(actual, expected, RELATIVE * largest(expected), "log-probs")
+    assert_same_gradients(gradients(model, actual, upstream), expected_grads)
+
+
+class Shifted(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = self.changed(output.logits)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda self, x: x + 1.0, "does more to its logits"),
+        (lambda self, x: x.clamp(-50, 50), "does more to its logits"),
+        (lambda self, x: x.sinh(), "does more to its logits"),
+        (lambda self, x: -x, "does more to its logits"),
+        (lambda self, x: x.index_fill(-1, torch.tensor([7]), -1e9), "does more to its logits"),
+        (lambda self, x: x[..., : V - 1], r"turns logits \[1, 5, 211\] into \[1, 5, 210\]"),
+        (lambda self, x: x * self.model.norm.weight[0], "trainable"),
+        (lambda self, x: x + self.lm_head(x.new_zeros(1, 5, 32)), "more than once"),
+        (lambda self, x: x.no_such_method(), "no_such_method"),
+    ],
+)
+def test_unknown_post_processing_is_refused(change, reason, monkeypatch):
+    monkeypatch.setattr(Shifted, "changed", change, raising=False)
+    model = Shifted(make("LlamaForCausalLM").config)
+    attributes = {module: set(vars(module)) for module in model.modules()}
+    with pytest.raises(UnsupportedHeadError, match=f"Shifted: .*{reason}"):
+        install_fused_head(model)
+    assert fused_head_problem(model) is not None
+    assert {module: set(vars(module)) for module in model.modules()} == attributes
+
+
+def test_config_that_changes_later_is_noticed():
+    model = make("Gemma2ForCausalLM")
+    inputs, labels, upstream = batch()
+    install_fused_head(model)
+    model.config.final_logit_softcapping = None
+    with pytest.raises(RuntimeError, match="install it again"):
+        fused(model, inputs, labels)
+    assert install_fused_head(model).final_logit_softcapping is None
+    assert_same(model, inputs, labels, upstream)
+
+
+def test_head_that_is_replaced_later_is_noticed():
+    model = make("LlamaForCausalLM")
+    install_fused_head(model)
+    model.resize_token_embeddings(V + 5)
+    with pytest.raises(RuntimeError, match="install it again"):
+        fused(model, *batch()[:2])
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def replaced_head(head: nn.Module) -> PreTrainedModel:
+    model = make("LlamaForCausalLM")
+    model.lm_head = head
+    return model
+
+
+def patched_head() -> PreTrainedModel:
+    model = make("LlamaForCausalLM")
+    model.lm_head.forward = lambda x: x
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: nn.Linear(2, 2), "not a PreTrainedModel"),
+        (lambda: transformers.LlamaModel(make("LlamaForCausalLM").config), "not a causal language model"),
+        (lambda: transformers.LlamaForSequenceClassification(make("LlamaForCausalLM").config), "not a causal"),
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+            ),
+            "encoder-decoder",
+        ),
+        (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**COMMON)), "not a causal"),
+        (lambda: replaced_head(ScaledLinear(32, V)), "a ScaledLinear, not an nn.Linear"),
+        (patched_head, "was replaced"),
+    ],
+)
+def test_other_models_are_refused(model, reason):
+    assert reason in fused_head_problem(model())
+
+
+def test_weights_need_not_be_there():
+    with torch.device("meta"):
+        model = make("GraniteForCausalLM")
+    assert fused_head_problem(model) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"labels": batch()[1]}, ValueError, "exclude each other"),
+        ({"score_labels": batch()[1][:, 1:]}, ValueError, r"score_labels must be \[3, 9\]"),
+        ({"logits_to_keep": 1}, ValueError, "logits_to_keep"),
+        ({"score_options": {"logit_scale": 2.0}}, TypeError, "logit_scale"),
+    ],
+)
+def test_bad_calls(options, error, message):
+    model = make("LlamaForCausalLM")
+    inputs, labels, upstream = batch()
+    install_fused_head(model)
+    with pytest.raises(error, match=message):
+        model(**inputs, **{"score_labels": labels, **options})
+    assert_same(model, inputs, labels, upstream)
+
+
+def with_lora(base: PreTrainedModel, **options: Any) -> nn.Module:
+    torch.manual_seed(3)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=7, lora_dropout=0.0, task_type="CAUSAL_LM", **options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:  # not as at the start of training
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("installed_first", [False, True])
+def test_lora_on_the_body(installed_first):
+    base = make("Gemma2ForCausalLM")
+    if installed_first:
+        install_fused_head(base)
+    model = with_lora(base, target_modules=["q_proj", "v_proj", "down_proj"])
+    if not installed_first:
+        install_fused_head(model)
+    assert_same(model, *batch())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+)
+@pytest.mark.parametrize("name", ["GraniteForCausalLM", "PhiForCausalLM"])
+def test_adapted_head(name, adapter):
+    model = with_lora(make(name), **adapter)
+    install_fused_head(model)
+    inputs, labels, upstream = batch()
+    assert_same(model, inputs, labels, upstream)
+    with model.disable_adapter():
+        base = own(model, inputs, labels)
+        assert_close(fused(model, inputs, labels), base, RELATIVE * largest(base), "log-probs of the base model")
+    assert largest(fused(model, inputs, labels) - base) > 0.1
+
+
+def test_merged_adapter():
+    model = with_lora(make("LlamaForCausalLM"), target_modules=["lm_head"])
+    inputs, labels, _ = batch()
+    install_fused_head(model)
+    expected = own(model, inputs, labels)
+    model.merge_adapter()
+    assert_close(fused(model, inputs, labels), expected, RELATIVE * largest(expected), "log-probs")
+
+
+def test_head_that_is_adapted_after_the_installation_is_noticed():
+    model = make("LlamaForCausalLM")
+    install_fused_head(model)
+    model = with_lora(model, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(RuntimeError, match="install it again"):
+        fused(model, *batch()[:2])
+    install_fused_head(model)
+    assert_same(model, *batch())
+
+
+def test_adapters_that_are_refused():
+    dora = with_lora(make("LlamaForCausalLM"), target_modules=["lm_head"], use_dora=True)
+    assert "other than plain LoRA" in fused_head_problem(dora)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    prompted = get_peft_model(make("LlamaForCausalLM"), config)
+    install_fused_head(prompted)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        fused(prompted, *batch()[:2])
+
+
+SHARDED = [
+    ("ddp", "Qwen2ForCausalLM"),  # tied
+    ("ddp", "PhiForCausalLM"),  # bias
+    ("fsdp", "Qwen2ForCausalLM"),
+    ("fsdp", "LlamaForCausalLM"),
+    ("fsdp, head apart", "LlamaForCausalLM"),
+]
+
+
+def share(rank: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    return batch(seed=rank)
+
+
+def _train_on_a_share(rank: int, directory: str) -> None:
+    """One of two processes; each has its own rows of the batch. Writes the gradients of every case."""
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for wrapper, name in SHARDED:
+        model = wrapped = make(name)
+        install_fused_head(model)
+        if wrapper == "ddp":
+            wrapped = DistributedDataParallel(model)
+        else:
+            head = [model.lm_head] if wrapper == "fsdp, head apart" else []
+            for module in [*model.model.layers, *head, model]:
+                fully_shard(module, mesh=mesh)
+        inputs, labels, upstream = share(rank)
+        grads = gradients(model, fused(wrapped, inputs, labels), upstream)
+        full = {key: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for key, grad in grads.items()}
+        if rank == 0:
+            torch.save(full, f"{directory}/{wrapper} {name}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def gradients_of_two_processes(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two_processes")
+    spawn(_train_on_a_share, (str(directory),), nprocs=2)
+    return {case: torch.load(directory / f"{case[0]} {case[1]}.pt") for case in SHARDED}
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_two_processes_give_the_gradients_of_one(gradients_of_two_processes, case):
+    model = make(case[1])
+    both = [gradients(model, own(model, inputs, labels), upstream) for inputs, labels, upstream in map(share, range(2))]
+    mean = {key: (both[0][key] + both[1][key]) / 2 for key in both[0]}
+    assert_same_gradients(gradients_of_two_processes[case], mean)
