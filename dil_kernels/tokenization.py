@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 from dil_kernels.data import Pair, PreferenceDataError, check_pair, is_conversational, response_columns
 
@@ -186,13 +185,14 @@ class PreferenceCollator:
 
     pad_token_id: int
 
-    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of B pairs.
 
         Returns:
-            input_ids, attention_mask and labels [2B, T] int64 (labels are -100 on prompt and padding). Where the pairs
-            have them: rows [B] int64, the place of each pair in its data set; ref_chosen_logps and ref_rejected_logps
-            [B] fp32. For S unpaired responses: [S, T], is_chosen [S] bool, rows [S] and ref_logps [S].
+            input_ids, attention_mask and labels [2B, T] int64 (labels are -100 on prompt and padding); num_scored, how
+            many positions are scored, which the device would have to be asked for. Where the pairs have them: rows [B]
+            int64, the place of each pair in its data set; ref_chosen_logps and ref_rejected_logps [B] fp32. For S
+            unpaired responses: [S, T], is_chosen [S] bool, rows [S] and ref_logps [S].
         """
         columns = ("completion_ids",) if "label" in pairs[0] else TOKEN_COLUMNS[1:]
         sides = [(pair["prompt_ids"], pair[column]) for column in columns for pair in pairs]
@@ -205,7 +205,8 @@ class PreferenceCollator:
             input_ids[index, :end] = torch.tensor([*prompt, *response])
             attention_mask[index, :end] = 1
             labels[index, len(prompt) : end] = input_ids[index, len(prompt) : end]
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch["num_scored"] = int((labels[:, 1:] != IGNORE_INDEX).sum())
         if "row" in pairs[0]:
             batch["rows"] = torch.tensor([pair["row"] for pair in pairs])
         if "label" in pairs[0]:

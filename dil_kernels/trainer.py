@@ -29,8 +29,12 @@ except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
 from dil_kernels.backends import resolve_backend
-from dil_kernels.functional import DILOutput, fused_dil_loss, sequence_logps
+from dil_kernels.functional import DILOutput, token_logps
+from dil_kernels.functional.loss import loss_of_token_logps
+from dil_kernels.functional.loss_options import resolve_loss_options, resolve_ref_logps
 from dil_kernels.metrics import NonFinitePairs, means, response_metrics, zero_sums
+from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
+from dil_kernels.reference import accumulation_dtype
 from dil_kernels.tokenization import (
     IGNORE_INDEX,
     REF_COLUMNS,
@@ -116,6 +120,7 @@ class DILTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         if args.disable_dropout:
             disable_dropout(model)
+        self.uses_fused_head = self._install_fused_head(model, ref_model)
         self.ref_model: nn.Module | None = None
         if args.precompute_ref_log_probs:
             self._precompute_reference(model if ref_model is None else ref_model)
@@ -138,6 +143,22 @@ class DILTrainer(Trainer):
             )
         if getattr(self.accelerator, "parallelism_config", None) is not None:
             raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
+
+    def _install_fused_head(self, *models: nn.Module | None) -> bool:
+        """Teach policy and reference to return log-probs without logits, where that is wanted and possible; say so."""
+        if self.args.fused_head is False:
+            return False
+        problem = next(filter(None, (fused_head_problem(model) for model in models if model is not None)), None)
+        if problem is not None and self.args.fused_head:
+            raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")
+        if problem is None:
+            for model in models:
+                if model is not None:
+                    install_fused_head(model)
+        if self.is_world_process_zero():
+            how = "from the fused head, without logits" if problem is None else f"from logits, since {problem}"
+            print(f"DILTrainer takes log-probs {how}.")
+        return problem is None
 
     def _set_signature_columns_if_needed(self) -> None:
         paired, unpaired = (*TOKEN_COLUMNS, *REF_COLUMNS), (*UNPAIRED_TOKEN_COLUMNS, *UNPAIRED_REF_COLUMNS)
@@ -168,8 +189,7 @@ class DILTrainer(Trainer):
         sums = []
         for batch in tqdm(loader, desc="Reference log-probs", disable=self.args.disable_tqdm):
             with torch.no_grad(), self.accelerator.autocast():
-                logits = _logits(model, batch)
-            logps = sequence_logps(logits, batch["labels"], backend=self.args.backend)
+                logps = self._token_logps(model, batch).to(accumulation_dtype(self.args.device)).sum(-1)
             sums.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(len(columns)), dim=1)))
         values = torch.cat(sums).float().cpu().numpy()
         for index, column in enumerate(columns):
@@ -256,27 +276,59 @@ class DILTrainer(Trainer):
 
     def _run_batch(self, model: nn.Module, inputs: dict[str, Tensor]) -> DILOutput:
         """The fused loss of a batch, summed."""
-        ref_logits = None
+        labels, is_chosen = inputs["labels"], inputs.get("is_chosen")
+        options = resolve_loss_options(
+            average_log_prob=self.args.average_log_prob,
+            pair_layout="concatenated",
+            reduction="sum",
+            **self.args.loss_options(),
+        )
+        ref_token_logps = ref_logps = None
         if self.ref_model is not None:
             with torch.no_grad(), self.accelerator.autocast():
-                ref_logits = _logits(self.ref_model, inputs)
-        reference: dict[str, Any] = {"ref_logits": ref_logits}
-        if ref_logits is None:
-            reference = {name: inputs[name] for name in _ref_columns(inputs)}
-        logits = _logits(model, inputs)
-        kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
-        return fused_dil_loss(
-            logits,
-            inputs["labels"],
-            **reference,
-            is_chosen=inputs.get("is_chosen"),
-            **self.args.loss_options(),
-            average_log_prob=self.args.average_log_prob,
-            # Nobody else needs the logits; a model that does gets autograd's error.
-            inplace_backward=kernels and logits.requires_grad,
-            backend=self.args.backend,
-            reduction="sum",
+                ref_token_logps = self._token_logps(self.ref_model, inputs)
+        else:
+            columns = {name: inputs[name] for name in _ref_columns(inputs)}
+            sums = {"ref_chosen_logps": None, "ref_rejected_logps": None, **columns}
+            counted_in = f"rows in labels {list(labels.shape)}"
+            ref_logps = resolve_ref_logps(
+                **sums,
+                num_sequences=labels.shape[0],
+                counted_in=counted_in,
+                device=labels.device,
+                options=options,
+                is_chosen=is_chosen,
+            )
+        policy_token_logps = self._token_logps(model, inputs)
+        return loss_of_token_logps(
+            policy_token_logps,
+            labels,
+            None,
+            ref_token_logps,
+            ref_logps,
+            options,
+            is_chosen=is_chosen,
+            ignore_index=IGNORE_INDEX,
+            shift=True,
+            backend=resolve_backend(self.args.backend, labels.device, policy_token_logps.dtype),
         )
+
+    def _token_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Log-probs [2B, T - 1] of the labels, from the fused head or from logits; the wrapped model is called."""
+        tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        if self.uses_fused_head:
+            options = {
+                "backend": self.args.backend,
+                "stash_bytes": self.args.stash_bytes,
+                "max_scored_tokens": inputs.get("num_scored"),
+            }
+            logps: Tensor = model(**tokens, score_labels=inputs["labels"], score_options=options).token_logps
+            return logps
+        logits = model(**tokens).logits
+        kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
+        # Nobody else needs the logits; a model that does gets autograd's error.
+        inplace = kernels and logits.requires_grad
+        return token_logps(logits, inputs["labels"], inplace_backward=inplace, backend=self.args.backend)
 
     def _start_record(self) -> None:
         self._train_sums = zero_sums(self.args.device)
@@ -383,10 +435,3 @@ def _ref_columns(data: Any) -> tuple[str, ...]:
 def _pad_token_id(tokenizer: Any) -> int:
     """Any valid id serves: padding is masked out of attention and labels."""
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-
-
-def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:  # [2B, T, V]
-    logits: Tensor = model(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-    ).logits
-    return logits

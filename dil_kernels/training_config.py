@@ -79,6 +79,20 @@ class DILConfig(TrainingArguments):
         default="auto",
         metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
     )
+    fused_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Take log-probs inside the output head, without logits: where the model allows it if not given, "
+            "always (an error where it does not) if true, never if false."
+        },
+    )
+    stash_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bytes that the fused head may keep from forward to backward; less is slower. If not given, a "
+            "quarter of the free memory."
+        },
+    )
     dataset_num_proc: int | None = field(
         default=None,
         metadata={"help": "Processes that tokenise the data; the main process alone if not given."},

@@ -79,7 +79,11 @@ OPTIONS: dict[str, dict[str, Any]] = {"dpo": {"beta": 0.3}, "bce, alpha 0.5": {"
 
 def plain_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Log-prob of each scored token, 0 elsewhere, and the mask; fp64, the whole log_softmax."""
-    batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
+    batch = {
+        name: value.to(next(model.parameters()).device)
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor)
+    }
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
     labels = batch["labels"][:, 1:]
     mask = labels != -100
@@ -541,10 +545,11 @@ def test_counting_and_metrics_of_a_micro_batch_never_wait_for_the_device(tmp_pat
     output = DILOutput(values[0, 0], *values[:5], *lengths, torch.tensor([2, 2]))
     trainer = make_trainer(tmp_path)
     found = NonFinitePairs(torch.device("cpu"))
+    batches = iter([batch_of(make_pairs(3))] * 2)
     with NoHostRead():
         sums = response_metrics(output, unpaired=False).sum(0)
         found.add(output.losses, torch.tensor([1, 2, 3]), step=1)
-        _, counts = trainer.get_batch_samples(iter([batch_of(make_pairs(3))] * 2), 2, torch.device("cpu"))
+        _, counts = trainer.get_batch_samples(batches, 2, torch.device("cpu"))
     assert dict(zip(SUMMED, sums[len(SUMMED) :].tolist(), strict=True))["rewards/margins"] == 2
     assert counts.tolist() == [6, 6]
 
