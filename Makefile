@@ -62,7 +62,7 @@ gpu-bench:
 	$(BIN)/python benchmarks/bench_logprob.py --device cuda $(ARGS)
 
 aot-report: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/aot_report.py
+	$(BIN)/python benchmarks/aot_report.py --csv
 
 env: install
 	$(BIN)/dil-env

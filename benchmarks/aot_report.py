@@ -1,46 +1,61 @@
 """Compile every Triton kernel ahead of time, without a GPU, and report what the compiler made of it.
 
-    python benchmarks/aot_report.py            a table
-    python benchmarks/aot_report.py --json     one JSON object a line, for the tests
+    python benchmarks/aot_report.py                 a table
+    python benchmarks/aot_report.py --csv           write benchmarks/results/ahead-of-time/*.csv, one file a family
+    python benchmarks/aot_report.py --json --sample what the tests compare with those files
 
 Columns: registers and local memory (spills) a thread, shared memory a program, and the widest global load and store in
-bytes a thread. V = 128256 stands for vocabularies whose rows are aligned, V = 50257 for odd ones.
+bytes a thread. A vocabulary of 128256 stands for those whose rows are aligned, 50257 for odd ones, 1000 for small ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dil_kernels.kernels.logps import _logps_bwd_kernel, _logps_fwd_kernel, bwd_launch_shape, fwd_launch_shape
+from dil_kernels.kernels import launch
+from dil_kernels.kernels import logps as logps_kernels
 
-ARCHITECTURES = (80, 90, 100, 120)
-DTYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+ARCHITECTURES = {80: (8, 0), 90: (9, 0), 100: (10, 0), 120: (12, 0)}
+DTYPES = {"fp32": ("*fp32", 4), "bf16": ("*bf16", 2), "fp16": ("*fp16", 2)}
 VOCABULARIES = (1000, 50257, 128256)
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+RESULTS = Path(__file__).parent / "results" / "ahead-of-time"
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PTX_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel specialised for a dtype and a vocabulary, as the launchers would call it."""
+    """One kernel specialised as its launcher would, for one architecture."""
 
-    name: str
+    name: str  # of the function, without underscores and "kernel"
+    variant: str
+    arch: int
     dtype: str
     V: int
-    source: ASTSource
     num_warps: int
+    source: ASTSource
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        """What identifies a row of the report."""
+        return self.name, self.variant, f"sm_{self.arch}", self.dtype, self.V
+
+
+KEY = ("kernel", "variant", "arch", "dtype", "V")
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class Report:
     """What one compilation gave."""
 
     kernel: str
+    variant: str
     arch: str
     dtype: str
     V: int
@@ -57,85 +73,146 @@ class Report:
     shared_bytes: int
     load_bytes: int
     store_bytes: int
+    triton: str
+    ptxas: str
 
 
-def source(fn: triton.JITFunction, types: dict[str, str], constants: dict[str, int], divisible: set[str]) -> ASTSource:
-    """The AST of a kernel with its argument types; `divisible` names the pointers and integers that 16 divides."""
+def specialise(
+    fn: triton.JITFunction, types: dict[str, str], constants: dict[str, int], divisible: set[str]
+) -> ASTSource:
+    """The AST of a kernel with its argument types; `divisible` names the integers that 16 divides, as pointers are."""
     signature = {name: types.get(name, "i32") for name in fn.arg_names}
     signature.update(dict.fromkeys(constants, "constexpr"))
-    attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    divisible = (divisible & set(fn.arg_names)) | {name for name in fn.arg_names if name.endswith("_ptr")}
+    attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible - set(constants)}
     return ASTSource(fn=fn, signature=signature, constexprs=dict(constants), attrs=attributes)
 
 
-def kernels() -> Iterator[Kernel]:
-    for dtype, pointer in DTYPES.items():
+def logps(arch: int) -> Iterator[Kernel]:
+    """The log-probs from logits, plain, with softcapping, and with statistics."""
+    for dtype, (pointer, itemsize) in DTYPES.items():
+        types = dict.fromkeys(
+            ("logps_ptr", "row_max_ptr", "log_sum_ptr", "statistics_ptr", "partials_ptr", "grad_logps_ptr"), "*fp32"
+        ) | dict.fromkeys(("multiplier", "inv_cap", "inv_temperature"), "fp32")
+        types |= {"labels_ptr": "*i64", "logits_ptr": pointer, "grad_logits_ptr": pointer}
+        shapes = launch.shapes(ARCHITECTURES[arch], itemsize)
         for V in VOCABULARIES:
-            aligned = {"V", "stride_xb", "stride_xt", "stride_dxb", "stride_dxt"} if V % 16 == 0 else set()
-            fp32 = dict.fromkeys(("logps_ptr", "row_max_ptr", "log_sum_ptr", "grad_logps_ptr"), "*fp32")
-            types = fp32 | {
-                "labels_ptr": "*i64",
-                "inv_temperature": "fp32",
-                "logits_ptr": pointer,
-                "grad_logits_ptr": pointer,
-            }
-            rows, block, warps = fwd_launch_shape(V)
-            for name, fn, constants, num_warps in (
-                ("logps_fwd", _logps_fwd_kernel, {"SHIFT": 1, "ROWS": rows, "BLOCK_V": block}, warps),
-                ("logps_bwd", _logps_bwd_kernel, *_bwd_constants(V)),
+            # Strides as of contiguous logits [B, T, V] with an odd T: 16 divides none where V is odd.
+            divisible = {"V", "stride_xb", "stride_xt", "stride_dxb", "stride_dxt", "span"} if V % 16 == 0 else {"span"}
+            for variant, cap, statistics in (
+                ("plain", False, False),
+                ("softcapping", True, False),
+                ("statistics", False, True),
+                ("softcapping+statistics", True, True),
             ):
-                pointers = {argument for argument in fn.arg_names if argument.endswith("_ptr")}
-                divisible = pointers | (aligned & set(fn.arg_names))
-                yield Kernel(name, dtype, V, source(fn, types, constants, divisible), num_warps)
+                how = {"SHIFT": 1, "HAS_CAP": cap}
+                many = launch.forward_launch(shapes.forward, 10**6, V, itemsize, 1)
+                few = launch.forward_launch(shapes.forward, 1, V, itemsize, 10**6)
+                tile = {"ROWS": many.ROWS, "BLOCK_V": many.BLOCK_V}
+                found: list[tuple[triton.JITFunction, dict[str, int], int]] = [
+                    (logps_kernels._logps_fwd_kernel, how | tile | {"STATISTICS": statistics}, many.num_warps)
+                ]
+                if few.splits > 1:
+                    split = how | {"STATISTICS": statistics, "SPLITS": few.splits}
+                    tile = {"ROWS": few.ROWS, "BLOCK_V": few.BLOCK_V}
+                    found += [
+                        (logps_kernels._logps_split_kernel, split | tile, few.num_warps),
+                        (logps_kernels._logps_merge_kernel, split, 1),
+                    ]
+                if not statistics:
+                    block, num_warps = launch.backward_launch(shapes.backward, V, itemsize)
+                    backward = how | {"SAME_PHASE": True, "BLOCK_V": block}
+                    found.append((logps_kernels._logps_bwd_kernel, backward, num_warps))
+                for fn, constants, num_warps in found:
+                    name = fn.__name__.strip("_").removesuffix("_kernel")
+                    source = specialise(fn, types, constants, divisible)
+                    yield Kernel(name, variant, arch, dtype, V, num_warps, source)
 
 
-def _bwd_constants(V: int) -> tuple[dict[str, int], int]:
-    block, warps = bwd_launch_shape(V)
-    return {"SHIFT": 1, "BLOCK_V": block}, warps
+# Family -> its kernels for an architecture. Each has a report of its own.
+FAMILIES: dict[str, Callable[[int], Iterator[Kernel]]] = {"logps": logps}
+SAMPLE_STEP = 13  # every 13th kernel falls on each architecture, dtype and variant, and is what a test can afford
+
+
+def kernels_of(family: str, architectures: Iterable[int] = ARCHITECTURES) -> Iterator[Kernel]:
+    """The kernels of a family in the order of its report."""
+    for arch in architectures:
+        yield from FAMILIES[family](arch)
 
 
 def widest(ptx: str, instruction: str) -> int:
     """Bytes that one thread moves by the widest global load ("ld") or store ("st")."""
     pattern = rf"\b{instruction}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b"
-    return max(int(lanes or 1) * PTX_BYTES[bits] for lanes, bits in re.findall(pattern, ptx))
+    return max((int(lanes or 1) * PTX_BYTES[bits] for lanes, bits in re.findall(pattern, ptx)), default=0)
 
 
-def compile_kernel(kernel: Kernel, arch: int) -> Report:
+def ptxas_version() -> str:
+    """The release of the assembler that Triton brings."""
+    output = subprocess.run([BINARIES / "ptxas", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"release ([\d.]+)", output)[0]
+
+
+def compile_kernel(kernel: Kernel) -> Report:
+    """Compile one kernel, from Triton's cache if it is there."""
     compiled = triton.compile(
-        kernel.source, target=GPUTarget("cuda", arch, 32), options={"num_warps": kernel.num_warps}
+        kernel.source, target=GPUTarget("cuda", kernel.arch, 32), options={"num_warps": kernel.num_warps}
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        command = [BINARIES / "cuobjdump", "-res-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     resources = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return Report(
-        kernel=kernel.name,
-        arch=f"sm_{arch}",
-        dtype=kernel.dtype,
-        V=kernel.V,
+        *kernel.key,
         warps=kernel.num_warps,
         registers=int(resources["REG"]),
         spilled_bytes=int(resources["STACK"]) + int(resources["LOCAL"]),
         shared_bytes=compiled.metadata.shared,
         load_bytes=widest(compiled.asm["ptx"], "ld"),
         store_bytes=widest(compiled.asm["ptx"], "st"),
+        triton=triton.__version__,
+        ptxas=ptxas_version(),
     )
+
+
+def report_path(family: str) -> Path:
+    """The checked-in report of a family."""
+    return RESULTS / f"{family}.csv"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), help="e.g. 90 for sm_90")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object a line")
+    form.add_argument("--csv", action="store_true", help="write the checked-in reports")
+    form.add_argument("--list", action="store_true", help="the keys of the rows as JSON, without compiling")
+    parser.add_argument("--sample", action="store_true", help="only the part that the tests recompile")
+    parser.add_argument("--family", nargs="*", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument(
+        "--arch", type=int, nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES), help="e.g. 90"
+    )
     options = parser.parse_args(arguments)
-    row = "{:10} {:7} {:5} {:>7} {:>6} {:>10} {:>8} {:>7} {:>7} {:>7}"
+    step = SAMPLE_STEP if options.sample else 1
+    if options.list:
+        for kernel in (kernel for family in options.family for kernel in kernels_of(family, options.arch)):
+            print(json.dumps(dict(zip(KEY, kernel.key, strict=True))))
+        return 0
+    columns = [field.name for field in fields(Report)]
+    row = "{:12} {:22} {:7} {:5} {:>7} {:>6} {:>10} {:>8} {:>7} {:>7} {:>7}"
     if not options.json:
-        print(
-            row.format("kernel", "arch", "dtype", "V", "warps", "registers", "spilled", "shared", "load B", "store B")
-        )
-    for kernel in kernels():
-        for arch in options.arch:
-            report = asdict(compile_kernel(kernel, arch))
-            print(json.dumps(report) if options.json else row.format(*report.values()), flush=True)
+        print(row.format(*(column.removesuffix("_bytes") for column in columns)))
+    for family in options.family:
+        reports = []
+        for kernel in itertools.islice(kernels_of(family, options.arch), 0, None, step):
+            reports.append(asdict(compile_kernel(kernel)))
+            print(json.dumps(reports[-1]) if options.json else row.format(*reports[-1].values()), flush=True)
+        if options.csv:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            with report_path(family).open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(reports)
     return 0
 
 

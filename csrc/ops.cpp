@@ -12,16 +12,14 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dil_kernels, m) {
   m.def(
-      "cpp_logps_fwd(Tensor logits, Tensor labels, int ignore_index, bool shift, float temperature) -> (Tensor, Tensor, "
-      "Tensor)");
+      "cpp_logps_fwd(Tensor logits, Tensor labels, int ignore_index, bool shift, float softcapping, float temperature, "
+      "bool statistics) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "cpp_logps_bwd(Tensor grad_logps, Tensor logits, Tensor labels, Tensor row_max, Tensor log_sum, int ignore_index, bool "
-      "shift, "
-      "float temperature) -> Tensor");
+      "cpp_logps_bwd(Tensor grad_logps, Tensor logits, Tensor labels, Tensor row_max, Tensor log_sum, int ignore_index, "
+      "bool shift, float softcapping, float temperature) -> Tensor");
   m.def(
-      "cpp_logps_bwd_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor row_max, Tensor log_sum, int ignore_index, "
-      "bool shift, "
-      "float temperature) -> ()");
+      "cpp_logps_bwd_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor row_max, Tensor log_sum, "
+      "int ignore_index, bool shift, float softcapping, float temperature) -> ()");
   m.def(
       "cpp_head_tile(Tensor(a!) tile, Tensor? bias, Tensor labels, Tensor(b!) state, Tensor(c!)? grad, Tensor(d!)? sums, "
       "int start, float logit_scale, float softcap, float inv_temperature, float slack, bool statistics) -> ()");

@@ -18,7 +18,15 @@ def shape_of(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bool, temperature: float) -> None:
+def check_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    shift: bool,
+    final_logit_softcapping: float | None,
+    temperature: float,
+) -> None:
     """Logits [B, T, V] or [N, V], labels [B, T] or [N], and the options of `token_logps`."""
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits must be [B, T, V] or [N, V], got {shape_of(logits)}")
@@ -41,6 +49,7 @@ def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bo
         )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
+    check_positive("final_logit_softcapping", final_logit_softcapping)
     check_positive("temperature", temperature)
 
 

@@ -63,9 +63,8 @@ def logit_statistics(
     logits, index, scored, invalid = _scored_rows(logits.detach(), labels, ignore_index, shift)
     logits = process_logits(logits, final_logit_softcapping=final_logit_softcapping, temperature=temperature)
     logps = logits.log_softmax(-1)
-    entropy = -torch.where(logits == -torch.inf, 0, logps.exp() * logps).sum(-1)
+    entropy = -torch.where(logps == -torch.inf, 0, logps.exp() * logps).sum(-1)
     mean = logits.mean(-1)
-    entropy = torch.where(logps.isnan().any(-1), torch.nan, entropy)
     target = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     hit = (target >= logits.amax(-1)) & ~entropy.isnan() & scored & ~invalid
     mean, entropy = (torch.where(scored, torch.where(invalid, torch.nan, x), 0) for x in (mean, entropy))

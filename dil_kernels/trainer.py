@@ -290,11 +290,10 @@ class DILTrainer(Trainer):
         else:
             columns = {name: inputs[name] for name in _ref_columns(inputs)}
             sums = {"ref_chosen_logps": None, "ref_rejected_logps": None, **columns}
-            counted_in = f"rows in labels {list(labels.shape)}"
             ref_logps = resolve_ref_logps(
                 **sums,
                 num_sequences=labels.shape[0],
-                counted_in=counted_in,
+                counted_in=("rows in labels", labels),
                 device=labels.device,
                 options=options,
                 is_chosen=is_chosen,

@@ -13,6 +13,20 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    patch_lang = interpreter._patch_lang
+
+    def patch_lang_once(fn):
+        """The interpreter patches triton.language again at every call of a device function: most of its time, for
+        nothing."""
+        langs = [value for value in fn.__globals__.values() if value in (core, interpreter.tl)]
+        return None if all(lang.program_id.__name__ == "<lambda>" for lang in langs) else patch_lang(fn)
+
+    interpreter._patch_lang = patch_lang_once
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 settings.register_profile(
     "default",

@@ -19,7 +19,17 @@ class Problem:
     labels: Tensor  # [B, T]
     grad: Tensor  # [B, T - shift], fp32, non-uniform
     shift: bool
+    softcapping: float | None
     temperature: float
+
+    @property
+    def how(self) -> dict[str, float | bool | None]:
+        """The options of token_logps that are part of the problem."""
+        return {
+            "shift": self.shift,
+            "final_logit_softcapping": self.softcapping,
+            "temperature": self.temperature,
+        }
 
 
 def make_logits(gen: torch.Generator, shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Tensor:
@@ -56,15 +66,21 @@ def strided(x: Tensor, layout: str) -> Tensor:
 
 
 @st.composite
-def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, max_rows: int = 12) -> Problem:
+def problems(
+    draw: st.DrawFn,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    vocabularies: tuple[int, ...] = VOCABULARIES,
+    max_rows: int = 12,
+) -> Problem:
     """Logits of any layout, labels with any mask, a non-uniform upstream gradient; rows without a label hold NaN."""
     dtype = draw(st.sampled_from(dtypes))
-    V = draw(st.sampled_from(VOCABULARIES))
+    V = draw(st.sampled_from(vocabularies))
     shift = draw(st.booleans())
     B = draw(st.integers(1, 3))
     T = draw(st.integers(1 + shift, max(1 + shift, max_rows // B)))
     kind = draw(st.sampled_from(("typical", "large", "certain", "constant", "masked", "lowest")))
     layout = draw(st.sampled_from(("contiguous", "padded_rows", "time_major", "sliced_batch", "vocabulary_major")))
+    softcapping = draw(st.sampled_from((None, None, 5.0, 30.0)))
     temperature = draw(st.sampled_from((1.0, 0.5, 1.7)))
     gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     labels = torch.randint(0, V, (B, T), generator=gen)
@@ -81,7 +97,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, max_rows
     grad = torch.randn((B, T - shift), generator=gen)
     if draw(st.booleans()):
         labels, grad = labels.t().contiguous().t(), grad.t().contiguous().t()
-    return Problem(strided(logits, layout), labels, grad, shift, temperature)
+    return Problem(strided(logits, layout), labels, grad, shift, softcapping, temperature)
 
 
 @st.composite

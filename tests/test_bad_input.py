@@ -33,6 +33,8 @@ TOKEN_CASES = [
     ({"labels": LABELS - 1}, ValueError, "labels must be in [0, 7) or ignore_index=-100, got -1"),
     ({"temperature": 0.0}, ValueError, "temperature must be a finite number > 0, got 0.0"),
     ({"temperature": float("nan")}, ValueError, "temperature must be a finite number > 0, got nan"),
+    ({"final_logit_softcapping": -30.0}, ValueError, "final_logit_softcapping must be a finite number > 0, got -30.0"),
+    ({"final_logit_softcapping": torch.ones(())}, TypeError, "final_logit_softcapping must be a number, got a Tensor"),
     ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; available: auto, triton, cpp, eager"),
 ]
 
@@ -169,7 +171,7 @@ def test_ops_called_directly_keep_memory_safe() -> None:
     labels = LABELS.clone()
     labels[1, 2] = 7
     with pytest.raises(RuntimeError, match=re.escape("labels must be in [0, 7) or ignore_index=-100, got 7 at [1, 2]")):
-        ops.cpp_logps_fwd(LOGITS, labels, -100, True, 1.0)
+        ops.cpp_logps_fwd(LOGITS, labels, -100, True, 0.0, 1.0, False)
     token_logps = torch.zeros(6)
     options = (None, "lsif", 0.0, 0.0, 0.0, 1.0, 1.0, True, False, True, -100, False)
     for bad in (cu(0, 7, 6), cu(0, 6, 9), cu(-1, 3, 6), cu(0, 2, 5)):
@@ -200,7 +202,7 @@ def test_the_backward_op_checks_what_the_forward_handed_on() -> None:
                 torch.ones(()), None, None, None, token_logps, None, None, None, *saved, True, False, True, -1, False
             )
     expanded = torch.zeros(1, 4, 7).expand(2, 4, 7)
-    rest = (torch.zeros(2, 3), torch.zeros(2, 3), -100, True, 1.0)
+    rest = (torch.zeros(2, 3), torch.zeros(2, 3), -100, True, 0.0, 1.0)
     with pytest.raises(RuntimeError, match="no expanded dimension"):
         torch.ops.dil_kernels.cpp_logps_bwd_(torch.zeros(2, 3), expanded, LABELS, *rest)
 

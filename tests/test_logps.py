@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import implementations
 import pytest
 import torch
@@ -12,22 +14,34 @@ from problems import IGNORE, Problem, boundaries, problems
 from tolerance import assert_as_exact_as_eager
 
 from dil_kernels import sequence_logps, token_logps
+from dil_kernels.functional import LogitStatistics
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
 
 
-def run(problem: Problem, backend: str, device: str, dtype: torch.dtype | None = None, **options):
-    """Log-probs and the gradient of the logits."""
-    logits = problem.logits.detach().to(device=device, dtype=dtype or problem.logits.dtype)
+def logits_of(problem: Problem, device: str, dtype: torch.dtype | None = None) -> torch.Tensor:
     if dtype is None and device == "cpu":
-        logits = problem.logits.detach()  # as strided
-    logits.requires_grad_()
-    labels = problem.labels.to(device)
-    logps = token_logps(
-        logits, labels, shift=problem.shift, temperature=problem.temperature, backend=backend, **options
-    )
+        return problem.logits.detach()  # as strided
+    return problem.logits.detach().to(device=device, dtype=dtype or problem.logits.dtype)
+
+
+def run(problem: Problem, backend: str, device: str, dtype: torch.dtype | None = None):
+    """Log-probs and the gradient of the logits."""
+    logits = logits_of(problem, device, dtype).requires_grad_()
+    logps = token_logps(logits, problem.labels.to(device), **problem.how, backend=backend)
     (grad,) = torch.autograd.grad(logps, logits, problem.grad.to(device=device, dtype=logps.dtype))
     return logps, grad
+
+
+def statistics(problem: Problem, backend: str, device: str, dtype: torch.dtype | None = None):
+    """Log-probs as they come with statistics, and the statistics."""
+    return token_logps(
+        logits_of(problem, device, dtype),
+        problem.labels.to(device),
+        **problem.how,
+        return_statistics=True,
+        backend=backend,
+    )
 
 
 def without_labels(grad: torch.Tensor, problem: Problem) -> torch.Tensor:
@@ -58,27 +72,134 @@ def test_cpp_in_fp64_matches_the_oracle(problem: Problem) -> None:
     truth, actual = run(problem, "eager", "cpu"), run(problem, "cpp", "cpu")
     torch.testing.assert_close(actual[0], truth[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(actual[1], truth[1], rtol=1e-10, atol=1e-12)
+    (_, true_statistics), (_, measured) = statistics(problem, "eager", "cpu"), statistics(problem, "cpp", "cpu")
+    torch.testing.assert_close(measured, true_statistics, rtol=1e-12, atol=1e-12)
 
 
-@every_implementation
-@pytest.mark.parametrize("V", [32000, 49152])
-def test_fp32_logps_are_within_1e_6_relative(impl: Implementation, V: int) -> None:
+@every_kernel
+@given(problem=problems())
+def test_statistics_match_the_oracle(impl: Implementation, problem: Problem) -> None:
+    plain, _ = run(problem, impl.backend, impl.device)
+    _, truth = statistics(problem, "eager", "cpu", torch.float64)
+    logps, actual = statistics(problem, impl.backend, impl.device)
+    assert torch.equal(logps.nan_to_num(7.0), plain.detach().nan_to_num(7.0))
+    assert actual.mean_logit.dtype == actual.entropy.dtype == torch.float32
+    assert not any(tensor.requires_grad for tensor in actual)
+    assert_close_statistics(actual, truth, problem)
+
+
+def assert_close_statistics(actual: LogitStatistics, truth: LogitStatistics, problem: Problem) -> None:
+    # Entropies are in nats, which need no scale; means by the size of what they are the mean of.
+    torch.testing.assert_close(actual.entropy.cpu().double(), truth.entropy, rtol=1e-6, atol=1e-6, equal_nan=True)
+    _, sizes = statistics(replace(problem, logits=problem.logits.abs()), "eager", "cpu", torch.float64)
+    mean, true_mean = actual.mean_logit.cpu().double(), truth.mean_logit
+    close = (mean == true_mean) | (mean.isnan() & true_mean.isnan())
+    close |= sizes.mean_logit * problem.logits.shape[-1] >= torch.finfo(torch.float32).max  # the sum is not an fp32
+    assert (close | ((mean - true_mean).abs() <= 1e-6 * sizes.mean_logit)).all()
+    if problem.softcapping is None:  # which makes values equal up to rounding that differ in fp64
+        assert torch.equal(actual.top1_hit.cpu(), truth.top1_hit)
+
+
+@every_kernel
+def test_top1_hits_under_softcapping(impl: Implementation) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [-50.0, -4.0, -torch.inf]], device=impl.device)
+    labels = torch.tensor([1, 2, 1], device=impl.device)
+    _, measured = token_logps(
+        logits, labels, shift=False, final_logit_softcapping=5.0, return_statistics=True, backend=impl.backend
+    )
+    assert measured.top1_hit.tolist() == [True, False, True]
+
+
+def test_statistics_of_a_hand_checked_literal() -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [2.0, 4.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    labels = torch.tensor([1, 0, IGNORE])
+    for backend in ("eager", "cpp"):
+        _, (mean, entropy, hit) = token_logps(
+            logits, labels, shift=False, temperature=2.0, return_statistics=True, backend=backend
+        )
+        assert mean.tolist() == [-torch.inf, 1.0, 0.0]
+        p = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64).softmax(0)
+        expected = torch.tensor([2.0, 1.0, 1.0]).double().log()
+        expected[1] = -(p * p.log()).sum()
+        expected[2] = 0.0
+        torch.testing.assert_close(entropy, expected)
+        assert hit.tolist() == [True, False, False]
+
+
+LAUNCHES = {
+    "one_tile": (8, 8, 0),
+    "many_tiles": (2, 1, 0),
+    "split": (1, 1, 64),
+    "split_with_many_tiles": (2, 1, 1024),
+}
+
+
+@pytest.mark.parametrize("impl", [p for p in implementations.KERNELS if p.values[0].backend == "triton"])
+@pytest.mark.parametrize("launch", LAUNCHES)
+@given(problem=problems(vocabularies=(7, 600, 2048, 5003), max_rows=3))
+@settings(max_examples=8)
+def test_every_way_to_launch_matches_the_oracle(impl: Implementation, launch: str, problem: Problem) -> None:
+    from dil_kernels.kernels import launch as module
+
+    loads, num_warps, min_span = LAUNCHES[launch]
+    shapes = module.Shapes(module.Shape(loads, num_warps), module.Shape(loads, num_warps))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "shapes", lambda capability, itemsize: shapes)
+        patch.setattr(module, "MIN_SPAN", min_span or 2**31)
+        actual = run(problem, impl.backend, impl.device)
+        _, measured = statistics(problem, impl.backend, impl.device)
+    truth, eager = run(problem, "eager", "cpu", torch.float64), run(problem, "eager", impl.device)
+    _, true_statistics = statistics(problem, "eager", "cpu", torch.float64)
+    for i, what in enumerate(("logps", "grad_logits")):
+        assert_as_exact_as_eager(actual[i], eager[i], truth[i], what)
+    assert_close_statistics(measured, true_statistics, problem)
+
+
+@every_kernel
+@pytest.mark.parametrize("softcapping", [None, 30.0])
+@pytest.mark.parametrize("V", [32000, 49152, 50257])
+def test_fp32_logps_are_within_1e_6_relative(impl: Implementation, V: int, softcapping: float | None) -> None:
     gen = torch.Generator().manual_seed(V)
     logits = 3.0 * torch.randn(4, 5, V, generator=gen)
     labels = torch.randint(0, V, (4, 5), generator=gen)
-    truth = token_logps(logits.double(), labels, backend="eager")
-    actual = token_logps(logits.to(impl.device), labels.to(impl.device), backend=impl.backend)
+    how = {"final_logit_softcapping": softcapping}
+    truth = token_logps(logits.double(), labels, **how, backend="eager")
+    actual = token_logps(logits.to(impl.device), labels.to(impl.device), **how, backend=impl.backend)
     torch.testing.assert_close(actual.cpu().double(), truth, rtol=1e-6, atol=0.0)
 
 
 @every_kernel
-def test_confident_tokens_are_within_1e_6_absolute(impl: Implementation) -> None:
-    logits = torch.randn(1, 6, 1000, generator=torch.Generator().manual_seed(0))
-    logits[..., 7] = torch.tensor([10.0, 14.0, 18.0, 22.0, 26.0, 40.0])
-    labels = torch.full((1, 6), 7)
-    truth = token_logps(logits.double(), labels, shift=False, backend="eager")
-    actual = token_logps(logits.to(impl.device), labels.to(impl.device), shift=False, backend=impl.backend)
-    torch.testing.assert_close(actual.cpu().double(), truth, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("V", [2, 1000, 50257])
+def test_confident_tokens_are_within_2e_6_relative(impl: Implementation, V: int) -> None:
+    """The log-prob, the entropy and the label's gradient keep their relative precision down to 1e-17 and less."""
+    gaps = torch.tensor([1.0, 5.0, 10.0, 14.0, 18.0, 22.0, 26.0, 40.0])
+    logits = torch.randn(1, len(gaps), V, generator=torch.Generator().manual_seed(0))
+    label = V // 2
+    logits[..., label] = logits.amax(-1) + gaps
+    labels = torch.full((1, len(gaps)), label)
+    grad = torch.linspace(-1.0, 2.0, len(gaps))[None]
+
+    def confident(x: torch.Tensor, backend: str):
+        x = x.clone().requires_grad_()
+        y = labels.to(x.device)
+        logps, measured = token_logps(x, y, shift=False, return_statistics=True, backend=backend)
+        (dx,) = torch.autograd.grad(logps, x, grad.to(x))
+        return logps.detach(), measured.entropy, dx[..., label]
+
+    truth = confident_truth(logits, labels, grad)
+    for actual, true in zip(confident(logits.to(impl.device), impl.backend), truth, strict=True):
+        torch.testing.assert_close(actual.cpu().double(), true, rtol=2e-6, atol=0.0)
+
+
+def confident_truth(logits: torch.Tensor, labels: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Where p is nearly 1, even fp64 has to leave the label's term out of the sum."""
+    x = logits.double()
+    label = labels.unsqueeze(-1)
+    d = x - x.gather(-1, label)
+    rest = d.exp().scatter(-1, label, 0.0).sum(-1)
+    logps = -rest.log1p()
+    entropy = -logps - (d.exp() * d).sum(-1) / (1.0 + rest)
+    return logps, entropy, -grad.double() * logps.expm1()
 
 
 def test_a_hand_checked_literal() -> None:
@@ -158,7 +279,7 @@ def test_labels_out_of_range_are_nan_without_a_host_check(impl: Implementation) 
 
     logits = torch.randn(1, 4, 9, device=impl.device, requires_grad=True)
     labels = torch.tensor([[3, 9, -1, 2]], device=impl.device)
-    logps = functional._token_logps(logits, labels, IGNORE, False, 1.0, False, impl.backend)
+    logps = functional._token_logps(logits, labels, IGNORE, False, None, 1.0, False, False, impl.backend)[0]
     assert logps.isnan().tolist() == [[False, True, True, False]]
     logps.nan_to_num(0.0).sum().backward()
     assert logits.grad is not None

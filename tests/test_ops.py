@@ -24,18 +24,18 @@ def logps_inputs(device: str, dtype: torch.dtype = torch.float32):
 
 
 @every_kernel
-@pytest.mark.parametrize("shift", [True, False])
-def test_opcheck_logps(impl: Implementation, shift: bool) -> None:
+@pytest.mark.parametrize(("shift", "softcapping", "statistics"), [(True, 0.0, True), (False, 5.0, False)])
+def test_opcheck_logps(impl: Implementation, shift: bool, softcapping: float, statistics: bool) -> None:
     ops = torch.ops.dil_kernels
     logits, labels = logps_inputs(impl.device)
-    options = (-100, shift, 0.7)
+    how = (-100, shift, softcapping, 0.7)
     forward = getattr(ops, f"{impl.backend}_logps_fwd").default
-    torch.library.opcheck(forward, (logits, labels, *options), test_utils=OPCHECKS)
-    logps, row_max, log_sum = forward(logits, labels, *options)
+    torch.library.opcheck(forward, (logits, labels, *how, statistics), test_utils=OPCHECKS)
+    logps, row_max, log_sum, _ = forward(logits, labels, *how, statistics)
     grad = torch.randn_like(logps)
     for name in ("logps_bwd", "logps_bwd_"):
         backward = getattr(ops, f"{impl.backend}_{name}").default
-        torch.library.opcheck(backward, (grad, logits.clone(), labels, row_max, log_sum, *options), test_utils=OPCHECKS)
+        torch.library.opcheck(backward, (grad, logits.clone(), labels, row_max, log_sum, *how), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("impl", [p for p in implementations.LOSSES if p.values[0].backend != "eager"])
@@ -96,10 +96,12 @@ def test_compile_fullgraph_of_the_other_functions(impl: Implementation) -> None:
 
     def step(x):
         w, l = sequence_logps(x, labels, backend=impl.backend).chunk(2)
-        tokens = token_logps(x, labels, backend=impl.backend)
+        tokens, statistics = token_logps(
+            x, labels, final_logit_softcapping=20.0, return_statistics=True, backend=impl.backend
+        )
         return (
             dil_loss(w, l, w.detach() - 1, l.detach() + 1, loss_type="bce", reduction="mean", backend=loss_backend)[0]
-            + tokens.sum()
+            + (tokens * statistics.entropy * statistics.top1_hit).sum()
         )
 
     results = []
@@ -110,26 +112,26 @@ def test_compile_fullgraph_of_the_other_functions(impl: Implementation) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_compile_fullgraph_with_a_changing_temperature_and_beta() -> None:
+def test_compile_fullgraph_with_changing_options() -> None:
     torch._dynamo.reset()
     logits, labels = logps_inputs("cpu")
 
-    def step(x, temperature, beta):
-        return fused_dil_loss(
-            x, labels, ref_logits=logits, loss_type="dpo", temperature=temperature, beta=beta, backend="cpp"
-        ).loss
+    def step(x, temperature, beta, cap):
+        how = {"temperature": temperature, "final_logit_softcapping": cap}
+        return fused_dil_loss(x, labels, ref_logits=logits, loss_type="dpo", beta=beta, **how, backend="cpp").loss
 
     compiled, moved = torch.compile(step, fullgraph=True), logits + torch.randn_like(logits)
     for value in (1.0, 0.7, 0.4):
-        torch.testing.assert_close(compiled(moved, value, value), step(moved, value, value))
+        torch.testing.assert_close(compiled(moved, value, value, 4 * value), step(moved, value, value, 4 * value))
 
 
 @pytest.mark.parametrize("shift", [True, False])
-def test_gradcheck_of_cpp_logps(shift: bool) -> None:
+@pytest.mark.parametrize("softcapping", [None, 2.0])
+def test_gradcheck_of_cpp_logps(shift: bool, softcapping: float | None) -> None:
     logits, labels = logps_inputs("cpu", torch.float64)
 
     def f(x):
-        return token_logps(x, labels, shift=shift, temperature=1.3, backend="cpp")
+        return token_logps(x, labels, shift=shift, final_logit_softcapping=softcapping, temperature=1.3, backend="cpp")
 
     assert torch.autograd.gradcheck(f, (logits.requires_grad_(),))
 

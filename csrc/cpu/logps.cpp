@@ -55,11 +55,11 @@ template <class T, RowKernel RowKernels::* kernel>
 struct Vectorised {
   using Value = T;
   using Acc = float;
-  static LogSumExp lse(const void* x, int64_t V, float inv_temperature) {
-    return (row_kernels().*kernel).lse(x, V, inv_temperature);
+  static RowSums sums(const void* x, int64_t V, int64_t label, const Processing& processing, bool statistics) {
+    return (row_kernels().*kernel).sums(x, V, label, processing, statistics);
   }
-  static void grad(void* dx, const void* x, int64_t V, float g, float max, float log_sum, float inv_temperature) {
-    (row_kernels().*kernel).grad(dx, x, V, g, max, log_sum, inv_temperature);
+  static void grad(void* dx, const void* x, int64_t V, const RowGradient& row, const Processing& processing, bool streaming) {
+    (row_kernels().*kernel).grad(dx, x, V, row, processing, streaming);
   }
 };
 using F32 = Vectorised<float, &RowKernels::f32>;
@@ -69,15 +69,32 @@ using F16 = Vectorised<torch::headeronly::Half, &RowKernels::f16>;
 struct F64 {
   using Value = double;
   using Acc = double;
-  static LogSumExp lse(const double* x, int64_t V, double inv_temperature) {
-    double max = -INFINITY, sum = 0.0;
-    for (int64_t v = 0; v < V; ++v) max = x[v] > max ? x[v] : max;
-    const double reference = max == -INFINITY ? 0.0 : max;
-    for (int64_t v = 0; v < V; ++v) sum += std::exp((x[v] - reference) * inv_temperature);
-    return {max, std::log(sum)};
+  static double value(double x, const Processing& processing) {
+    return processing.inv_cap != 0.0 ? std::tanh(x * processing.inv_cap) : x;
   }
-  static void grad(double* dx, const double* x, int64_t V, double g, double max, double log_sum, double inv_temperature) {
-    for (int64_t v = 0; v < V; ++v) dx[v] = -g * std::exp((x[v] - max) * inv_temperature - log_sum);
+  static RowSums sums(const double* x, int64_t V, int64_t label, const Processing& processing, bool) {
+    RowSums r{};
+    r.target = value(x[label], processing);
+    r.max = -INFINITY;
+    for (int64_t v = 0; v < V; ++v) r.max = x[v] > r.max ? x[v] : r.max;
+    r.max = value(r.max, processing);
+    const double reference = r.max == -INFINITY ? 0.0 : r.max;
+    for (int64_t v = 0; v < V; ++v) {
+      if (v == label) continue;
+      const double capped = value(x[v], processing), d = (capped - reference) * processing.multiplier, e = std::exp(d);
+      r.rest += e;
+      r.weighted += e == 0.0 ? 0.0 : e * d;
+      r.total += capped;
+    }
+    return r;
+  }
+  static void grad(double* dx, const double* x, int64_t V, const RowGradient& row, const Processing& processing, bool) {
+    const double g = row.g * processing.grad_factor;
+    for (int64_t v = 0; v < V; ++v) {
+      const double capped = value(x[v], processing), logp = (capped - row.max) * processing.multiplier - row.log_sum;
+      const double slope = processing.inv_cap != 0.0 ? (1.0 - capped) * (1.0 + capped) : 1.0;
+      dx[v] = -g * slope * (v == row.label ? std::expm1(logp) : std::exp(logp));
+    }
   }
 };
 
@@ -101,43 +118,72 @@ Tensor rows_contiguous(const Tensor& logits) {
   return logits.stride(2) == 1 || logits.size(2) == 1 ? logits : torch::stable::contiguous(logits);
 }
 
-std::tuple<Tensor, Tensor, Tensor> logps_fwd(
-    const Tensor& given_logits, const Tensor& labels, int64_t ignore_index, bool shift, double temperature) {
+Processing processing_of(double softcapping, double temperature) {
+  if (softcapping == 0.0) return {1.0 / temperature, 0.0, 1.0 / temperature};
+  return {softcapping / temperature, 1.0 / softcapping, 1.0 / temperature};
+}
+
+struct RowResult {
+  double logp, log_sum, mean_logit, entropy;
+  bool top1_hit;
+};
+
+RowResult finish(const RowSums& r, int64_t V, double multiplier) {
+  const double d = (r.target - r.max) * multiplier, own = std::exp(d);
+  const double log_sum = r.target == r.max ? std::log1p(r.rest) : std::log(r.rest + own);
+  // Values first lose the maximum, then the small log-sum: nothing is rounded at the size of the logits.
+  const double logp = d - log_sum;
+  // Both parts are positive, so that an entropy near 0 is exact too.
+  const double entropy = log_sum - (r.weighted + (own == 0.0 ? 0.0 : own * d)) / (r.rest + own);
+  return {logp, log_sum, (r.total + r.target) * multiplier / V, entropy, r.target >= r.max && logp == logp};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> logps_fwd(
+    const Tensor& given_logits, const Tensor& labels, int64_t ignore_index, bool shift, double softcapping, double temperature,
+    bool want_statistics) {
   const Rows rows = list_rows(given_logits, labels, ignore_index, shift);
   const Tensor logits = rows_contiguous(given_logits);
-  const int64_t V = logits.size(2), T_out = logits.size(1) - shift;
+  const int64_t B = logits.size(0), V = logits.size(2), T_out = logits.size(1) - shift;
   const auto dtype = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor logps = torch::stable::new_zeros(logits, {logits.size(0), T_out}, dtype);
-  Tensor row_max = torch::stable::new_zeros(logits, {logits.size(0), T_out}, dtype);
-  Tensor log_sum = torch::stable::new_zeros(logits, {logits.size(0), T_out}, dtype);
+  Tensor logps = torch::stable::new_zeros(logits, {B, T_out}, dtype);
+  Tensor row_max = torch::stable::new_zeros(logits, {B, T_out}, dtype);
+  Tensor log_sum = torch::stable::new_zeros(logits, {B, T_out}, dtype);
+  Tensor statistics =
+      want_statistics ? torch::stable::new_zeros(logits, {3, B, T_out}, dtype) : torch::stable::new_zeros(logits, {0}, dtype);
+  const Processing processing = processing_of(softcapping, temperature);
   dispatch(logits, [&](auto kind) {
     using K = decltype(kind);
     using Value = typename K::Value;
     using Acc = typename K::Acc;
     const Value* x = static_cast<const Value*>(logits.const_data_ptr());
-    const int64_t stride_b = logits.stride(0), stride_t = logits.stride(1);
+    const int64_t stride_b = logits.stride(0), stride_t = logits.stride(1), N = B * T_out;
     Acc* logps_out = logps.mutable_data_ptr<Acc>();
     Acc* max_out = row_max.mutable_data_ptr<Acc>();
     Acc* log_sum_out = log_sum.mutable_data_ptr<Acc>();
+    Acc* statistics_out = statistics.mutable_data_ptr<Acc>();
     torch::stable::parallel_for(0, static_cast<int64_t>(rows.scored.size()), grain(V), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const auto [b, t, label] = rows.scored[i];
-        const Value* row = x + b * stride_b + t * stride_t;
-        const LogSumExp r = K::lse(row, V, static_cast<Acc>(1.0 / temperature));
-        // Targets first lose the maximum, then the small log-sum: nothing is rounded at the size of the logits.
-        const double target = static_cast<double>(static_cast<Acc>(row[label]));
-        logps_out[b * T_out + t] = static_cast<Acc>((target - r.max) / temperature - r.log_sum);
-        max_out[b * T_out + t] = static_cast<Acc>(r.max);
-        log_sum_out[b * T_out + t] = static_cast<Acc>(r.log_sum);
+        const int64_t out = b * T_out + t;
+        const RowSums sums = K::sums(x + b * stride_b + t * stride_t, V, label, processing, want_statistics);
+        const RowResult r = finish(sums, V, processing.multiplier);
+        logps_out[out] = static_cast<Acc>(r.logp);
+        max_out[out] = static_cast<Acc>(sums.max);
+        log_sum_out[out] = static_cast<Acc>(r.log_sum);
+        if (want_statistics) {
+          statistics_out[out] = static_cast<Acc>(r.mean_logit);
+          statistics_out[N + out] = static_cast<Acc>(r.entropy);
+          statistics_out[2 * N + out] = r.top1_hit;
+        }
       }
     });
   });
-  return {logps, row_max, log_sum};
+  return {logps, row_max, log_sum, statistics};
 }
 
 void run_backward(
     const Tensor& grad_logps, const Tensor& logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum,
-    int64_t ignore_index, bool shift, double temperature, const Tensor& grad_logits) {
+    int64_t ignore_index, bool shift, double softcapping, double temperature, const Tensor& grad_logits, bool streaming) {
   const Rows rows = list_rows(logits, labels, ignore_index, shift);
   const int64_t V = logits.size(2), T_out = logits.size(1) - shift;
   STD_TORCH_CHECK(
@@ -146,6 +192,7 @@ void run_backward(
           row_max.numel() == logits.size(0) * T_out && log_sum.is_contiguous() && log_sum.numel() == row_max.numel() &&
           log_sum.scalar_type() == row_max.scalar_type(),
       "grad_logps, row_max and log_sum must match the log-probs");
+  const Processing processing = processing_of(softcapping, temperature);
   dispatch(logits, [&](auto kind) {
     using K = decltype(kind);
     using Value = typename K::Value;
@@ -158,18 +205,12 @@ void run_backward(
     const int64_t x_b = logits.stride(0), x_t = logits.stride(1);
     const int64_t dx_b = grad_logits.stride(0), dx_t = grad_logits.stride(1);
     const int64_t g_b = grad_logps.stride(0), g_t = grad_logps.stride(1);
-    const Acc inv_temperature = static_cast<Acc>(1.0 / temperature);
     torch::stable::parallel_for(0, static_cast<int64_t>(rows.scored.size()), grain(V), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const auto [b, t, label] = rows.scored[i];
-        const Value* row = x + b * x_b + t * x_t;
-        const Acc g = g_in[b * g_b + t * g_t] * inv_temperature;
-        const Acc max = max_in[b * T_out + t], log_sum = log_sum_in[b * T_out + t];
-        // 1 - p without cancellation where p is near 1; taken before the row is overwritten.
-        const Acc logp = (static_cast<Acc>(row[label]) - max) * inv_temperature - log_sum;
-        const Acc label_grad = -g * std::expm1(logp);
-        K::grad(dx + b * dx_b + t * dx_t, row, V, g, max, log_sum, inv_temperature);
-        dx[b * dx_b + t * dx_t + label] = static_cast<Value>(label_grad);
+        const int64_t saved = b * T_out + t;
+        const RowGradient row{label, g_in[b * g_b + t * g_t], max_in[saved], log_sum_in[saved]};
+        K::grad(dx + b * dx_b + t * dx_t, x + b * x_b + t * x_t, V, row, processing, streaming);
       }
     });
     torch::stable::parallel_for(0, static_cast<int64_t>(rows.ignored.size()), grain(V), [&](int64_t first, int64_t last) {
@@ -180,6 +221,9 @@ void run_backward(
     });
   });
 }
+
+// A gradient of this size outgrows the caches before it is read; writing past them saves reading what is overwritten.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 // A fresh buffer of this size is fresh pages, and faulting them in one small page at a time costs several times the kernel.
 void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
@@ -193,24 +237,25 @@ void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 
 Tensor logps_bwd(
     const Tensor& grad_logps, const Tensor& given_logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum,
-    int64_t ignore_index, bool shift, double temperature) {
+    int64_t ignore_index, bool shift, double softcapping, double temperature) {
   const Tensor logits = rows_contiguous(given_logits);
   Tensor grad_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
-  dispatch(logits, [&](auto kind) {
-    advise_huge_pages(grad_logits.mutable_data_ptr(), grad_logits.numel() * sizeof(typename decltype(kind)::Value));
-  });
-  run_backward(grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature, grad_logits);
+  const int64_t bytes = grad_logits.numel() * grad_logits.element_size();
+  advise_huge_pages(grad_logits.mutable_data_ptr(), bytes);
+  run_backward(
+      grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, softcapping, temperature, grad_logits,
+      bytes >= kStreamBytes);
   return grad_logits;
 }
 
 void logps_bwd_(
     const Tensor& grad_logps, const Tensor& logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum,
-    int64_t ignore_index, bool shift, double temperature) {
+    int64_t ignore_index, bool shift, double softcapping, double temperature) {
   STD_TORCH_CHECK(
       logits.dim() == 3 && (logits.stride(2) == 1 || logits.size(2) == 1) && (logits.stride(0) != 0 || logits.size(0) <= 1) &&
           (logits.stride(1) != 0 || logits.size(1) <= 1),
       "an in-place backward needs logits [B, T, V] with a contiguous vocabulary and no expanded dimension");
-  run_backward(grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature, logits);
+  run_backward(grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, softcapping, temperature, logits, false);
 }
 
 }  // namespace

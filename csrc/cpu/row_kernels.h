@@ -1,22 +1,38 @@
-// One row of logits at a time: its log-sum-exp, and its gradient. One table of function pointers per instruction set.
+// One row of logits at a time: the sums behind its log-prob, and its gradient. One table of function pointers per
+// instruction set.
 #pragma once
 
 #include <cstdint>
 
 namespace dil {
 
-// log sum_v exp(x_v / temperature) as max / temperature + log_sum, kept apart so that nothing is rounded at the size of the
-// logits.
-struct LogSumExp {
-  double max;      // of the logits, unscaled
-  double log_sum;  // log sum_v exp((x_v - max) / temperature)
+// What becomes of a logit x: z = multiplier * v with v = x, or v = tanh(inv_cap * x) under softcapping.
+struct Processing {
+  double multiplier;   // 1 / temperature, or cap / temperature
+  double inv_cap;      // 0: no softcapping
+  double grad_factor;  // 1 / temperature: dz/dx, apart from tanh' under softcapping
+};
+
+// Sums over a row without its label, whose term comes last: where the label dominates, the others keep their precision.
+struct RowSums {
+  double target;          // v of the label
+  double max;             // of v over the whole row
+  double rest = 0.0;      // sum of e^d, d = multiplier * (v - max)
+  double weighted = 0.0;  // sum of d e^d, where d is finite; only if asked for
+  double total = 0.0;     // sum of v; only if asked for
+};
+
+// What the gradient of a row g d logp / dx is made from.
+struct RowGradient {
+  int64_t label;
+  double g, max, log_sum;
 };
 
 // For one dtype of logits.
 struct RowKernel {
-  LogSumExp (*lse)(const void* x, int64_t V, float inv_temperature);
-  // dx = -g softmax(x / temperature); dx may be x.
-  void (*grad)(void* dx, const void* x, int64_t V, float g, float max, float log_sum, float inv_temperature);
+  RowSums (*sums)(const void* x, int64_t V, int64_t label, const Processing& processing, bool statistics);
+  // dx may be x. `streaming` writes past the caches.
+  void (*grad)(void* dx, const void* x, int64_t V, const RowGradient& row, const Processing& processing, bool streaming);
 };
 
 struct RowKernels {

@@ -105,6 +105,58 @@ inline void store(Half* x, VecF v) {  // to nearest, ties to even
 
 inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
 
+// All lanes hold the first element.
+template <class T>
+inline VecF broadcast_element(const T* x) {
+  T same[kLanes];
+  for (T& element : same) element = *x;
+  return load(same);
+}
+
+// Whether any lane of a comparison holds.
+inline bool any(VecI mask) {
+#if DIL_VEC_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif DIL_VEC_BYTES == 32
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
+// Stores past the caches, to an address aligned to the vector, where the instruction set can.
+inline void stream(float* x, VecF v) {
+#if DIL_VEC_BYTES == 64
+  _mm512_stream_ps(x, (__m512)v);
+#elif DIL_VEC_BYTES == 32
+  _mm256_stream_ps(x, (__m256)v);
+#else
+  store(x, v);
+#endif
+}
+
+template <class T>
+inline void stream(T* x, VecF v) {  // 16-bit elements
+#if DIL_VEC_BYTES == 64
+  alignas(32) T packed[kLanes];
+  store(packed, v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(x), _mm256_load_si256(reinterpret_cast<const __m256i*>(packed)));
+#elif DIL_VEC_BYTES == 32
+  alignas(16) T packed[kLanes];
+  store(packed, v);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(x), _mm_load_si128(reinterpret_cast<const __m128i*>(packed)));
+#else
+  store(x, v);
+#endif
+}
+
+// Orders streamed stores before what follows.
+inline void stream_fence() {
+#if DIL_VEC_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
 inline float horizontal_max(VecF v) {
   float out = v[0];
   for (int i = 1; i < kLanes; ++i) out = v[i] > out ? v[i] : out;
@@ -117,19 +169,29 @@ inline double horizontal_sum(VecF v) {
   return out;
 }
 
-// 2^t for t <= 127: exactly 0 below 2^-126, NaN for NaN, relative error below 1.2e-7 otherwise.
+// 2^t for t <= 127: 0 (or subnormal) below 2^-126, NaN for NaN, relative error below 1.2e-7 otherwise.
 inline VecF exp2(VecF t) {
+#if DIL_VEC_BYTES == 64
+  t = (VecF)_mm512_max_ps((__m512)broadcast(-151.0f), (__m512)t);  // in this order NaN stays
+  const VecF whole = (VecF)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const VecF f = t - whole;  // in [-0.5, 0.5]
+#else
   t = t < -127.0f ? broadcast(-127.0f) : t;  // written so that NaN stays
   constexpr float kRound = 0x1.8p23f;        // adding it leaves the nearest integer in the low bits
   const VecF shifted = t + kRound;
-  const VecF f = t - (shifted - kRound);          // in [-0.5, 0.5]
+  const VecF f = t - (shifted - kRound);  // in [-0.5, 0.5]
+#endif
   VecF p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;  // minimax in relative error, with p(0) = 1
   p = p * f + 0x1.c6b752p-5f;
   p = p * f + 0x1.ebf9bcp-3f;
   p = p * f + 0x1.62e42ap-1f;
   p = p * f + 1.0f;
+#if DIL_VEC_BYTES == 64
+  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
   const VecI exponent = (bit_cast<VecI>(shifted) << 23) + 0x3f800000;
   return p * bit_cast<VecF>(exponent);
+#endif
 }
 
 // tanh to 2 units in the last place: a polynomial (minimax, in relative error) below 5/8, 1 - 2 e / (1 + e) above.
@@ -145,6 +207,13 @@ inline VecF tanh(VecF y) {
   const VecF e = exp2(magnitude * -0x1.715476p+1f);  // e^(-2 |y|)
   const VecF far = 1.0f - (e + e) / (1.0f + e);
   return magnitude < 0.625f ? near : (y < 0.0f ? -far : far);
+}
+
+// tanh'(u) = 4 e / (1 + e)^2, e = exp(-2 |u|), exact in relative terms where 1 - tanh^2 is not; 0 where tanh is 1 in fp32.
+inline VecF tanh_slope(VecF u) {
+  const VecF magnitude = max(-u, u);
+  const VecF e = exp2(magnitude * -0x1.715476p+1f);
+  return magnitude > 9.5f ? VecF{} : 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 
 }  // namespace dil::DIL_ISA

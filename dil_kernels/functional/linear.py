@@ -489,11 +489,7 @@ def fused_linear_dil_loss(
         ref_hidden_states = ref_hidden_states.squeeze(0)
     hidden_states, labels = _prepare(hidden_states, labels, cu_seqlens, options)
     S = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    counted_in = (
-        f"rows in hidden_states {shape_of(hidden_states)}"
-        if cu_seqlens is None
-        else f"in cu_seqlens {shape_of(cu_seqlens)}"
-    )
+    counted_in = ("rows in hidden_states", hidden_states) if cu_seqlens is None else ("in cu_seqlens", cu_seqlens)
     ref_logps = resolve_ref_logps(
         ref_chosen_logps,
         ref_rejected_logps,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -39,13 +39,78 @@ def _token_logps(
     labels: Tensor,  # [B, T]
     ignore_index: int,
     shift: bool,
+    final_logit_softcapping: float | None,
     temperature: float,
     inplace_backward: bool,
+    return_statistics: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, LogitStatistics | None]:
     if backend == "eager":
-        return reference.token_logps(logits, labels, ignore_index=ignore_index, shift=shift, temperature=temperature)
-    return TokenLogps.apply(logits, labels, ignore_index, shift, temperature, inplace_backward, backend)
+        logps = reference.token_logps(
+            logits,
+            labels,
+            ignore_index=ignore_index,
+            shift=shift,
+            final_logit_softcapping=final_logit_softcapping,
+            temperature=temperature,
+        )
+        if not return_statistics:
+            return logps, None
+        return logps, LogitStatistics(
+            *reference.logit_statistics(
+                logits,
+                labels,
+                ignore_index=ignore_index,
+                shift=shift,
+                final_logit_softcapping=final_logit_softcapping,
+                temperature=temperature,
+            )
+        )
+    logps, statistics = TokenLogps.apply(
+        logits,
+        labels,
+        ignore_index,
+        shift,
+        final_logit_softcapping or 0.0,
+        temperature,
+        return_statistics,
+        inplace_backward,
+        backend,
+    )
+    if not return_statistics:
+        return logps, None
+    mean_logit, entropy, top1_hit = statistics.unbind()
+    return logps, LogitStatistics(mean_logit, entropy, top1_hit != 0)
+
+
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = ...,
+    shift: bool = ...,
+    final_logit_softcapping: float | None = ...,
+    temperature: float = ...,
+    inplace_backward: bool = ...,
+    return_statistics: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = ...,
+    shift: bool = ...,
+    final_logit_softcapping: float | None = ...,
+    temperature: float = ...,
+    inplace_backward: bool = ...,
+    return_statistics: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, LogitStatistics]: ...
 
 
 def token_logps(
@@ -54,42 +119,69 @@ def token_logps(
     *,
     ignore_index: int = -100,
     shift: bool = True,
+    final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
     inplace_backward: bool = False,
+    return_statistics: bool = False,
     backend: str = "auto",
-) -> Tensor:
-    """Log-probability of each label under softmax(logits / temperature), without materialising the softmax.
+) -> Tensor | tuple[Tensor, LogitStatistics]:
+    """Log-probability of each label under the softmax of the processed logits, without materialising the softmax.
 
     Args:
         logits: [B, T, V] or [N, V] (one sequence); fp32, bf16, fp16, or fp64 (CPU). Rows may be strided.
         labels: [B, T] or [N] int64, in [0, V) or `ignore_index`. Rows with an ignored label are not read.
         ignore_index: the label of positions that are not scored.
         shift: position t scores label t + 1, as causal models are trained; no shifted copy of the logits is made.
-        temperature: divides the logits; > 0.
+        final_logit_softcapping: replaces the logits x by cap * tanh(x / cap) (Gemma), cap > 0; None does not.
+        temperature: divides the logits, after the softcapping; > 0.
         inplace_backward: write the gradient over the logits instead of into a new buffer. Whoever else needs the logits
             for its backward gets autograd's error, as does a second backward.
+        return_statistics: also return mean logit, entropy and top-1 hit of each position, from the same read.
         backend: "auto", "triton" (CUDA), "cpp" (CPU) or "eager".
 
     Returns:
         fp32 (fp64 for fp64 logits), natural log, 0 where ignored: [B, T - 1] or [N - 1] with `shift`, else the labels'
-        shape. A NaN or +inf in a row makes its log-prob NaN; -inf masks an entry. Differentiable once.
+        shape. A NaN or +inf in a row makes its log-prob NaN; -inf masks an entry. With softcapping, which bounds them,
+        infinite logits are as cap and -cap. Differentiable once. With `return_statistics`, these and a
+        `LogitStatistics`.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit; on the CPU also a label outside [0,
             V). On CUDA such a label makes its log-prob NaN, since checking it would synchronise with the host.
         RuntimeError: a backend that cannot run here.
     """
-    check_logits(logits, labels, ignore_index=ignore_index, shift=shift, temperature=temperature)
+    check_logits(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        shift=shift,
+        final_logit_softcapping=final_logit_softcapping,
+        temperature=temperature,
+    )
     name = resolve_backend(backend, logits.device, logits.dtype)
     if inplace_backward:
         if name == "eager":
             raise RuntimeError("inplace_backward=True needs the triton or cpp backend; the eager backend cannot do it")
         check_inplace(logits)
-    if logits.ndim == 3:
-        return _token_logps(logits, labels, ignore_index, shift, temperature, inplace_backward, name)
-    return _token_logps(
-        logits.unsqueeze(0), labels.unsqueeze(0), ignore_index, shift, temperature, inplace_backward, name
-    ).squeeze(0)
+    one_sequence = logits.ndim == 2
+    if one_sequence:
+        logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
+    logps, statistics = _token_logps(
+        logits,
+        labels,
+        ignore_index,
+        shift,
+        final_logit_softcapping,
+        temperature,
+        inplace_backward,
+        return_statistics,
+        name,
+    )
+    if one_sequence:
+        logps = logps.squeeze(0)
+    if statistics is None:
+        return logps
+    return logps, LogitStatistics(*(x.squeeze(0) for x in statistics)) if one_sequence else statistics
 
 
 def sequence_logps(
@@ -100,6 +192,7 @@ def sequence_logps(
     average_log_prob: bool = False,
     ignore_index: int = -100,
     shift: bool = True,
+    final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
     inplace_backward: bool = False,
     backend: str = "auto",
@@ -112,7 +205,7 @@ def sequence_logps(
         cu_seqlens: int32 [S + 1], boundaries of the packed sequences: starts at 0, does not decrease, ends at N. No
             label is ever predicted across a boundary: with `shift`, the first label of each sequence is ignored.
         average_log_prob: divide by the number of scored tokens.
-        ignore_index, shift, temperature, inplace_backward, backend: as in `token_logps`.
+        ignore_index, shift, final_logit_softcapping, temperature, inplace_backward, backend: as in `token_logps`.
 
     Returns:
         [B] or [S]; 0 for a sequence without a scored token.
@@ -127,6 +220,7 @@ def sequence_logps(
         labels,
         ignore_index=ignore_index,
         shift=shift,
+        final_logit_softcapping=final_logit_softcapping,
         temperature=temperature,
         inplace_backward=inplace_backward,
         backend=backend,

@@ -218,6 +218,7 @@ def fused_dil_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     shift: bool = True,
+    final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
     inplace_backward: bool = False,
     backend: str = "auto",
@@ -242,8 +243,8 @@ def fused_dil_loss(
         pair_layout: "concatenated" (pair i is sequences i and B + i) or "interleaved" (2i and 2i + 1).
         reduction: "mean" (over the pairs whose responses both have a scored token; unpaired, over the chosen responses
             with one, plus over the rejected), "sum" or "none".
-        ignore_index, shift, temperature, inplace_backward, backend: as in `token_logps`; temperature applies to both
-            models.
+        ignore_index, shift, final_logit_softcapping, temperature, inplace_backward, backend: as in `token_logps`;
+            softcapping and temperature apply to both models.
 
     Returns:
         A `DILOutput`. A pair with a response that has no scored token has loss 0 and no gradient; a batch of nothing
@@ -275,7 +276,7 @@ def fused_dil_loss(
         ref_logits = ref_logits.squeeze(0)
     logits, labels = prepare_rows(logits, labels, cu_seqlens, ignore_index, shift)
     S = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    counted_in = f"rows in logits {shape_of(logits)}" if cu_seqlens is None else f"in cu_seqlens {shape_of(cu_seqlens)}"
+    counted_in = ("rows in logits", logits) if cu_seqlens is None else ("in cu_seqlens", cu_seqlens)
     ref_logps = resolve_ref_logps(
         ref_chosen_logps,
         ref_rejected_logps,
@@ -295,6 +296,7 @@ def fused_dil_loss(
         labels,
         ignore_index=ignore_index,
         shift=shift,
+        final_logit_softcapping=final_logit_softcapping,
         temperature=temperature,
         inplace_backward=inplace_backward,
         backend=backend,
@@ -306,6 +308,7 @@ def fused_dil_loss(
             labels,
             ignore_index=ignore_index,
             shift=shift,
+            final_logit_softcapping=final_logit_softcapping,
             temperature=temperature,
             backend=backend,
         )

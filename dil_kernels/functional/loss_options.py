@@ -100,7 +100,7 @@ def resolve_ref_logps(
     ref_chosen_logps: Tensor | None,
     ref_rejected_logps: Tensor | None,
     num_sequences: int,
-    counted_in: str,
+    counted_in: tuple[str, Tensor],
     device: torch.device,
     options: LossOptions,
     *,
@@ -110,7 +110,8 @@ def resolve_ref_logps(
     """The reference sums [S] in the order of the sequences, S = 2B for pairs; None if none are given."""
     if is_chosen is None:
         if num_sequences % 2:
-            raise ValueError(f"pairs need an even number of sequences, got {num_sequences} {counted_in}")
+            what, tensor = counted_in
+            raise ValueError(f"pairs need an even number of sequences, got {num_sequences} {what} {shape_of(tensor)}")
         if ref_logps is not None:
             raise ValueError(
                 "ref_logps is for unpaired responses (is_chosen); pairs take ref_chosen_logps and ref_rejected_logps"

@@ -10,21 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _tanh(y):
-    """To 2 units in the last place: a polynomial (minimax, in relative error) below 5/8, 1 - 2 e / (1 + e) above."""
-    w = y * y
-    p = w * 0.0022115071769803762 - 0.008256388828158379
-    p = p * w + 0.02173457480967045
-    p = p * w - 0.05395335704088211
-    p = p * w + 0.13333262503147125
-    p = p * w - 0.3333333134651184
-    e = tl.exp2(tl.abs(y) * (-2.0 * LOG2E))
-    far = 1.0 - (e + e) / (1.0 + e)
-    return tl.where(tl.abs(y) < 0.625, y + y * (w * p), tl.where(y < 0.0, -far, far))
+from dil_kernels.kernels.scalar_math import LOG2E, tanh
 
 
 @triton.jit
@@ -35,7 +21,7 @@ def _post_process(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS: tl
     z = x * logit_scale
     slope = 1.0
     if SOFTCAP:
-        t = _tanh(z / softcap)
+        t = tanh(z / softcap)
         z = t * softcap
         slope = (1.0 - t) * (1.0 + t)
     return z, slope

@@ -1,7 +1,8 @@
 """Log-probabilities from logits: one read forward, one read and one write backward.
 
-A row is one position of a [B, T] batch. Exponentials are taken in base 2 of differences from a running maximum, which
-is kept per lane and rescaled once per tile; lanes meet once per row.
+A row is one position of a [B, T] batch. The label's own term is kept out of its sum until the end: where it dominates,
+log p = -log1p(rest) is exact in relative terms. Few rows are split over several programs each, whose sums a second
+kernel merges in order.
 """
 
 from __future__ import annotations
@@ -9,9 +10,79 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-# Below every finite fp32 logit that matters, and finite, so that a lane of -inf gives exp2(-inf) = 0 and not NaN.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+from dil_kernels.kernels.rows import (
+    TINY_EXPONENT,
+    aligned,
+    cut,
+    edges,
+    meet,
+    reduce_span,
+    rescale,
+    vector_elements,
+)
+from dil_kernels.kernels.scalar_math import LN2, LOG2E, log1p, one_minus_exp, processed, tanh_slope
+
+
+@triton.jit
+def _finish_row(
+    logps_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    statistics_ptr,
+    x_ptr,
+    row,
+    num_rows,
+    label,
+    m,
+    s,
+    w,
+    total,
+    head,
+    body,
+    V,
+    multiplier,
+    inv_cap,
+    HAS_CAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
+):
+    """Add the edges and the label to the sums over the body, and store."""
+    scale = multiplier * LOG2E
+    VEC: tl.constexpr = vector_elements(x_ptr)
+    index, mask = edges(head, body, V, VEC)
+    keep = mask & (index != label)
+    v = tl.where(keep, processed(tl.load(x_ptr + index, mask=mask, other=0.0), inv_cap, HAS_CAP), -float("inf"))
+    target = tl.load(x_ptr + label, mask=(label >= 0) & (label < V), other=float("nan"))
+    target = processed(target, inv_cap, HAS_CAP)
+    m_row = tl.maximum(tl.maximum(m, tl.max(v, axis=0)), target)
+    s, w = rescale(m, m_row, s, w, scale, STATISTICS)
+    t = (v - m_row) * scale
+    e = tl.exp2(t)
+    rest = s + tl.sum(e, axis=0)
+    t_own = (target - m_row) * scale
+    own = tl.exp2(t_own)
+    log_sum = tl.where(target == m_row, log1p(rest), tl.log(rest + own))
+    # The difference of values first: no rounding at the size of the logits themselves.
+    logp = (target - m_row) * multiplier - log_sum
+    tl.store(logps_ptr + row, logp)
+    tl.store(row_max_ptr + row, m_row)
+    tl.store(log_sum_ptr + row, log_sum)
+    if STATISTICS:
+        w += tl.sum(e * tl.maximum(t, TINY_EXPONENT), axis=0) + own * tl.maximum(t_own, TINY_EXPONENT)
+        total += tl.sum(tl.where(keep, v, 0.0), axis=0) + target
+        tl.store(statistics_ptr + row, total * multiplier / V)
+        # Both parts are positive, so that an entropy near 0 is exact too.
+        tl.store(statistics_ptr + num_rows + row, log_sum - w * LN2 / (rest + own))
+        tl.store(statistics_ptr + 2 * num_rows + row, ((target >= m_row) & (logp == logp)).to(tl.float32))
+
+
+@triton.jit
+def _store_ignored(logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, row, num_rows, STATISTICS: tl.constexpr):
+    tl.store(logps_ptr + row, 0.0)
+    tl.store(row_max_ptr + row, 0.0)
+    tl.store(log_sum_ptr + row, 0.0)
+    if STATISTICS:
+        for k in tl.static_range(3):
+            tl.store(statistics_ptr + k * num_rows + row, 0.0)
 
 
 @triton.jit
@@ -19,49 +90,161 @@ def _logps_fwd_kernel(
     logps_ptr,  # (B, T_out) fp32, contiguous
     row_max_ptr,  # (B, T_out) fp32, contiguous
     log_sum_ptr,  # (B, T_out) fp32, contiguous
+    statistics_ptr,  # (3, B, T_out) fp32, contiguous; unused without STATISTICS
     logits_ptr,  # (B, T, V)
     labels_ptr,  # (B, T) int64
     stride_xb,
     stride_xt,
     stride_yb,
     stride_yt,
+    num_rows,  # B T_out
     T_out,
     V,
     ignore_index,
-    inv_temperature,
+    multiplier,  # 1 / temperature, or cap / temperature
+    inv_cap,
     SHIFT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
     ROWS: tl.constexpr,  # vectors of BLOCK_V that a lane reduces before one rescale
     BLOCK_V: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    b = row // T_out
-    t = row % T_out
+    row = tl.program_id(0)
+    b = (row // T_out).to(tl.int64)
+    t = (row % T_out).to(tl.int64)
+    row = row.to(tl.int64)
     label = tl.load(labels_ptr + b * stride_yb + (t + SHIFT) * stride_yt)
     if label == ignore_index:
-        tl.store(logps_ptr + row, 0.0)
-        tl.store(row_max_ptr + row, 0.0)
-        tl.store(log_sum_ptr + row, 0.0)
+        _store_ignored(logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, row, num_rows, STATISTICS)
         return
     x_ptr = logits_ptr + b * stride_xb + t * stride_xt
-    scale = inv_temperature * LOG2E
-    offsets = tl.arange(0, ROWS)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-    m = tl.full((BLOCK_V,), LOWEST, tl.float32)
-    s = tl.zeros((BLOCK_V,), tl.float32)
-    for start in range(0, V, ROWS * BLOCK_V):
-        x = tl.load(x_ptr + start + offsets, mask=start + offsets < V, other=-float("inf")).to(tl.float32)
-        m_new = tl.maximum(m, tl.max(x, axis=0))
-        s = s * tl.exp2((m - m_new) * scale) + tl.sum(tl.exp2((x - m_new[None, :]) * scale), axis=0)
-        m = m_new
-    m_row = tl.max(m, axis=0)
-    s_row = tl.sum(s * tl.exp2((m - m_row) * scale), axis=0)
-    log_s = tl.log(s_row)
+    head, body = cut(x_ptr, V)
+    m, s, w, total = reduce_span(
+        x_ptr + head, 0, body, label - head, multiplier * LOG2E, inv_cap, HAS_CAP, STATISTICS, ROWS, BLOCK_V
+    )
+    _finish_row(
+        logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, x_ptr, row, num_rows, label, m, s, w, total, head, body, V,
+        multiplier, inv_cap, HAS_CAP, STATISTICS,
+    )  # fmt: skip
 
-    valid = (label >= 0) & (label < V)
-    target = tl.load(x_ptr + label, mask=valid, other=float("nan")).to(tl.float32)
-    # The difference of logits first: no rounding at the size of the logits themselves.
-    tl.store(logps_ptr + row, (target - m_row) * inv_temperature - log_s)
-    tl.store(row_max_ptr + row, m_row)
-    tl.store(log_sum_ptr + row, tl.where(valid, log_s, float("nan")))
+
+@triton.jit
+def _logps_split_kernel(
+    partials_ptr,  # (4, B T_out, SPLITS) fp32: maximum, sum of 2^t, and with STATISTICS sum of t 2^t, sum of values
+    logits_ptr,  # (B, T, V)
+    labels_ptr,  # (B, T) int64
+    stride_xb,
+    stride_xt,
+    stride_yb,
+    stride_yt,
+    num_rows,
+    T_out,
+    V,
+    span,  # elements of a body for one split; a multiple of BLOCK_V
+    ignore_index,
+    multiplier,
+    inv_cap,
+    SHIFT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    row = pid // SPLITS
+    split = pid % SPLITS
+    b = (row // T_out).to(tl.int64)
+    t = (row % T_out).to(tl.int64)
+    label = tl.load(labels_ptr + b * stride_yb + (t + SHIFT) * stride_yt)
+    if label == ignore_index:
+        return
+    x_ptr = logits_ptr + b * stride_xb + t * stride_xt
+    head, body = cut(x_ptr, V)
+    begin = split * span
+    m, s, w, total = reduce_span(
+        x_ptr + head,
+        begin,
+        tl.minimum(begin + span, body),
+        label - head,
+        multiplier * LOG2E,
+        inv_cap,
+        HAS_CAP,
+        STATISTICS,
+        ROWS,
+        BLOCK_V,
+    )
+    partial_ptr = partials_ptr + row.to(tl.int64) * SPLITS + split
+    stride = num_rows * SPLITS
+    tl.store(partial_ptr, m)
+    tl.store(partial_ptr + stride, s)
+    if STATISTICS:
+        tl.store(partial_ptr + 2 * stride, w)
+        tl.store(partial_ptr + 3 * stride, total)
+
+
+@triton.jit
+def _logps_merge_kernel(
+    logps_ptr,  # (B, T_out) fp32, contiguous
+    row_max_ptr,  # (B, T_out) fp32, contiguous
+    log_sum_ptr,  # (B, T_out) fp32, contiguous
+    statistics_ptr,  # (3, B, T_out) fp32, contiguous; unused without STATISTICS
+    partials_ptr,  # (4, B T_out, SPLITS) fp32
+    logits_ptr,  # (B, T, V)
+    labels_ptr,  # (B, T) int64
+    stride_xb,
+    stride_xt,
+    stride_yb,
+    stride_yt,
+    num_rows,
+    T_out,
+    V,
+    ignore_index,
+    multiplier,
+    inv_cap,
+    SHIFT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    b = (row // T_out).to(tl.int64)
+    t = (row % T_out).to(tl.int64)
+    row = row.to(tl.int64)
+    label = tl.load(labels_ptr + b * stride_yb + (t + SHIFT) * stride_yt)
+    if label == ignore_index:
+        _store_ignored(logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, row, num_rows, STATISTICS)
+        return
+    x_ptr = logits_ptr + b * stride_xb + t * stride_xt
+    head, body = cut(x_ptr, V)
+    stride = num_rows * SPLITS  # of a split launch there are few rows
+    partial_ptrs = partials_ptr + row * SPLITS + tl.arange(0, SPLITS)
+    m = tl.load(partial_ptrs)
+    s = tl.load(partial_ptrs + stride)
+    w = tl.zeros((SPLITS,), tl.float32)
+    total = tl.zeros((SPLITS,), tl.float32)
+    if STATISTICS:
+        w = tl.load(partial_ptrs + 2 * stride)
+        total = tl.load(partial_ptrs + 3 * stride)
+    m, s, w, total = meet(m, s, w, total, multiplier * LOG2E, STATISTICS)
+    _finish_row(
+        logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, x_ptr, row, num_rows, label, m, s, w, total, head, body, V,
+        multiplier, inv_cap, HAS_CAP, STATISTICS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _row_gradient(x, index, label, has_label, g, row_max, log_sum, multiplier, inv_cap, HAS_CAP: tl.constexpr):
+    """g d logp / d x of some elements of a row; has_label says whether the label may be among them."""
+    v = processed(x, inv_cap, HAS_CAP)
+    t = (v - row_max) * multiplier - log_sum  # log p
+    dx = -g * tl.exp2(t * LOG2E)
+    if has_label:
+        own = tl.sum(tl.where(index == label, t, 0.0), axis=0)
+        dx = tl.where(index == label, g * one_minus_exp(own), dx)
+    if HAS_CAP:
+        dx *= tanh_slope(x.to(tl.float32) * inv_cap)
+    return dx
 
 
 @triton.jit
@@ -86,40 +269,45 @@ def _logps_bwd_kernel(
     num_blocks,
     ignore_index,
     inv_temperature,
+    multiplier,  # 1 / temperature, or cap / temperature
+    inv_cap,
     SHIFT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SAME_PHASE: tl.constexpr,  # rows of logits and gradient start alike relative to 16-byte boundaries
     BLOCK_V: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     row = pid // num_blocks
-    b = row // T
-    t = row % T
-    offsets = (pid % num_blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask = offsets < V
-    dx_ptrs = grad_logits_ptr + b * stride_dxb + t * stride_dxt + offsets
+    block = pid % num_blocks
+    b = (row // T).to(tl.int64)
+    t = (row % T).to(tl.int64)
+    VEC: tl.constexpr = vector_elements(grad_logits_ptr)
+    dtype: tl.constexpr = grad_logits_ptr.dtype.element_ty
+    dx_ptr = grad_logits_ptr + b * stride_dxb + t * stride_dxt
+    head, body = cut(dx_ptr, V)
+    offsets = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = offsets // VEC < body // VEC
+    index = head + offsets
+    dx_ptrs = aligned(dx_ptr, index, BLOCK_V)
+    edge, edge_mask = edges(head, body, V, VEC)
+    edge_mask &= block == 0
     has_label = t < T_out
     label = tl.load(labels_ptr + b * stride_yb + (t + SHIFT) * stride_yt, mask=has_label, other=ignore_index)
     if label == ignore_index:
-        tl.store(dx_ptrs, tl.zeros((BLOCK_V,), grad_logits_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptrs, tl.zeros((BLOCK_V,), dtype), mask=mask)
+        tl.store(dx_ptr + edge, tl.zeros((2 * VEC,), dtype), mask=edge_mask)
         return
     g = tl.load(grad_logps_ptr + b * stride_gb + t * stride_gt).to(tl.float32) * inv_temperature
     row_max = tl.load(row_max_ptr + b * T_out + t)
     log_sum = tl.load(log_sum_ptr + b * T_out + t)
-    x = tl.load(logits_ptr + b * stride_xb + t * stride_xt + offsets, mask=mask, other=-float("inf")).to(tl.float32)
-    p = tl.exp2(((x - row_max) * inv_temperature - log_sum) * LOG2E)
-    dx = g * (tl.where(offsets == label, 1.0, 0.0) - p)
-    tl.store(dx_ptrs, dx.to(grad_logits_ptr.dtype.element_ty), mask=mask)
-
-
-def fwd_launch_shape(V: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK_V, num_warps) of the forward kernel for a vocabulary of V."""
-    if V <= 1024:
-        return 1, max(32, triton.next_power_of_2(V)), 4
-    if V <= 8192:
-        return 4, 1024, 4
-    return 8, 2048, 8
-
-
-def bwd_launch_shape(V: int) -> tuple[int, int]:
-    """(BLOCK_V, num_warps) of the backward kernel for a vocabulary of V."""
-    block = min(4096, max(32, triton.next_power_of_2(V)))
-    return block, 8 if block >= 4096 else 4
+    x_ptr = logits_ptr + b * stride_xb + t * stride_xt
+    x_ptrs = aligned(x_ptr, index, BLOCK_V) if SAME_PHASE else x_ptr + index
+    x = tl.load(x_ptrs, mask=mask, other=0.0)
+    first = head + block * BLOCK_V
+    here = (label >= first) & (label < first + BLOCK_V)
+    dx = _row_gradient(x, index, label, here, g, row_max, log_sum, multiplier, inv_cap, HAS_CAP)
+    tl.store(dx_ptrs, dx.to(dtype), mask=mask)
+    if block == 0:
+        x_edge = tl.load(x_ptr + edge, mask=edge_mask, other=0.0)
+        dx_edge = _row_gradient(x_edge, edge, label, True, g, row_max, log_sum, multiplier, inv_cap, HAS_CAP)
+        tl.store(dx_ptr + edge, dx_edge.to(dtype), mask=edge_mask)

@@ -2,13 +2,16 @@
 
 Each backend provides
 
-    {backend}_logps_fwd(logits, labels, ignore_index, shift, temperature) -> (logps, row_max, log_sum)
-    {backend}_logps_bwd(grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature) -> grad_logits
-    {backend}_logps_bwd_(grad_logps, logits!, labels, row_max, log_sum, ignore_index, shift, temperature) -> ()
+    {backend}_logps_fwd(logits, labels, *how, statistics) -> (logps, row_max, log_sum, statistics)
+    {backend}_logps_bwd(grad_logps, logits, labels, row_max, log_sum, *how) -> grad_logits
+    {backend}_logps_bwd_(grad_logps, logits!, labels, row_max, log_sum, *how) -> ()
+
+    how = ignore_index, shift, softcapping, temperature                     (softcapping 0: none)
 
 with logits [B, T, V], labels [B, T] int64; logps, row_max and log_sum [B, T - shift] in fp32 (fp64 for fp64 logits).
-The log-sum-exp of a row, row_max / temperature + log_sum, is kept in two parts so that nothing is rounded at its size.
-The Triton ops are declared here, the C++ ops in csrc/ops.cpp.
+The log-sum-exp of a row is kept in two parts, so that nothing is rounded at its size: log_sum, and row_max, which is of
+the logits x, or of tanh(x / softcapping). The statistics are mean logit, entropy and top-1 hit, [3, B, T - shift], or
+[0] if not asked for. The Triton ops are declared here, the C++ ops in csrc/ops.cpp.
 """
 
 from __future__ import annotations
@@ -27,19 +30,26 @@ def _output_shape(logits: Tensor, shift: bool) -> tuple[int, int]:
     return logits.shape[0], logits.shape[1] - int(shift)
 
 
-def _statistics_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _rows_contiguous(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
 def _fake_fwd(
-    logits: Tensor, labels: Tensor, ignore_index: int, shift: bool, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    logps = logits.new_empty(_output_shape(logits, shift), dtype=_statistics_dtype(logits))
-    return logps, torch.empty_like(logps), torch.empty_like(logps)
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    shift: bool,
+    softcapping: float,
+    temperature: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logps = logits.new_empty(_output_shape(logits, shift), dtype=dtype)
+    return logps, torch.empty_like(logps), torch.empty_like(logps), _new_statistics(logps, statistics)
+
+
+def _new_statistics(logps: Tensor, wanted: bool) -> Tensor:
+    return logps.new_empty((3, *logps.shape) if wanted else (0,))
 
 
 def _fake_bwd(
@@ -50,6 +60,7 @@ def _fake_bwd(
     log_sum: Tensor,
     ignore_index: int,
     shift: bool,
+    softcapping: float,
     temperature: float,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
@@ -63,6 +74,7 @@ def _fake_bwd_(
     log_sum: Tensor,
     ignore_index: int,
     shift: bool,
+    softcapping: float,
     temperature: float,
 ) -> None:
     return None
@@ -72,41 +84,54 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def _processing(softcapping: float, temperature: float) -> dict[str, float]:
+    """What the kernels make of a logit x: multiplier * x, or multiplier * tanh(inv_cap * x)."""
+    if softcapping == 0.0:
+        return {"multiplier": 1.0 / temperature, "inv_cap": 0.0, "HAS_CAP": False}
+    return {"multiplier": softcapping / temperature, "inv_cap": 1.0 / softcapping, "HAS_CAP": True}
+
+
 @torch.library.custom_op("dil_kernels::triton_logps_fwd", mutates_args=())
 def _triton_logps_fwd(
-    logits: Tensor, labels: Tensor, ignore_index: int, shift: bool, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    from dil_kernels.kernels.logps import _logps_fwd_kernel, fwd_launch_shape
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    shift: bool,
+    softcapping: float,
+    temperature: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from dil_kernels.kernels import launch
+    from dil_kernels.kernels.logps import _logps_fwd_kernel, _logps_merge_kernel, _logps_split_kernel
 
     logits = _rows_contiguous(logits)
     B, T_out = _output_shape(logits, shift)
-    V = logits.shape[-1]
+    V, num_rows = logits.shape[-1], B * T_out
     logps = logits.new_empty((B, T_out), dtype=torch.float32)
-    row_max, log_sum = torch.empty_like(logps), torch.empty_like(logps)
-    if logps.numel() == 0:
-        return logps, row_max, log_sum
-    ROWS, BLOCK_V, num_warps = fwd_launch_shape(V)
+    outputs = (logps, torch.empty_like(logps), torch.empty_like(logps), _new_statistics(logps, statistics))
+    if num_rows == 0:
+        return outputs
+    device = launch.device_of(logits.device)
+    shape = launch.shapes(device.capability, logits.itemsize).forward
+    ROWS, BLOCK_V, num_warps, splits, span = launch.forward_launch(shape, num_rows, V, logits.itemsize, device.num_sms)
+    inputs = (logits, labels, *logits.stride()[:2], *labels.stride(), num_rows, T_out, V)
+    constants: dict[str, float] = {"ignore_index": ignore_index, "SHIFT": shift, "STATISTICS": statistics}
+    constants |= _processing(softcapping, temperature)
+    tile = {"ROWS": ROWS, "BLOCK_V": BLOCK_V, "num_warps": num_warps}
     with _on_device(logits):
-        _logps_fwd_kernel[(B * T_out,)](
-            logps,
-            row_max,
-            log_sum,
-            logits,
-            labels,
-            logits.stride(0),
-            logits.stride(1),
-            labels.stride(0),
-            labels.stride(1),
-            T_out,
-            V,
-            ignore_index,
-            1.0 / temperature,
-            SHIFT=int(shift),
-            ROWS=ROWS,
-            BLOCK_V=BLOCK_V,
-            num_warps=num_warps,
-        )
-    return logps, row_max, log_sum
+        if splits == 1:
+            _logps_fwd_kernel[(num_rows,)](*outputs, *inputs, **constants, **tile)
+        else:
+            partials = logps.new_empty((4 if statistics else 2, num_rows, splits))
+            _logps_split_kernel[(num_rows * splits,)](partials, *inputs, span, **constants, **tile, SPLITS=splits)
+            _logps_merge_kernel[(num_rows,)](*outputs, partials, *inputs, **constants, SPLITS=splits, num_warps=1)
+    return outputs
+
+
+def _same_phase(one: Tensor, other: Tensor) -> bool:
+    """Whether all rows of two tensors start alike relative to 16-byte boundaries."""
+    distances = [(a - b) * one.itemsize for a, b in zip(one.stride()[:2], other.stride()[:2], strict=True)]
+    return all(distance % 16 == 0 for distance in (*distances, one.data_ptr() - other.data_ptr()))
 
 
 def _launch_bwd(
@@ -118,14 +143,17 @@ def _launch_bwd(
     log_sum: Tensor,
     ignore_index: int,
     shift: bool,
+    softcapping: float,
     temperature: float,
 ) -> None:
-    from dil_kernels.kernels.logps import _logps_bwd_kernel, bwd_launch_shape
+    from dil_kernels.kernels import launch
+    from dil_kernels.kernels.logps import _logps_bwd_kernel
 
     B, T, V = logits.shape
     if logits.numel() == 0:
         return
-    BLOCK_V, num_warps = bwd_launch_shape(V)
+    shape = launch.shapes(launch.device_of(logits.device).capability, logits.itemsize).backward
+    BLOCK_V, num_warps = launch.backward_launch(shape, V, logits.itemsize)
     num_blocks = -(-V // BLOCK_V)
     with _on_device(logits):
         _logps_bwd_kernel[(B * T * num_blocks,)](
@@ -135,21 +163,19 @@ def _launch_bwd(
             labels,
             row_max,
             log_sum,
-            grad_logits.stride(0),
-            grad_logits.stride(1),
-            grad_logps.stride(0),
-            grad_logps.stride(1),
-            logits.stride(0),
-            logits.stride(1),
-            labels.stride(0),
-            labels.stride(1),
+            *grad_logits.stride()[:2],
+            *grad_logps.stride(),
+            *logits.stride()[:2],
+            *labels.stride(),
             T,
             T - int(shift),
             V,
             num_blocks,
             ignore_index,
             1.0 / temperature,
-            SHIFT=int(shift),
+            **_processing(softcapping, temperature),
+            SHIFT=shift,
+            SAME_PHASE=_same_phase(grad_logits, logits),
             BLOCK_V=BLOCK_V,
             num_warps=num_warps,
         )
@@ -164,11 +190,13 @@ def _triton_logps_bwd(
     log_sum: Tensor,
     ignore_index: int,
     shift: bool,
+    softcapping: float,
     temperature: float,
 ) -> Tensor:
     logits = _rows_contiguous(logits)
     grad_logits = logits.new_empty(logits.shape)
-    _launch_bwd(grad_logits, grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature)
+    how = (ignore_index, shift, softcapping, temperature)
+    _launch_bwd(grad_logits, grad_logps, logits, labels, row_max, log_sum, *how)
     return grad_logits
 
 
@@ -181,9 +209,11 @@ def _triton_logps_bwd_(
     log_sum: Tensor,
     ignore_index: int,
     shift: bool,
+    softcapping: float,
     temperature: float,
 ) -> None:
-    _launch_bwd(logits, grad_logps, logits, labels, row_max, log_sum, ignore_index, shift, temperature)
+    how = (ignore_index, shift, softcapping, temperature)
+    _launch_bwd(logits, grad_logps, logits, labels, row_max, log_sum, *how)
 
 
 _triton_logps_fwd.register_fake(_fake_fwd)
@@ -210,26 +240,30 @@ class TokenLogps(torch.autograd.Function):
         labels: Tensor,
         ignore_index: int,
         shift: bool,
+        softcapping: float,
         temperature: float,
+        statistics: bool,
         inplace_backward: bool,
         backend: str,
-    ) -> Tensor:
-        """Log-probs [B, T - shift] of labels [B, T] under logits [B, T, V]."""
-        logps, row_max, log_sum = _op(backend, "logps_fwd")(logits, labels, ignore_index, shift, temperature)
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs [B, T - shift] of labels [B, T] under logits [B, T, V], and the statistics."""
+        how = (ignore_index, shift, softcapping, temperature)
+        logps, row_max, log_sum, measured = _op(backend, "logps_fwd")(logits, labels, *how, statistics)
+        ctx.mark_non_differentiable(measured)
         ctx.save_for_backward(logits, labels, row_max, log_sum)
-        ctx.options = (ignore_index, shift, temperature)
+        ctx.how = how
         ctx.inplace_backward = inplace_backward
         ctx.overwritten = False
         ctx.backend = backend
-        return logps
+        return logps, measured
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the logits, in a buffer of its own or over them."""
         refuse_double_backward("token_logps")
         # Unpacking checks the version of the logits; what hooks on saved tensors hand back passes that check.
         logits, labels, row_max, log_sum = ctx.saved_tensors
-        inputs = (labels, row_max, log_sum, *ctx.options)
+        inputs = (labels, row_max, log_sum, *ctx.how)
         if ctx.overwritten:
             raise RuntimeError("a second backward through token_logps with inplace_backward=True: its logits are gone")
         if ctx.inplace_backward:
@@ -239,4 +273,4 @@ class TokenLogps(torch.autograd.Function):
             torch.autograd.graph.increment_version(grad_logits)
         else:
             grad_logits = _op(ctx.backend, "logps_bwd")(grad_logps, logits, *inputs)
-        return grad_logits, None, None, None, None, None, None
+        return grad_logits, *(None,) * 8
