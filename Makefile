@@ -12,7 +12,7 @@ help:
 	@echo "make test         the whole test suite; says what could not run here and why"
 	@echo "make bench        the CPU benchmarks, into benchmarks/results/"
 	@echo "make gpu-check    on an NVIDIA GPU: the GPU tests, then compute-sanitizer on small cases"
-	@echo "make gpu-bench    on an NVIDIA GPU: the benchmarks"
+	@echo "make gpu-bench    on an NVIDIA GPU: the benchmarks; called again it goes on where it stopped"
 	@echo "make aot-report   what the compilers make of every Triton kernel, without a GPU"
 	@echo "make lint         ruff, mypy, import-linter, clang-format; make format applies the formatters"
 	@echo "make env          versions, backends, and why one is unavailable"
@@ -51,15 +51,20 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_logprob.py --device cpu $(ARGS)
+	$(BIN)/python benchmarks/bench_loss.py --device cpu $(ARGS)
 
 # On a GPU machine with its own PyTorch: make gpu-check BIN=/path/to/bin, after `pip install -e . --no-build-isolation` there.
+# Each command has a limit, so that all of it ends within 10 minutes.
+SANITIZED := $(BIN)/python -m pytest -q -x tests/test_gpu.py -k sanitize
 gpu-check:
-	$(BIN)/python -m pytest -m gpu $(ARGS)
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu -k "sanitize"
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu -k "sanitize"
+	timeout 300 $(BIN)/python -m pytest -m gpu $(ARGS)
+	timeout 140 compute-sanitizer --tool memcheck --error-exitcode 1 $(SANITIZED)
+	timeout 140 compute-sanitizer --tool racecheck --error-exitcode 1 $(SANITIZED)
 
+# Every benchmark stops at its share of 10 minutes and exits with 3 if cases are left; called again it goes on with those.
 gpu-bench:
-	$(BIN)/python benchmarks/bench_logprob.py --device cuda $(ARGS)
+	$(BIN)/python benchmarks/bench_loss.py --device cuda --resume --minutes 1 $(ARGS)
+	$(BIN)/python benchmarks/bench_logprob.py --device cuda --resume --minutes 6 $(ARGS)
 
 aot-report: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/aot_report.py --csv

@@ -20,7 +20,7 @@ from harness.timing import Budget
 
 QUICK_BUDGET = Budget(seconds=0.0, min_rounds=2, max_rounds=2)
 BUDGETS = {
-    "cpu": Budget(seconds=2.0, min_rounds=3, max_rounds=12),
+    "cpu": Budget(seconds=1.5, min_rounds=3, max_rounds=12),
     "cuda": Budget(seconds=2.0, min_rounds=10, max_rounds=100),
 }
 BAD_RESULT, NOT_FINISHED = 1, 3  # exit codes; argparse exits with 2

@@ -110,7 +110,7 @@ class Family:
         baseline: the provider whose time the others' are compared to.
         baseline_words: how that one works, for the legend.
         grids: cases for "cpu", "cuda" and "quick"; the first ones get bar charts.
-        curves: columns of a case over which curves are drawn, where a grid varies them alone.
+        curves: columns of a case over which curves are drawn, each with what it holds fixed, a format of columns.
         columns: of the printed tables, by their names in `report.COLUMNS`.
         make_inputs: of a case on a device, always the same ones.
         fresh: equal inputs in other memory.
@@ -128,7 +128,7 @@ class Family:
     baseline: str
     baseline_words: str
     grids: Mapping[str, tuple[Any, ...]]
-    curves: tuple[str, ...]
+    curves: Mapping[str, str]
     columns: tuple[str, ...]
     make_inputs: Callable[[Any, torch.device], Any]
     fresh: Callable[[Any], Any]

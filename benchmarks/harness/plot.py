@@ -20,6 +20,8 @@ MARKERS = "osD^vP*X<>hp"
 FLOOR = {"color": "#111111", "linewidth": 1.1, "linestyle": (0, (4, 2))}
 CASES_WITH_BARS = 6  # the first ones of a grid
 MIN_CURVE_POINTS = 3
+LEAST_SHOWN = 0.001  # a microsecond, a kilobyte
+TICK_RATIO = 1.12
 AXIS_NAMES = {"vocab": "vocabulary V", "rows": "rows", "pairs": "pairs B", "tokens": "tokens T"}
 
 Value = Callable[[Record], "float | None"]
@@ -111,7 +113,7 @@ def _bar_panel(axes: Axes, records: Sequence[Record], colours: dict[str, str], v
 
 def _short(number: float) -> str:
     """Three digits, without an exponent."""
-    return f"{number:.0f}" if number >= 100 else f"{number:.3g}" if number >= 0.001 else f"{number:.4f}"
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}" if number >= LEAST_SHOWN else f"<{LEAST_SHOWN}"
 
 
 def _curves(family: Family, records: Sequence[Record], colours: dict[str, str]) -> Figure | None:
@@ -124,7 +126,7 @@ def _curves(family: Family, records: Sequence[Record], colours: dict[str, str]) 
     for axes_row, (x, group) in zip(grid, chosen.items(), strict=True):
         for axes, timed in zip(axes_row, family.passes, strict=True):
             _curve_panel(axes, [r for r in group if r.pass_name == timed.name], x, colours)
-            axes.set_title(f"{timed.name}: {_fixed_sizes(group[0], x, family)}", fontsize=9, loc="left")
+            axes.set_title(f"{timed.name}: {family.curves[x].format(**group[0].columns)}", fontsize=9, loc="left")
         axes_row[0].set_ylabel("floor / median (1 = at the floor)", fontsize=9)
     labels = {r.provider: r.label for r in records}
     lines = [
@@ -136,25 +138,22 @@ def _curves(family: Family, records: Sequence[Record], colours: dict[str, str]) 
     return figure
 
 
-def _fixed(record: Record, x: str) -> tuple[tuple[str, object], ...]:
-    """The sizes that a curve over x holds fixed."""
-    follows = {"rows": {"rows", "tokens", "scored_rows"}}.get(x, {x})
-    return tuple((name, value) for name, value in record.columns.items() if name not in follows)
-
-
 def _longest_curve(family: Family, records: Sequence[Record], x: str) -> list[Record]:
     """The records whose cases differ in x alone, of the most values of x; none if those are too few for a curve."""
     groups: dict[object, list[Record]] = defaultdict(list)
     for record in records:
-        groups[_fixed(record, x)].append(record)
+        groups[family.curves[x].format(**record.columns)].append(record)
     longest = max(groups.values(), key=lambda group: len({r.columns[x] for r in group}))
     return longest if len({r.columns[x] for r in longest}) >= MIN_CURVE_POINTS else []
 
 
-def _fixed_sizes(record: Record, x: str, family: Family) -> str:
-    return f"over {AXIS_NAMES.get(x, x)}; " + ", ".join(
-        f"{name.replace('_', ' ')} {value}" for name, value in _fixed(record, x)
-    )
+def _ticks(values: Sequence[int]) -> list[int]:
+    """Those that can be labelled without touching each other on a logarithmic axis."""
+    kept: list[int] = []
+    for value in values:
+        if not kept or value >= TICK_RATIO * kept[-1]:
+            kept.append(value)
+    return kept
 
 
 def _curve_panel(axes: Axes, records: Sequence[Record], x: str, colours: dict[str, str]) -> None:
@@ -163,7 +162,7 @@ def _curve_panel(axes: Axes, records: Sequence[Record], x: str, colours: dict[st
         points = sorted((r.columns[x], r.share_of_floor or 0.0) for r in records if r.provider == name)
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=colours[name], marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.4)
-    ticks = sorted({r.columns[x] for r in records})
+    ticks = _ticks(sorted({int(r.columns[x]) for r in records}))
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
