@@ -248,6 +248,7 @@ LOGPROB = Family(
         "vocab": "{rows} rows, {dtype}, {scored_percent}% scored",
         "rows": "V={vocab}, {dtype}, {scored_percent}% scored",
     },
+    curve_value="share_of_floor",
     columns=("median ms", "p20 - p80", "GB/s", "of floor", "x baseline", "max error", "peak MB"),
     make_inputs=make_inputs,
     fresh=fresh,

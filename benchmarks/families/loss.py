@@ -260,6 +260,7 @@ LOSS = Family(
         "quick": (LossCase(3, 17), LossCase(2, 64)),
     },
     curves={"pairs": "{tokens} tokens, {loss_type}"},
+    curve_value="p50_ms",
     columns=("median ms", "p20 - p80", "host ms", "launches", "of floor", "x baseline", "max error"),
     make_inputs=make_inputs,
     fresh=fresh,

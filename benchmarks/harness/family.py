@@ -111,6 +111,7 @@ class Family:
         baseline_words: how that one works, for the legend.
         grids: cases for "cpu", "cuda" and "quick"; the first ones get bar charts.
         curves: columns of a case over which curves are drawn, each with what it holds fixed, a format of columns.
+        curve_value: what they show: "share_of_floor", or "p50_ms" where launches and not bytes or FLOPs take the time.
         columns: of the printed tables, by their names in `report.COLUMNS`.
         make_inputs: of a case on a device, always the same ones.
         fresh: equal inputs in other memory.
@@ -129,6 +130,7 @@ class Family:
     baseline_words: str
     grids: Mapping[str, tuple[Any, ...]]
     curves: Mapping[str, str]
+    curve_value: str
     columns: tuple[str, ...]
     make_inputs: Callable[[Any, torch.device], Any]
     fresh: Callable[[Any], Any]

@@ -19,7 +19,9 @@ COLOURS = ("#c0392b", "#e59866", "#7d8a97", "#3f9c6b", "#8fc9a5", "#b59f3b", "#8
 MARKERS = "osD^vP*X<>hp"
 FLOOR = {"color": "#111111", "linewidth": 1.1, "linestyle": (0, (4, 2))}
 CASES_WITH_BARS = 6  # the first ones of a grid
+CUT = 8  # bars of times end at so many times the shortest, so that the fast ones can be told apart
 MIN_CURVE_POINTS = 3
+CURVE_VALUES = {"share_of_floor": "floor / median (1 = at the floor)", "p50_ms": "milliseconds, median"}
 LEAST_SHOWN = 0.001  # a microsecond, a kilobyte
 TICK_RATIO = 1.12
 AXIS_NAMES = {"vocab": "vocabulary V", "rows": "rows", "pairs": "pairs B", "tokens": "tokens T"}
@@ -88,7 +90,9 @@ def _bars(
     for axes in grid[-1]:
         axes.set_xlabel(unit, fontsize=9)
     if floor(records[0]) is not None:
-        line = Line2D([], [], label="floor: what cannot be avoided, at the machine's measured rate", **FLOOR)
+        line = Line2D(
+            [], [], label="floor: what cannot be avoided, at the machine's measured rate;  \u00bb bar cut", **FLOOR
+        )
         figure.legend(handles=[line], loc="outside lower right", fontsize=9, frameon=False)
     figure.suptitle(_headline(family, records[0], unit), fontsize=10.5, x=0.01, ha="left")
     return figure
@@ -96,12 +100,15 @@ def _bars(
 
 def _bar_panel(axes: Axes, records: Sequence[Record], colours: dict[str, str], value: Value, floor: Value) -> None:
     drawn = [r for r in records if value(r) is not None]
-    widths = [value(r) or 0.0 for r in drawn]
+    values = [value(r) or 0.0 for r in drawn]
+    limit = floor(drawn[0]) if drawn else None
+    cut = max(values, default=1.0) if limit is None else CUT * min(values)
+    widths = [min(v, cut) for v in values]
     bars = axes.barh(range(len(drawn)), widths, height=0.74, color=[colours[r.provider] for r in drawn])
-    axes.bar_label(bars, labels=[_short(width) for width in widths], fontsize=8, padding=3)
+    labels = [_short(v) if v <= cut else f"{_short(v)} \u00bb" for v in values]
+    axes.bar_label(bars, labels=labels, fontsize=8, padding=3)
     axes.set_yticks(range(len(drawn)), [r.label for r in drawn], fontsize=8)
     axes.invert_yaxis()
-    limit = floor(drawn[0]) if drawn else None
     if limit is not None:
         axes.axvline(limit, **FLOOR)
     axes.set_xlim(0, 1.13 * max([*widths, limit or 0.0], default=1.0) or 1.0)
@@ -117,24 +124,27 @@ def _short(number: float) -> str:
 
 
 def _curves(family: Family, records: Sequence[Record], colours: dict[str, str]) -> Figure | None:
-    """A row a size that the grid varies alone, a column a pass: how near each provider comes to the floor."""
+    """A row a size that the grid varies alone, a column a pass: share of the floor, or time, of each provider."""
     chosen = {x: group for x in family.curves if (group := _longest_curve(family, records, x))}
     if not chosen:
         return None
+    words = CURVE_VALUES[family.curve_value]
     figure = Figure(figsize=(12, 1.2 + 3.4 * len(chosen)), layout="constrained", dpi=130)
     grid = figure.subplots(len(chosen), len(family.passes), squeeze=False)
     for axes_row, (x, group) in zip(grid, chosen.items(), strict=True):
         for axes, timed in zip(axes_row, family.passes, strict=True):
-            _curve_panel(axes, [r for r in group if r.pass_name == timed.name], x, colours)
+            panel = [r for r in group if r.pass_name == timed.name]
+            _curve_panel(axes, panel, x, family.curve_value, colours)
             axes.set_title(f"{timed.name}: {family.curves[x].format(**group[0].columns)}", fontsize=9, loc="left")
-        axes_row[0].set_ylabel("floor / median (1 = at the floor)", fontsize=9)
+        axes_row[0].set_ylabel(words, fontsize=9)
     labels = {r.provider: r.label for r in records}
     lines = [
-        Line2D([], [], color=colours[name], marker=MARKERS[i % len(MARKERS)], markersize=5, label=label)
-        for i, (name, label) in enumerate(labels.items())
+        Line2D([], [], color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, label=labels[name])
+        for i, (name, colour) in enumerate(colours.items())
     ]
+    lines.append(Line2D([], [], label="floor", **FLOOR))
     figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 5), fontsize=9, frameon=False)
-    figure.suptitle(_headline(family, records[0], "share of the floor reached"), fontsize=10.5, x=0.01, ha="left")
+    figure.suptitle(_headline(family, records[0], words), fontsize=10.5, x=0.01, ha="left")
     return figure
 
 
@@ -156,12 +166,13 @@ def _ticks(values: Sequence[int]) -> list[int]:
     return kept
 
 
-def _curve_panel(axes: Axes, records: Sequence[Record], x: str, colours: dict[str, str]) -> None:
-    names = list(dict.fromkeys(r.provider for r in records))
-    for i, name in enumerate(names):
-        points = sorted((r.columns[x], r.share_of_floor or 0.0) for r in records if r.provider == name)
-        xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, color=colours[name], marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.4)
+def _curve_panel(axes: Axes, records: Sequence[Record], x: str, y: str, colours: dict[str, str]) -> None:
+    for i, (name, colour) in enumerate(colours.items()):
+        points = sorted((r.columns[x], getattr(r, y)) for r in records if r.provider == name)
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.4
+            )
     ticks = _ticks(sorted({int(r.columns[x]) for r in records}))
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -169,8 +180,14 @@ def _curve_panel(axes: Axes, records: Sequence[Record], x: str, colours: dict[st
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.tick_params(axis="x", labelsize=8, rotation=30)
     axes.tick_params(axis="y", labelsize=8)
-    axes.axhline(1.0, **FLOOR)
-    axes.set_ylim(bottom=0)
+    if y == "share_of_floor":
+        axes.axhline(1.0, **FLOOR)
+        axes.set_ylim(bottom=0)
+    else:
+        floors = sorted({r.columns[x]: r.floor_ms for r in records}.items())
+        axes.plot(*zip(*floors, strict=True), **FLOOR)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(axis="y", linewidth=0.4, alpha=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel(AXIS_NAMES.get(x, x), fontsize=9)
