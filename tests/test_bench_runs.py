@@ -61,6 +61,13 @@ def change_version(records):
     return [dataclasses.replace(r, version="dil_kernels 0.0.1") for r in records]
 
 
+def test_a_file_of_an_earlier_version_is_not_resumed(tmp_path, capsys):
+    (tmp_path / "logprob.csv").write_text("case,provider,p50_ms\n2x8-v1000-fp32-50pct,dil_kernels,1.0\n")
+    assert run_quick(of_providers(LOGPROB, PROVIDERS[OURS]), tmp_path, "--resume") == 0
+    assert "kept from" not in capsys.readouterr().out
+    assert {row["status"] for row in read_csv(tmp_path)} == {"ok"}
+
+
 def change_source(records):
     return [dataclasses.replace(r, machine=dataclasses.replace(r.machine, source="0")) for r in records]
 

@@ -103,9 +103,10 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
 
 
 def read_csv(path: Path) -> list[Record]:
-    """The records of a file that `write_csv` wrote."""
+    """The records of a file that `write_csv` wrote; none of one with other columns, as an earlier version wrote."""
+    needed = {f.name for cls in (Record, Machine) for f in fields(cls)} - {"columns", "machine"}
     with path.open(newline="") as file:
-        return [_record(row) for row in csv.DictReader(file)]
+        return [_record(row) for row in csv.DictReader(file) if needed <= row.keys()]
 
 
 def still_valid(
