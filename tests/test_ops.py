@@ -112,6 +112,25 @@ def test_compile_fullgraph_of_the_other_functions(impl: Implementation) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("backend", ["cpp", "eager"])
+def test_compile_fullgraph_of_unpaired_responses(backend: str) -> None:
+    torch._dynamo.reset()
+    logits, labels = logps_inputs("cpu")
+    is_chosen = torch.tensor([True, False])
+
+    def step(x):
+        options = {"loss_type": "power", "power": -0.5, "alpha": 0.5, "max_log_ratio": 2.0, "chosen_weight": 2.0}
+        out = fused_dil_loss(x, labels, ref_logits=logits, is_chosen=is_chosen, backend=backend, **options)
+        return out.loss + out.share(out.counts)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        x = (2 * logits).requires_grad_()
+        function(x).backward()
+        results.append(x.grad)
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_compile_fullgraph_with_changing_options() -> None:
     torch._dynamo.reset()
     logits, labels = logps_inputs("cpu")

@@ -1,0 +1,144 @@
+"""The two-stage route: the fit of log r by a reward head, the reward function, the second stage in closed form."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tiny_model import make_pairs, make_tokenizer
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainingArguments
+
+from dil_kernels.divergences import divergence_names, get_divergence
+from dil_kernels.reward import DensityRatioReward, density_ratio_reward_loss, train_reward
+from dil_kernels.tabular import tabular_policy
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "two_stage_reward.py"
+SEPARABLE = [name for name in divergence_names() if get_divergence(name).separable]
+PI_REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+PI_CHOSEN = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+
+
+def make_reward_model(seed: int = 0, **config: Any) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    options = {"vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    options |= {"num_attention_heads": 4, "num_labels": 1, "initializer_range": 0.2, **config}
+    return LlamaForSequenceClassification(LlamaConfig(**options))
+
+
+@pytest.mark.parametrize("loss_type", SEPARABLE)
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("unpaired", [True, False])
+def test_the_true_ratio_is_the_minimum(loss_type: str, alpha: float, unpaired: bool) -> None:
+    reference = alpha * PI_CHOSEN + (1 - alpha) * PI_REF  # what chosen and rejected responses together stand for
+    scores = (PI_CHOSEN / reference).log().repeat(2).requires_grad_()
+    if unpaired:
+        is_chosen = torch.tensor([True] * 4 + [False] * 4)
+        losses = density_ratio_reward_loss(scores, is_chosen, loss_type=loss_type, alpha=alpha, reduction="none")
+        expected = (losses * torch.cat([PI_CHOSEN, PI_REF])).sum()
+    else:  # chosen and rejected responses are independent: every pair of them
+        w, l = torch.cartesian_prod(torch.arange(4), torch.arange(4, 8)).T
+        losses = density_ratio_reward_loss(
+            scores[torch.cat([w, l])], loss_type=loss_type, alpha=alpha, reduction="none"
+        )
+        expected = (losses * PI_CHOSEN[w] * PI_REF[l - 4]).sum()
+    (grad,) = torch.autograd.grad(expected, scores)
+    assert grad[:4].abs().max() > 1e-3
+    torch.testing.assert_close(grad[:4] + grad[4:], torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-14)
+
+
+def test_the_closed_form() -> None:
+    policy, log_Z = tabular_policy(PI_REF, (PI_CHOSEN / PI_REF).log())
+    torch.testing.assert_close(policy, PI_CHOSEN)
+    torch.testing.assert_close(log_Z, torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-15)
+    batch = torch.stack([PI_REF, torch.tensor([0.0, 0.5, 0.5, 0.0], dtype=torch.float64)])
+    reward = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    policy, log_Z = tabular_policy(batch, reward, beta=0.5)
+    expected = batch * (2 * reward).exp()
+    torch.testing.assert_close(log_Z, expected.sum(1).log())
+    torch.testing.assert_close(policy, expected / expected.sum(1, keepdim=True))
+    for arguments, problem in (
+        ((PI_REF, reward), "log_ratios must be"),
+        ((2 * PI_REF, reward[0]), "must be distributions"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            tabular_policy(*arguments)
+    with pytest.raises(ValueError, match="beta must be a finite number > 0"):
+        tabular_policy(PI_REF, reward[0], beta=0.0)
+
+
+def test_scores_do_not_depend_on_the_batch() -> None:
+    model, tokenizer = make_reward_model(), make_tokenizer()
+    pairs = make_pairs(5).to_list()
+    prompts, completions = [pair["prompt"] for pair in pairs], [pair["chosen"] for pair in pairs]
+    reward = DensityRatioReward(model, tokenizer, batch_size=3, max_length=12)
+    scores = reward(prompts=prompts, completions=completions, other_column=[1] * 5)
+    assert model.training
+    assert len(set(scores)) == 5
+    assert all(isinstance(score, float) for score in scores)
+    model.eval()
+    for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+        response = [*tokenizer(completion)["input_ids"], tokenizer.eos_token_id]
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        if len(prompt_ids) + len(response) > 12:
+            prompt_ids = prompt_ids[-6:]
+            response = response[: 12 - len(prompt_ids)]
+        alone = model(input_ids=torch.tensor([prompt_ids + response])).logits
+        assert score == pytest.approx(alone.item(), rel=1e-5, abs=1e-6)
+
+
+def test_conversations_go_through_the_chat_template() -> None:
+    model, tokenizer = make_reward_model(), make_tokenizer()
+    prompt = [{"role": "user", "content": "w1 w2"}]
+    completion = [{"role": "assistant", "content": "w3"}]
+    (score,) = DensityRatioReward(model, tokenizer)([prompt], [completion])
+    text = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+    model.eval()
+    expected = model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits.item()
+    assert score == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("unpaired", [True, False])
+def test_training_raises_chosen_over_rejected(tmp_path: Path, unpaired: bool) -> None:
+    pairs = make_pairs(12).to_list()
+    rows = pairs
+    if unpaired:
+        sides = (("chosen", True), ("rejected", False))
+        rows = [{"prompt": pair["prompt"], "completion": pair[k], "label": v} for pair in pairs for k, v in sides]
+    args = TrainingArguments(
+        str(tmp_path), num_train_epochs=8, per_device_train_batch_size=6, learning_rate=3e-3, save_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    data = datasets.Dataset.from_list(rows)
+    reward = train_reward(make_reward_model(), make_tokenizer(), data, args, loss_type="brier", alpha=0.25)
+    prompts = [pair["prompt"] for pair in pairs]
+    chosen, rejected = (reward(prompts, [pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
+    assert sum(w > l for w, l in zip(chosen, rejected, strict=True)) >= 11
+
+
+def test_what_cannot_be_right_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model must have one output \(num_labels=1\), got 2"):
+        DensityRatioReward(make_reward_model(num_labels=2), make_tokenizer())
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="tokenizer must have a padding token"):
+        DensityRatioReward(make_reward_model(), tokenizer)
+    with pytest.raises(ValueError, match="completions must be 2 as prompts, got 1"):
+        DensityRatioReward(make_reward_model(), make_tokenizer())(["w1", "w2"], ["w3"])
+    with pytest.raises(ValueError, match=r"scores must be \[2B\], chosen then rejected, got \[3\]"):
+        density_ratio_reward_loss(torch.zeros(3))
+
+
+def test_the_example_recovers_pi_chosen(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("two_stage_reward", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr("sys.argv", ["two_stage_reward.py", "--steps", "100"])
+    example.main()
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    assert float(last.split()[-1]) < 0.05  # the total variation to pi_ref is 0.4
