@@ -224,7 +224,10 @@ def resolve_non_negative(parameters: LossParameters, constant: float | None, red
         return None
     if not 0.0 < constant < 1.0:
         raise ValueError(f"non_negative must be between 0 and 1 (it is below 1 / sup r), got {constant}")
-    if not math.isfinite(floor_of_P(parameters)):
+    # torch.compile cannot read a number from a tensor; there such a loss gives a loss that is not finite.
+    if not get_divergence(parameters.loss_type).separable or not (
+        torch.compiler.is_compiling() or math.isfinite(floor_of_P(parameters))
+    ):
         raise ValueError(
             f"non_negative={constant} was given, but loss_type={parameters.loss_type!r} has no non-negative part: it "
             "needs a separable loss with a finite P(-inf)"
@@ -236,12 +239,10 @@ def resolve_non_negative(parameters: LossParameters, constant: float | None, red
     return float(constant)
 
 
-def floor_of_P(parameters: LossParameters) -> float:
-    """P at r = 0, its least value; NaN for a loss that is not separable."""
-    divergence = get_divergence(parameters.loss_type)
-    if not divergence.separable:
-        return math.nan
-    return float(divergence.term("P", torch.tensor(-math.inf, dtype=torch.float64), parameters.parameter))
+def floor_of_P(parameters: LossParameters) -> Tensor:
+    """P of a separable loss at r = 0, its least value; [] fp64."""
+    u = torch.full((), -math.inf, dtype=torch.float64)
+    return get_divergence(parameters.loss_type).term("P", u, parameters.parameter)
 
 
 def register_divergence(divergence: Divergence) -> Divergence:

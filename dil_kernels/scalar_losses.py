@@ -43,7 +43,7 @@ def non_negative_loss(
     rejected_counts: Tensor,
     parameters: LossParameters,
     constant: float,
-    floor: float,
+    floor: Tensor,
 ) -> Tensor:
     """The non-negative correction of Kato and Teshima 2021 (ICML, eq. 7) of a mean loss.
 
@@ -60,7 +60,7 @@ def non_negative_loss(
         chosen_counts, rejected_counts: which of them count, bool.
         parameters: of the loss.
         constant: C, below the reciprocal of the largest density ratio.
-        floor: ``P(-inf)``.
+        floor: ``P(-inf)``, [].
     """
     alone = replace(parameters, alpha=constant, rejected_weight=0.0)
     zeros = torch.zeros_like(chosen)

@@ -120,7 +120,9 @@ def test_compile_fullgraph_of_unpaired_responses(backend: str) -> None:
 
     def step(x):
         options = {"loss_type": "power", "power": -0.5, "alpha": 0.5, "max_log_ratio": 2.0, "chosen_weight": 2.0}
-        out = fused_dil_loss(x, labels, ref_logits=logits, is_chosen=is_chosen, backend=backend, **options)
+        out = fused_dil_loss(
+            x, labels, ref_logits=logits, is_chosen=is_chosen, non_negative=0.9, backend=backend, **options
+        )
         return out.loss + out.share(out.counts)
 
     results = []

@@ -1,0 +1,320 @@
+"""Write docs/losses.md and its pictures from the table below and the registry of losses.
+
+    python docs/make_losses.py          writes docs/losses.md and docs/losses/*.png
+    python docs/make_losses.py --check  fails if docs/losses.md is not what it would write
+
+The formulas are evaluated by tests/test_docs.py against the compiled losses, and every registered loss must have a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dil_kernels.divergences import LossParameters, divergence_names, get_divergence
+from dil_kernels.scalar_losses import pair_losses
+
+DOCS = Path(__file__).parent
+CHOSEN, REJECTED = "#1b7837", "#b2182b"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the page says of a loss. Formulas are Python over w (chosen log ratio), l (rejected), u, r and k, beta."""
+
+    title: str
+    h: str | None
+    A: str | None
+    P: str | None
+    loss: str
+    grad_w: str
+    grad_l: str
+    bounded: str
+    use: str
+    hazard: str
+    family: str
+
+
+ENTRIES = {
+    "lsif": Entry(
+        title="Least-squares importance fitting",
+        h="(r - 1)**2 / 2",
+        A="exp(u)",
+        P="exp(2*u) / 2",
+        loss="-exp(w) + exp(2*l) / 2",
+        grad_w="-exp(w)",
+        grad_l="exp(2*l)",
+        bounded="no: -exp(w) falls without end; with `alpha` > 0 by -1/(2 alpha)",
+        use="The paper's default, with length-averaged log ratios. Puts most weight on what the policy already prefers.",
+        hazard="Overflows first: the gradient is infinite in fp32 at l > 44.36. On summed log ratios it diverges within "
+        "steps; average, or bound with `max_log_ratio`.",
+        family="Fits r in squares under the reference: Pearson's chi-squared divergence (up to a factor) in its "
+        "variational form.",
+    ),
+    "ukl": Entry(
+        title="Unnormalised Kullback-Leibler",
+        h="r*log(r) - r",
+        A="u",
+        P="exp(u)",
+        loss="-w + exp(l)",
+        grad_w="-1",
+        grad_l="exp(l)",
+        bounded="no: -w falls without end; with `alpha` > 0 by 1 + log(alpha)",
+        use="Every chosen response pulls alike: supervised fine-tuning on the chosen ones, with a penalty on mass that "
+        "the policy puts on the rejected ones.",
+        hazard="The rejected term is infinite in fp32 at l > 88.72.",
+        family="Variational form of KL(pi_chosen || pi_ref) (KLIEP with a soft normalisation); its chosen term is "
+        "SFT, its optimum the maximum-likelihood ratio.",
+    ),
+    "bce": Entry(
+        title="Binary cross-entropy",
+        h="r*log(r) - (1 + r)*log(1 + r)",
+        A="-log1p(exp(-u))",
+        P="log1p(exp(u))",
+        loss="log1p(exp(-w)) + log1p(exp(l))",
+        grad_w="-1 / (1 + exp(w))",
+        grad_l="1 / (1 + exp(-l))",
+        bounded="below by 0, gradients by 1",
+        use="The safe choice: gradients never exceed 1, so sums of log ratios and outliers are harmless. Least biased "
+        "of all when rejected responses stand in for the reference.",
+        hazard="Saturates: a pair that is told apart gives no gradient.",
+        family="Jensen-Shannon divergence in its variational form (a GAN's discriminator). TRL's `bco_pair` at beta = 1 "
+        "with summed log-probs; `alpha` = 1/2 is `nca_pair`.",
+    ),
+    "power": Entry(
+        title="Power divergence (Basu), exponent `power` = k >= -1",
+        h="(r**(1 + k) - r) / (k * (1 + k))",
+        A="(exp(k*u) - 1) / k",
+        P="exp((1 + k)*u) / (1 + k)",
+        loss="-(exp(k*w) - 1) / k + exp((1 + k)*l) / (1 + k)",
+        grad_w="-exp(k*w)",
+        grad_l="exp((1 + k)*l)",
+        bounded="below only for -1 < k < 0 (by 1/k); with `alpha` > 0 for every k > -1",
+        use="A dial between the others: k = 1 is lsif (plus 1), 0 is ukl, -1 is is (minus 1). Default 1/2.",
+        hazard="Larger k overflows sooner and listens to outliers more; smaller k pushes harder on chosen responses "
+        "that the policy finds unlikely. For k < 0 the constant of P is ((1 + k)**2 - 1) / (1 + k) more, so that the "
+        "loss stays finite at k = -1.",
+        family="alpha-divergences of order 1 + k (Cressie-Read) in their variational form.",
+    ),
+    "is": Entry(
+        title="Itakura-Saito",
+        h="-log(r)",
+        A="-exp(-u)",
+        P="u",
+        loss="exp(-w) + l",
+        grad_w="-exp(-w)",
+        grad_l="1",
+        bounded="no: l falls without end, and so does the loss for every alpha < 1",
+        use="Where chosen responses must not become unlikely: their pull grows as exp(-w). Mostly a limit to compare "
+        "with.",
+        hazard="Pushes every rejected response down with force 1 for ever (unlearning), and explodes at w < -88.72 in "
+        "fp32. No non-negative correction, as P has no lower bound.",
+        family="The reverse KL(pi_ref || pi_chosen) in its variational form.",
+    ),
+    "brier": Entry(
+        title="Brier score",
+        h="1 / (1 + r)",
+        A="-1 / (1 + exp(u))**2",
+        P="1 / (1 + exp(-u))**2",
+        loss="1 / (1 + exp(w))**2 + 1 / (1 + exp(-l))**2",
+        grad_w="-2 * exp(w) / (1 + exp(w))**3",
+        grad_l="2 * exp(-l) / (1 + exp(-l))**3",
+        bounded="between 0 and 2, gradients by 8/27",
+        use="The most robust: a mislabelled pair far from the boundary has no say at all.",
+        hazard="Not convex in u: a chosen response that starts very unlikely stays there.",
+        family="Squared loss of the classifier sigmoid(u): the triangular (Vincze-Le Cam) divergence in its variational "
+        "form.",
+    ),
+    "dpo": Entry(
+        title="Direct preference optimisation (contrastive), temperature `beta`",
+        h=None,
+        A=None,
+        P=None,
+        loss="log1p(exp(-beta*(w - l)))",
+        grad_w="-beta / (1 + exp(beta*(w - l)))",
+        grad_l="beta / (1 + exp(beta*(w - l)))",
+        bounded="below by 0, gradients by beta",
+        use="The baseline. At beta = 1 it is the paper's CPC estimator with one negative.",
+        hazard="Only the difference counts: both log-probs may fall together. Couples the pair, so no unpaired data, "
+        "no `alpha`, no weights. For beta other than 1 its optimum is not pi_chosen.",
+        family="InfoNCE with one negative. Others of its kind are written as a pair loss and registered: IPO "
+        "`((w - l) - 1/(2 tau))**2`, hinge (SLiC) `max(0, 1 - beta (w - l))`.",
+    ),
+}  # fmt: skip
+
+INTRODUCTION = """# The losses
+
+*Written by `docs/make_losses.py`; tests/test_docs.py evaluates every formula on this page.*
+
+All losses are functions of the log ratio `u = log pi_theta(y|x) - log pi_ref(y|x)`: `w` of the chosen response, `l` of
+the rejected one (per token with `average_log_prob=True`, the default of the fused calls and the trainer). A Bregman
+divergence with a strictly convex `h(r)`, `r = e^u`, gives `A(u) = h'(e^u)`, `P(u) = e^u h'(e^u) - h(e^u)` and
+
+    loss = chosen_weight * (-A(w) + alpha * P(w)) + rejected_weight * (1 - alpha) * P(l)
+
+([DIL](https://arxiv.org/abs/2503.05079), eq. 19; constants are dropped). Always `P'(u) = e^u A'(u)`.
+
+"""
+
+OPTIONS = """## Options
+
+| option | what it does |
+|---|---|
+| `alpha` in [0, 1] | Takes the reference expectation over chosen (share alpha) and rejected responses together. 0 is the paper. Where the reference is the mixture of both, alpha = 1/2 is unbiased; 0 is not. Every separable loss then has a finite optimum, `r_w = 1/alpha`, and a chosen term that is bounded below. The gradient of the chosen term is `A'(w) (alpha e^w - 1)`. |
+| `max_log_ratio` = M | Evaluates the loss at `M tanh(u/M)` instead of u; the gradient is multiplied by `1/cosh(u/M)^2`, 0 where the bound has saturated. For sums of log ratios, which overflow otherwise. Rewards and log-probs stay unbounded. Off by default. |
+| `non_negative` = C, 0 < C < 1 | The correction of Kato and Teshima (2021): with `Q = P - P(-inf)`, the loss is `mean[-A(w) + C Q(w)] + max(0, (1 - alpha) mean[Q(l)] + (alpha - C) mean[Q(w)])`. C is below 1 / (largest density ratio). It stops the fit from driving rejected mass to nothing in order to overshoot on the chosen responses of a sample. It couples a batch: **exact only for the responses of one call**, not for a mean over micro-batches or processes, so the trainer does not offer it. Needs `reduction="mean"` and a finite `P(-inf)`: not is, power at -1, or dpo. For alpha >= C it changes nothing. |
+| `chosen_weight`, `rejected_weight` | Factors of the two terms. 0 leaves a term out. |
+| `is_chosen` [S] | Unpaired responses, each chosen or rejected. The mean is that over the chosen ones plus that over the rejected ones. Exact under gradient accumulation and data parallelism through `DILOutput.counts` and `DILOutput.share`. |
+
+An option that a loss does not use is an error.
+
+## Overflow
+
+Terms are computed in fp64 and returned in the precision of the log-probs. What overflows is an infinity of the right
+sign, never NaN: where `-A(w)` and `P` overflow against each other, their logarithms are compared. The gradient of an
+overflowed term is the infinity of its sign; a gradient that is multiplied by 0 (a weight, a saturated bound, an upstream
+gradient of 0) is 0. A batch whose losses overflow in both directions has the loss +inf. NaN log-probs give NaN.
+
+## A loss of your own
+
+```python
+from dil_kernels import Divergence, register_divergence
+
+register_divergence(Divergence(name="cubic", source="mine", h=lambda r: r**3 / 6))  # or A=..., P=..., or pair=...
+fused_dil_loss(logits, labels, ref_logits=ref_logits, loss_type="cubic", alpha=0.5)
+```
+
+`h` is differentiated twice for A, P and their derivatives; A and P give more control over rounding and overflow. Both are
+checked at registration (`P' = e^u A'`, `A' > 0` on a grid). The compiled kernels still sum the log ratios; the loss itself, one
+number a sequence, runs in torch. `dil-train --import my_losses --loss-type cubic` loads a module that registers one.
+"""
+
+
+def table() -> str:
+    """One row a loss."""
+    lines = [
+        "| `loss_type` | loss (constants dropped) | d loss / d w | d loss / d l | bounded | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, e in ENTRIES.items():
+        formulas = (f"`{formula}`" for formula in (e.loss, e.grad_w, e.grad_l))
+        lines.append(f"| [`{name}`](#{name}) | {' | '.join(formulas)} | {e.bounded} | {get_divergence(name).source} |")
+    return "\n".join(lines) + "\n"
+
+
+def section(name: str) -> str:
+    """All there is to say of one loss."""
+    e = ENTRIES[name]
+    rows = [(label, formula) for label, formula in (("h(r)", e.h), ("A(u)", e.A), ("P(u)", e.P)) if formula]
+    rows += [("loss", e.loss), ("d loss / d w", e.grad_w), ("d loss / d l", e.grad_l)]
+    text = [f'<a id="{name}"></a>\n## `{name}`: {e.title}\n', "| | |\n|---|---|"]
+    text += [f"| {label} | `{formula}` |" for label, formula in rows]
+    text += [
+        f"\n![loss and gradient of {name}](losses/{name}.png)\n",
+        f"- **When**: {e.use}",
+        f"- **Bounded**: {e.bounded}.",
+        f"- **Beware**: {e.hazard}",
+        f"- **Relatives**: {e.family}",
+        f"- **Source**: {get_divergence(name).source}.\n",
+    ]
+    return "\n".join(text)
+
+
+def page() -> str:
+    """docs/losses.md."""
+    missing = set(divergence_names()) ^ set(ENTRIES)
+    if missing:
+        raise SystemExit(f"docs/make_losses.py and the registry differ in: {', '.join(sorted(missing))}")
+    ratio = "![how hard chosen and rejected responses are pushed](losses/gradients.png)\n\n"
+    balance = (
+        "What the losses differ in is how hard each side is pushed. DPO pushes both alike, always; of the separable ones\n"
+        "the ratio of the two depends on where the responses are: `exp(w - 2 l)` for lsif, `exp(-l)` for ukl,\n"
+        "`sigmoid(-w) / sigmoid(l)` for bce.\n\n"
+    )
+    return INTRODUCTION + table() + "\n" + balance + ratio + "\n".join(map(section, ENTRIES)) + "\n" + OPTIONS
+
+
+def default_parameters(name: str, **options: float) -> LossParameters:
+    """The loss as it is without options; dpo at beta = 1, where the others stand."""
+    own = get_divergence(name).parameter
+    return LossParameters(name, 0.0 if own is None else 1.0 if name == "dpo" else own.default, **options)
+
+
+def curves(name: str, u: torch.Tensor, alpha: float = 0.0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Loss and gradient over the log ratio of each side, the other side held at 0."""
+    zero = torch.zeros_like(u)
+    out = {}
+    for side in ("chosen", "rejected"):
+        v = u.clone().requires_grad_()
+        pair = (v, zero) if side == "chosen" else (zero, v)
+        loss = pair_losses(*pair, default_parameters(name, alpha=alpha))
+        (grad,) = torch.autograd.grad(loss.sum(), v)
+        out[side] = (loss.detach() - pair_losses(zero, zero, default_parameters(name, alpha=alpha)), grad)
+    return out
+
+
+def draw() -> None:
+    """docs/losses/*.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130}
+    (DOCS / "losses").mkdir(exist_ok=True)
+    u = torch.linspace(-4.0, 4.0, 401, dtype=torch.float64)
+    for name in ENTRIES:
+        figure, axes = plt.subplots(1, 2, figsize=(8, 3.0), layout="constrained")
+        plain = curves(name, u)
+        for side, color in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            for axis, values in zip(axes, plain[side], strict=True):
+                axis.plot(u, values, color=color, label=side)
+        if get_divergence(name).separable:
+            for axis, values in zip(axes, curves(name, u, alpha=0.5)["chosen"], strict=True):
+                axis.plot(u, values, color=CHOSEN, linestyle=":", label="chosen, alpha = 1/2")
+        parameter = {"power": ", power = 1/2", "dpo": ", beta = 1"}.get(name, "")
+        for axis, what in zip(axes, ("loss - loss at 0", "gradient"), strict=True):
+            axis.set(xlabel="log ratio u (the other side at 0)", title=f"{name}{parameter}: {what}")
+            low, high = axis.get_ylim()
+            axis.set_ylim(max(low, -4.2), min(high, 4.2))
+            axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+            axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        figure.savefig(DOCS / "losses" / f"{name}.png", metadata={"Software": None})
+        plt.close(figure)
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    for name in ENTRIES:
+        for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
+            axis.plot(u, curves(name, u)[side][1].abs(), label=name, linestyle="--" if name == "dpo" else "-")
+            axis.set(title=f"push on the {side} response", xlabel="its log ratio u (the other side at 0)", ylim=(0, 3))
+    for axis in axes:
+        axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    axes[0].set_ylabel("|d loss / d u|")
+    axes[1].legend(frameon=False, loc="upper left", ncols=2)
+    figure.savefig(DOCS / "losses" / "gradients.png", metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> int:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    path = DOCS / "losses.md"
+    if parser.parse_args().check:
+        if path.read_text() != page():
+            print("docs/losses.md is stale: run python docs/make_losses.py", file=sys.stderr)
+            return 1
+        return 0
+    path.write_text(page())
+    draw()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""docs/losses.md: every loss has its row, and every formula on the page is what the package computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from mpmath import mp, mpf
+
+from dil_kernels import _C as compiled
+from dil_kernels import Divergence, register_divergence
+from dil_kernels.divergences import _REGISTRY, divergence_names, get_divergence
+
+DOCS = Path(__file__).parents[1] / "docs"
+POINTS = (-2.5, -0.3, 0.4, 1.7)
+FUNCTIONS = {"exp": mp.exp, "log": mp.log, "log1p": mp.log1p}
+
+
+@pytest.fixture(scope="module")
+def make_losses():
+    spec = importlib.util.spec_from_file_location("make_losses", DOCS / "make_losses.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_losses"] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def value(formula: str, **variables: float) -> mpf:
+    return mpf(eval(formula, {"__builtins__": {}, **FUNCTIONS}, {k: mpf(v) for k, v in variables.items()}))
+
+
+def own_parameter(name: str) -> float:
+    own = get_divergence(name).parameter
+    return 0.0 if own is None else own.default
+
+
+@pytest.mark.parametrize("name", divergence_names())
+def test_losses_and_gradients(make_losses, name: str) -> None:
+    entry, parameter = make_losses.ENTRIES[name], own_parameter(name)
+    for w in POINTS:
+        for l in POINTS:
+            variables = {"w": w, "l": l, "k": parameter, "beta": parameter}
+            actual = compiled.divergence_pair(name, w, l, parameter)
+            for computed, formula in zip(actual, (entry.loss, entry.grad_w, entry.grad_l), strict=True):
+                assert float(computed) == pytest.approx(float(value(formula, **variables)), rel=1e-13), formula
+
+
+@pytest.mark.parametrize("name", [name for name in divergence_names() if get_divergence(name).separable])
+def test_generators(make_losses, name: str) -> None:
+    """A and P are those of h, up to a constant each."""
+    entry, k = make_losses.ENTRIES[name], own_parameter(name)
+    scalars = compiled.divergence_scalars(name)
+    shifts: dict[str, list[float]] = {"A": [], "P": []}
+    for u in POINTS:
+        r = mp.exp(u)
+        slope = mp.diff(lambda x: value(entry.h, r=x, k=k), r)
+        by_h = {"A": slope, "P": r * slope - value(entry.h, r=r, k=k)}
+        for key, formula in (("A", entry.A), ("P", entry.P)):
+            stated = value(formula, u=u, k=k)
+            assert float(scalars[key](u, k)) == pytest.approx(float(stated), rel=1e-13), formula
+            shifts[key].append(float(by_h[key] - stated))
+    for values in shifts.values():
+        assert max(values) - min(values) < 1e-10
+
+
+def test_the_page_is_the_one_that_is_written(make_losses) -> None:
+    assert (DOCS / "losses.md").read_text() == make_losses.page()
+    pictures = {f"{name}.png" for name in (*make_losses.ENTRIES, "gradients")}
+    assert {path.name for path in (DOCS / "losses").iterdir()} == pictures
+
+
+def test_a_loss_without_a_row_is_noticed(make_losses) -> None:
+    register_divergence(Divergence(name="undocumented", source="", h=lambda r: r**3 / 6))
+    try:
+        with pytest.raises(SystemExit, match="differ in: undocumented"):
+            make_losses.page()
+    finally:
+        del _REGISTRY["undocumented"]
