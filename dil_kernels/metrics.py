@@ -20,55 +20,93 @@ METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-SUMMED = (*METRICS, "loss/chosen", "loss/rejected")
+SIDE_METRICS = ("loss", "rewards", "logps")
 ROWS_NAMED = 8
 ROW_BITS = 40  # a failure is kept as step * 2^40 + row, so that the smallest is the first
 NO_FAILURE = 2**63 - 1
 
 
-def response_metrics(output: DILOutput, unpaired: bool) -> Tensor:
-    """SUMMED of every pair or unpaired response, then which of them count: [items, 2 len(SUMMED)], zeros where not."""
-    chosen, rejected = output.chosen_lengths > 0, output.rejected_lengths > 0
-    pairs = chosen & rejected
-    if not unpaired:
-        chosen = rejected = pairs
-    columns = {
-        "loss": (output.losses, pairs),
-        "loss/chosen": (output.losses, chosen if unpaired else torch.zeros_like(pairs)),
-        "loss/rejected": (output.losses, rejected if unpaired else torch.zeros_like(pairs)),
-        "rewards/chosen": (output.chosen_rewards, chosen),
-        "rewards/rejected": (output.rejected_rewards, rejected),
-        "rewards/margins": (output.chosen_rewards - output.rejected_rewards, pairs),
-        "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards, pairs),
-        "logps/chosen": (output.chosen_logps, chosen),
-        "logps/rejected": (output.rejected_logps, rejected),
-    }
-    dtype = accumulation_dtype(pairs.device)
-    values, counts = zip(*(columns[name] for name in SUMMED), strict=True)
-    counted = torch.stack(counts, dim=1)
-    summed = torch.where(counted, torch.stack([value.detach().to(dtype) for value in values], dim=1), 0)
-    return torch.cat([summed, counted.to(dtype)], dim=1)
+def counted_pairs(output: DILOutput) -> Tensor:
+    """Which pairs are in the means, [B] bool: those whose responses both have a scored token."""
+    return (output.chosen_lengths > 0) & (output.rejected_lengths > 0)
 
 
-def zero_sums(device: torch.device) -> Tensor:
-    """The sum of `response_metrics` over nothing: [2 len(SUMMED)]."""
-    return torch.zeros(2 * len(SUMMED), dtype=accumulation_dtype(device), device=device)
+def pair_metrics(output: DILOutput) -> Tensor:
+    """METRICS of every pair and, last, whether it is in the means: [B, len(METRICS) + 1], zeros where it is not."""
+    counted = counted_pairs(output)
+    metrics = (
+        output.losses,
+        output.chosen_rewards,
+        output.rejected_rewards,
+        output.chosen_rewards - output.rejected_rewards,
+        output.chosen_rewards > output.rejected_rewards,
+        output.chosen_logps,
+        output.rejected_logps,
+        counted,
+    )
+    values = torch.stack([metric.detach().to(accumulation_dtype(counted.device)) for metric in metrics], dim=1)
+    return torch.where(counted.unsqueeze(1), values, 0)
 
 
 def means(sums: Tensor) -> dict[str, float]:
-    """What is reported, from the sum of `response_metrics`; NaN where nothing counts. Waits for the device.
+    """METRICS averaged over pairs, from the sum of their `pair_metrics`; NaN without a pair. Waits for the device."""
+    *totals, count = sums.tolist()
+    return {name: total / count if count else math.nan for name, total in zip(METRICS, totals, strict=True)}
 
-    Of pairs, METRICS. Of unpaired responses, the means of each side: the loss is the sum of those of the two sides,
-    and the margin the difference of their rewards.
+
+def side_metrics(output: DILOutput) -> Tensor:
+    """SIDE_METRICS of unpaired responses: of the chosen ones and whether each counts, then of the rejected ones.
+
+    Returns:
+        [S, 2 (len(SIDE_METRICS) + 1)], zeros on the other side and where a response has no scored token.
     """
-    totals, counts = sums.view(2, -1).tolist()
-    mean = {name: t / n if n else math.nan for name, t, n in zip(SUMMED, totals, counts, strict=True)}
-    sides = [name for name, n in zip(SUMMED, counts, strict=True) if n and name in ("loss/chosen", "loss/rejected")]
-    if not sides:
-        return {name: mean[name] for name in METRICS}
-    mean["loss"] = sum(mean[name] for name in sides)
-    mean["rewards/margins"] = mean["rewards/chosen"] - mean["rewards/rejected"]
-    return {name: mean[name] for name in SUMMED if name != "rewards/accuracies"}
+    columns = []
+    for rewards, logps, lengths in (
+        (output.chosen_rewards, output.chosen_logps, output.chosen_lengths),
+        (output.rejected_rewards, output.rejected_logps, output.rejected_lengths),
+    ):
+        counted = lengths > 0
+        dtype = accumulation_dtype(counted.device)
+        values = torch.stack([value.detach().to(dtype) for value in (output.losses, rewards, logps, counted)], dim=1)
+        columns.append(torch.where(counted.unsqueeze(1), values, 0))
+    return torch.cat(columns, dim=1)
+
+
+def side_means(sums: Tensor) -> dict[str, float]:
+    """SIDE_METRICS averaged over each side, from the sum of `side_metrics`. Waits for the device.
+
+    The loss is the sum of those of the two sides, and the margin the difference of their rewards; NaN without them.
+    """
+    out = {}
+    for side, (*totals, count) in zip(("chosen", "rejected"), sums.view(2, -1).tolist(), strict=True):
+        for name, total in zip(SIDE_METRICS, totals, strict=True):
+            out[f"{name}/{side}"] = total / count if count else math.nan
+    sides = [loss for loss in (out["loss/chosen"], out["loss/rejected"]) if not math.isnan(loss)]
+    return {
+        "loss": sum(sides) if sides else math.nan,
+        "rewards/margins": out["rewards/chosen"] - out["rewards/rejected"],
+        **out,
+    }
+
+
+def batch_metrics(output: DILOutput, unpaired: bool) -> Tensor:
+    """`pair_metrics` or `side_metrics` of a batch, beside zeros for the other: [items, len(zero_sums)]."""
+    paired = torch.zeros(len(output.losses), len(METRICS) + 1, device=output.losses.device)
+    sides = torch.zeros(len(output.losses), 2 * (len(SIDE_METRICS) + 1), device=output.losses.device)
+    return torch.cat([paired, side_metrics(output)] if unpaired else [pair_metrics(output), sides], dim=1)
+
+
+def zero_sums(device: torch.device) -> Tensor:
+    """The sum of `batch_metrics` over nothing."""
+    size = len(METRICS) + 1 + 2 * (len(SIDE_METRICS) + 1)
+    return torch.zeros(size, dtype=accumulation_dtype(device), device=device)
+
+
+def batch_means(sums: Tensor) -> dict[str, float]:
+    """What is reported, from the sum of `batch_metrics`: `side_means` of unpaired responses, else `means` of pairs."""
+    pairs, sides = sums.split([len(METRICS) + 1, 2 * (len(SIDE_METRICS) + 1)])
+    unpaired = bool(sides[len(SIDE_METRICS)] + sides[-1] > 0)
+    return side_means(sides) if unpaired else means(pairs)
 
 
 class NonFinitePairs:

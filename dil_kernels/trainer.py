@@ -32,7 +32,7 @@ from dil_kernels.backends import resolve_backend
 from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options, resolve_ref_logps
-from dil_kernels.metrics import NonFinitePairs, means, response_metrics, zero_sums
+from dil_kernels.metrics import NonFinitePairs, batch_means, batch_metrics, zero_sums
 from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.reference import accumulation_dtype
 from dil_kernels.tokenization import (
@@ -270,7 +270,7 @@ class DILTrainer(Trainer):
             # DDP averages gradients over the processes, but the mean is over the responses of all of them.
             loss = output.share(torch.as_tensor(num_items_in_batch)) * self.accelerator.num_processes
         if model.training:
-            self._train_sums += response_metrics(output, "is_chosen" in inputs).sum(0)
+            self._train_sums += batch_metrics(output, "is_chosen" in inputs).sum(0)
             self._non_finite.add(output.losses, inputs.get("rows"), self.state.global_step + 1)
         return (loss, output) if return_outputs else loss
 
@@ -339,7 +339,7 @@ class DILTrainer(Trainer):
             self._non_finite.check(self.accelerator.gather)
         if "loss" in logs:
             sums = self.accelerator.reduce(self._train_sums, reduction="sum")
-            logs |= {name: value for name, value in means(sums).items() if name != "loss"}
+            logs |= {name: value for name, value in batch_means(sums).items() if name != "loss"}
             self._train_sums = zero_sums(self.args.device)
         super().log(logs, start_time)
 
@@ -358,7 +358,7 @@ class DILTrainer(Trainer):
         """Evaluate; the metrics are means over all pairs of the data set, whatever the batches."""
         self._eval_sums = zero_sums(self.args.device)
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means(self._eval_sums).items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in batch_means(self._eval_sums).items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
     def prediction_step(
@@ -372,7 +372,7 @@ class DILTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = self._run_batch(model, inputs)
-        metrics = response_metrics(output, "is_chosen" in inputs)
+        metrics = batch_metrics(output, "is_chosen" in inputs)
         self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
         return output.share(output.counts), None, None
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import dil_kernels
 from dil_kernels import reference
-from dil_kernels.backends import loss_is_compiled, resolve_backend
+from dil_kernels.backends import resolve_backend, sums_are_compiled
+from dil_kernels.divergences import LossParameters
 from dil_kernels.functional.loss import DILOutput, loss_of_token_logps, resolve_loss_options
 from harness.check import rounding, worst
 from harness.family import OURS, Errors, Family, Fn, Pass, Provider
@@ -158,26 +159,26 @@ def plain_loss(token_logps: Tensor, labels: Tensor, ref_token_logps: Tensor) -> 
     logratios = ((token_logps - ref_token_logps) * scored).sum(-1) / lengths
     chosen, rejected = logratios.chunk(2)
     losses = (2 * rejected).exp() / 2 - chosen.exp()
-    return DILOutput(losses.mean(), losses, *logps.chunk(2), chosen, rejected, *lengths.chunk(2))
+    counts = torch.full((2,), len(losses), dtype=torch.int32, device=losses.device)
+    return DILOutput(losses.mean(), losses, *logps.chunk(2), chosen, rejected, *lengths.chunk(2), counts)
 
 
 def _reference_loss(token_logps: Tensor, labels: Tensor, ref_token_logps: Tensor) -> DILOutput:
-    loss, losses, logratios, logps, lengths, _ = reference.density_ratio(
+    loss, losses, logratios, logps, lengths, counts = reference.density_ratio(
         token_logps,
         labels,
         None,
         ref_token_logps,
         None,
-        loss_type=LOSS_TYPE,
-        beta=0.0,
-        alpha=0.0,
+        None,
+        LossParameters(LOSS_TYPE, 0.0),
         average=True,
         interleaved=False,
-        reduction="mean",
+        mean=True,
         ignore_index=IGNORE_INDEX,
         shift=True,
     )
-    return DILOutput(loss, losses, *logps.chunk(2), *logratios.chunk(2), *lengths.chunk(2))
+    return DILOutput(loss, losses, *logps.chunk(2), *logratios.chunk(2), *lengths.chunk(2), counts)
 
 
 def _build_ours() -> Fn:
@@ -200,7 +201,7 @@ def _build_ours() -> Fn:
 
 
 def _ours_label(device: torch.device) -> str:
-    compiled = loss_is_compiled(LOSS_TYPE, resolve_backend("auto", device, torch.float32), device)
+    compiled = sums_are_compiled(resolve_backend("auto", device, torch.float32), device)
     return f"{OURS} ({'extension' if compiled else 'eager'})"
 
 
