@@ -29,6 +29,7 @@ except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
 from dil_kernels.backends import resolve_backend
+from dil_kernels.divergences import get_divergence
 from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options, resolve_ref_logps
@@ -412,6 +413,11 @@ def _tokenized(dataset: Any, tokenizer: Any, args: DILConfig) -> Any:
         return {name: _tokenized(part, tokenizer, args) for name, part in dataset.items()}
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(f"preference pairs must come as a datasets.Dataset, got {type(dataset).__name__}")
+    if "label" in dataset.column_names and not get_divergence(args.loss_type).separable:
+        raise ValueError(
+            f"loss_type={args.loss_type!r} couples the chosen and the rejected response of a pair: it cannot be "
+            "trained on unpaired responses (a data set with the column 'label')"
+        )
     if any(set(columns) <= set(dataset.column_names) for columns in (TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS)):
         return dataset
     with args.main_process_first(desc="tokenisation"):
