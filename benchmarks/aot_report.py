@@ -106,8 +106,9 @@ def logps(arch: int) -> Iterator[Kernel]:
                 ("softcapping+statistics", True, True),
             ):
                 how = {"SHIFT": 1, "HAS_CAP": cap}
-                many = launch.forward_launch(shapes.forward, 10**6, V, itemsize, 1)
-                few = launch.forward_launch(shapes.forward, 1, V, itemsize, 10**6)
+                forward, backward = shapes.forward.of(cap + statistics), shapes.backward.of(cap)
+                many = launch.forward_launch(forward, 10**6, V, itemsize, 1)
+                few = launch.forward_launch(forward, 1, V, itemsize, 10**6)
                 tile = {"ROWS": many.ROWS, "BLOCK_V": many.BLOCK_V}
                 found: list[tuple[triton.JITFunction, dict[str, int], int]] = [
                     (logps_kernels._logps_fwd_kernel, how | tile | {"STATISTICS": statistics}, many.num_warps)
@@ -120,9 +121,9 @@ def logps(arch: int) -> Iterator[Kernel]:
                         (logps_kernels._logps_merge_kernel, split, 1),
                     ]
                 if not statistics:
-                    block, num_warps = launch.backward_launch(shapes.backward, V, itemsize)
-                    backward = how | {"SAME_PHASE": True, "BLOCK_V": block}
-                    found.append((logps_kernels._logps_bwd_kernel, backward, num_warps))
+                    block, num_warps = launch.backward_launch(backward, V, itemsize)
+                    constants = how | {"SAME_PHASE": True, "BLOCK_V": block}
+                    found.append((logps_kernels._logps_bwd_kernel, constants, num_warps))
                 for fn, constants, num_warps in found:
                     name = fn.__name__.strip("_").removesuffix("_kernel")
                     source = specialise(fn, types, constants, divisible)
@@ -154,8 +155,10 @@ def ptxas_version() -> str:
 
 def compile_kernel(kernel: Kernel) -> Report:
     """Compile one kernel, from Triton's cache if it is there."""
+    # A program of one warp merges splits and takes what registers it wants, as its launcher lets it.
+    limit = {"maxnreg": launch.max_registers(kernel.num_warps)} if kernel.num_warps > 1 else {}
     compiled = triton.compile(
-        kernel.source, target=GPUTarget("cuda", kernel.arch, 32), options={"num_warps": kernel.num_warps}
+        kernel.source, target=GPUTarget("cuda", kernel.arch, 32), options={"num_warps": kernel.num_warps} | limit
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -106,3 +107,33 @@ def test_the_cuda_extension_holds_every_architecture_without_spills(cuda_library
     kernels = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", usage)
     assert len(kernels) >= 4 * len(ARCHITECTURES)  # forward and backward, fp32 and fp64
     assert [kernel for kernel in kernels if kernel[1:] != ("0", "0")] == []
+
+
+def test_the_launch_sweep_prints_an_entry_of_the_table() -> None:
+    from dil_kernels.kernels.launch import Shape, Shapes
+
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "benchmarks" / "sweep_launch.py"), "--dry-run"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    entry = eval("{" + output.splitlines()[-1] + "}", {"Shape": Shape, "Shapes": Shapes})
+    assert {size: type(shapes) for size, shapes in entry[9, 0].items()} == {2: Shapes, 4: Shapes}
+
+
+def test_launches_cover_a_row_and_fit_the_machine() -> None:
+    from dil_kernels.kernels import launch
+
+    for capability, itemsize in itertools.product(((8, 6), (9, 0), (10, 3), (12, 1), (7, 0)), (2, 4)):
+        shapes = launch.shapes(capability, itemsize)
+        for num_rows, V in itertools.product((1, 64, 600, 100_000), (1, 31, 1000, 50257, 128256, 262144)):
+            ROWS, BLOCK_V, num_warps, splits, span = launch.forward_launch(shapes.forward, num_rows, V, itemsize, 132)
+            assert splits * span >= V
+            assert span % BLOCK_V == 0
+            assert num_warps * 32 * (16 // itemsize) == BLOCK_V
+            assert splits == 1 or (num_rows * splits < 2 * 4 * 132 and span >= launch.MIN_SPAN // 2)
+            assert 2 * max(span, BLOCK_V) > ROWS * BLOCK_V
+            block, num_warps = launch.backward_launch(shapes.backward, V, itemsize)
+            assert block & (block - 1) == 0
+            assert 1 <= num_warps <= 32
+    few, many = (launch.forward_launch(launch.shapes((9, 0), 2).forward, N, 128256, 2, 132) for N in (64, 8192))
+    assert few.splits == 16
+    assert many.splits == 1

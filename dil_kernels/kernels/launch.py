@@ -27,6 +27,10 @@ class Shape(NamedTuple):
     loads: int  # 16-byte vectors that each thread has in flight
     num_warps: int
 
+    def of(self, extras: int) -> Shape:
+        """For kernels with softcapping, statistics or both, which keep more of each logit: half the loads for each."""
+        return self._replace(loads=max(1, self.loads >> extras))
+
 
 class Shapes(NamedTuple):
     """The shapes of one architecture for one size of element."""
@@ -50,6 +54,11 @@ def shapes(capability: tuple[int, int], itemsize: int) -> Shapes:
     """The entry of an architecture, or of the newest one before it."""
     known = [key for key in TABLE if key <= capability]
     return TABLE[max(known, default=min(TABLE))][itemsize]
+
+
+def max_registers(num_warps: int) -> int:
+    """What lets two programs live on an SM. Left to itself, the assembler spills to fit a third."""
+    return max(64, min(255, 65536 // (2 * WARP * num_warps)))
 
 
 class ForwardLaunch(NamedTuple):

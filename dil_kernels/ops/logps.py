@@ -112,12 +112,12 @@ def _triton_logps_fwd(
     if num_rows == 0:
         return outputs
     device = launch.device_of(logits.device)
-    shape = launch.shapes(device.capability, logits.itemsize).forward
+    shape = launch.shapes(device.capability, logits.itemsize).forward.of(statistics + (softcapping != 0.0))
     ROWS, BLOCK_V, num_warps, splits, span = launch.forward_launch(shape, num_rows, V, logits.itemsize, device.num_sms)
     inputs = (logits, labels, *logits.stride()[:2], *labels.stride(), num_rows, T_out, V)
     constants: dict[str, float] = {"ignore_index": ignore_index, "SHIFT": shift, "STATISTICS": statistics}
     constants |= _processing(softcapping, temperature)
-    tile = {"ROWS": ROWS, "BLOCK_V": BLOCK_V, "num_warps": num_warps}
+    tile = {"ROWS": ROWS, "BLOCK_V": BLOCK_V, "num_warps": num_warps, "maxnreg": launch.max_registers(num_warps)}
     with _on_device(logits):
         if splits == 1:
             _logps_fwd_kernel[(num_rows,)](*outputs, *inputs, **constants, **tile)
@@ -152,7 +152,8 @@ def _launch_bwd(
     B, T, V = logits.shape
     if logits.numel() == 0:
         return
-    shape = launch.shapes(launch.device_of(logits.device).capability, logits.itemsize).backward
+    device = launch.device_of(logits.device)
+    shape = launch.shapes(device.capability, logits.itemsize).backward.of(softcapping != 0.0)
     BLOCK_V, num_warps = launch.backward_launch(shape, V, logits.itemsize)
     num_blocks = -(-V // BLOCK_V)
     with _on_device(logits):
@@ -178,6 +179,7 @@ def _launch_bwd(
             SAME_PHASE=_same_phase(grad_logits, logits),
             BLOCK_V=BLOCK_V,
             num_warps=num_warps,
+            maxnreg=launch.max_registers(num_warps),
         )
 
 

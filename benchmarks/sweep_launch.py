@@ -1,0 +1,116 @@
+"""Time the launch shapes of the log-prob kernels on this GPU, and print an entry for dil_kernels/kernels/launch.py.
+
+    python benchmarks/sweep_launch.py                                on a GPU
+    TRITON_INTERPRET=1 python benchmarks/sweep_launch.py --dry-run   the same steps on tiny CPU tensors, for no times
+
+Every candidate runs every case; the best one has the least geometric mean of times. Bytes are those of a table's floor:
+every logit read once forward, read and written once backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+import dil_kernels.ops.logps  # noqa: F401 - registers the ops
+from dil_kernels.kernels import launch
+from dil_kernels.kernels.launch import Shape, Shapes
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is swept."""
+
+    shapes: tuple[Shape, ...]
+    cases: tuple[tuple[int, int], ...]  # rows, V
+    device: str
+
+
+FULL = Grid(
+    shapes=tuple(Shape(loads, warps) for loads, warps in itertools.product((1, 2, 4, 8), (4, 8, 16, 32))),
+    cases=((4096, 128256), (4096, 50257), (8192, 32000), (64, 128256)),
+    device="cuda",
+)
+DRY = Grid(shapes=(Shape(1, 1), Shape(2, 2)), cases=((2, 40), (1, 9001)), device="cpu")
+
+
+@contextmanager
+def entry(capability: tuple[int, int], itemsize: int, shapes: Shapes) -> Iterator[None]:
+    """The table with one entry replaced."""
+    saved = launch.TABLE
+    launch.TABLE = saved | {capability: {itemsize: shapes}}
+    try:
+        yield
+    finally:
+        launch.TABLE = saved
+
+
+def milliseconds(function: Callable[[], object], device: str) -> float:
+    """Median device time, caches flushed; on the CPU one run."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(function, return_mode="median")
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def sweep(grid: Grid, itemsize: int, capability: tuple[int, int]) -> Shapes:
+    """Time all candidates for one size of element; print each, return the best."""
+    ops = torch.ops.dil_kernels
+    how = (-100, False, 0.0, 1.0)
+    totals: dict[str, dict[Shape, float]] = {"forward": {}, "backward": {}}
+    print(
+        f"{'pass':9}{'loads':>6}{'warps':>6}" + "".join(f"{f'{rows} x {V}':>16}" for rows, V in grid.cases) + "   GB/s"
+    )
+    for which, shape in itertools.product(totals, grid.shapes):
+        times, rates = [], []
+        for rows, V in grid.cases:
+            logits = torch.randn(1, rows, V, device=grid.device).to(DTYPES[itemsize])
+            labels = torch.randint(0, V, (1, rows), device=grid.device)
+            with entry(capability, itemsize, Shapes(shape, shape)):
+                logps, row_max, log_sum, _ = ops.triton_logps_fwd(logits, labels, *how, False)
+                if which == "forward":
+                    run = lambda x=logits, y=labels: ops.triton_logps_fwd(x, y, *how, False)  # noqa: E731
+                else:
+                    saved = (logps, logits, labels, row_max, log_sum)
+                    run = lambda saved=saved: ops.triton_logps_bwd(*saved, *how)  # noqa: E731
+                times.append(milliseconds(run, grid.device))
+            moved = logits.numel() * itemsize * (1 if which == "forward" else 2)
+            rates.append(moved / times[-1] / 1e6)
+        totals[which][shape] = math.prod(times)
+        print(f"{which:9}{shape.loads:6}{shape.num_warps:6}" + "".join(f"{rate:16.1f}" for rate in rates), flush=True)
+    forward, backward = (min(found, key=found.__getitem__) for found in totals.values())
+    return Shapes(forward, backward)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="tiny CPU tensors in Triton's interpreter")
+    options = parser.parse_args(arguments)
+    grid = DRY if options.dry_run else FULL
+    if grid.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device is visible; --dry-run checks the script without one", file=sys.stderr)
+        return 1
+    capability = launch.device_of(torch.device(grid.device)).capability
+    found = {itemsize: sweep(grid, itemsize, capability) for itemsize in DTYPES}
+    parts = [
+        f"{size}: Shapes(Shape{tuple(shapes.forward)}, Shape{tuple(shapes.backward)})" for size, shapes in found.items()
+    ]
+    print(f"    {capability}: {{{', '.join(parts)}}},")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
