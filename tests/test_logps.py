@@ -170,8 +170,11 @@ def test_fp32_logps_are_within_1e_6_relative(impl: Implementation, V: int, softc
 
 @every_kernel
 @pytest.mark.parametrize("V", [2, 1000, 50257])
-def test_confident_tokens_are_within_2e_6_relative(impl: Implementation, V: int) -> None:
-    """The log-prob, the entropy and the label's gradient keep their relative precision down to 1e-17 and less."""
+def test_confident_tokens_keep_their_relative_precision(impl: Implementation, V: int) -> None:
+    """Log-prob, entropy and the label's gradient, down to 1e-17: what is lost is the rounding of distances to rivals.
+
+    Log-probs are also within 1e-6 relative or 1e-8 absolute.
+    """
     gaps = torch.tensor([1.0, 5.0, 10.0, 14.0, 18.0, 22.0, 26.0, 40.0])
     logits = torch.randn(1, len(gaps), V, generator=torch.Generator().manual_seed(0))
     label = V // 2
@@ -187,8 +190,10 @@ def test_confident_tokens_are_within_2e_6_relative(impl: Implementation, V: int)
         return logps.detach(), measured.entropy, dx[..., label]
 
     truth = confident_truth(logits, labels, grad)
-    for actual, true in zip(confident(logits.to(impl.device), impl.backend), truth, strict=True):
-        torch.testing.assert_close(actual.cpu().double(), true, rtol=2e-6, atol=0.0)
+    found = [x.cpu().double() for x in confident(logits.to(impl.device), impl.backend)]
+    for actual, true in zip(found, truth, strict=True):
+        assert ((actual - true).abs() <= (1e-6 + 1.2e-7 * gaps) * true.abs()).all()
+    torch.testing.assert_close(found[0], truth[0], rtol=1e-6, atol=1e-8)
 
 
 def confident_truth(logits: torch.Tensor, labels: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
