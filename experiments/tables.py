@@ -12,7 +12,7 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows that share their columns; floats with six significant digits, so that a rerun's noise is not a diff."""
+    """Write rows that share their columns; floats with six significant digits, so that rounding is not a diff."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Rows = Sequence[Mapping[str, Any]]
-DISTANCE = "total variation to π_chosen"
+DISTANCE = r"total variation to $\pi_{chosen}$"
+FROM_REFERENCE_TITLE = r"$y_l$ drawn from $\pi_{ref}$"
 
 
 def draw(summary: Rows, sampled: Rows, path: Path) -> None:
@@ -22,13 +23,18 @@ def draw(summary: Rows, sampled: Rows, path: Path) -> None:
     figure = new_figure(13.5, 4.4)
     optima, mixing, sampling = figure.subplots(1, 3)
     _draw_optima(optima, [row for row in summary if row["setup"] == FROM_REFERENCE])
-    finish_panel(optima, "y_l drawn from π_ref", f"{DISTANCE} (1e-16: exact)", "")
+    finish_panel(optima, FROM_REFERENCE_TITLE, rf"{DISTANCE}; $< 10^{{-12}}$: rounding", "")
     _draw_mixing(mixing, [row for row in summary if row["setup"] == FROM_REJECTED and row["route"] == "one-stage"])
     finish_panel(
-        mixing, "y_l rejected, π_ref = (chosen + rejected)/2", "α, share of chosen in the reference term", DISTANCE
+        mixing,
+        r"$y_l$ rejected, $\pi_{ref}$ = (chosen + rejected)/2",
+        r"$\alpha$, share of chosen in the reference term",
+        DISTANCE,
     )
     _draw_sampling(sampling, [row for row in sampled if row["setup"] == FROM_REFERENCE])
-    finish_panel(sampling, "y_l drawn from π_ref, finite samples", "samples of y_w and of y_l a prompt", DISTANCE)
+    finish_panel(
+        sampling, f"{FROM_REFERENCE_TITLE}, finite samples", r"samples of $y_w$ and of $y_l$ a prompt", DISTANCE
+    )
     for axes in (mixing, sampling):
         axes.legend(frameon=False, fontsize=8, ncols=2)
     save(figure, path)
@@ -48,11 +54,11 @@ def _draw_optima(axes: Axes, rows: Rows) -> None:
         )
     axes.set_xscale("log")
     axes.set_xlim(3e-18, 3)
-    axes.set_yticks(range(len(names)), [f"{loss}, β = {beta:g}" if beta else loss for loss, beta in names])
+    axes.set_yticks(range(len(names)), [rf"{loss}, $\beta$ = {beta:g}" if beta else loss for loss, beta in names])
     axes.invert_yaxis()
-    for label, fill in (("policy fitted directly", "0.3"), ("two-stage: fit r, then π_ref r", "white")):
+    for label, fill in (("policy fitted directly", "0.3"), (r"two-stage: fit $r$, then $\pi_{ref}\, r$", "white")):
         axes.plot([], [], "o", color="0.3", markerfacecolor=fill, label=label)
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    axes.legend(frameon=False, fontsize=8, loc="center", bbox_to_anchor=(0.55, 0.42))
 
 
 def _draw_mixing(axes: Axes, rows: Rows) -> None:
@@ -61,16 +67,19 @@ def _draw_mixing(axes: Axes, rows: Rows) -> None:
         _curve(axes, curve, "alpha", name)
     for row in rows:
         if row["beta"] == 1.0:
-            axes.axhline(row["tv_mean"], color=colour_of(row["loss"]), linestyle=":", label=f"{row['loss']}, β = 1")
+            axes.axhline(
+                row["tv_mean"], color=colour_of(row["loss"]), linestyle=":", label=rf"{row['loss']}, $\beta$ = 1"
+            )
     axes.set_ylim(bottom=-0.01)
 
 
 def _draw_sampling(axes: Axes, rows: Rows) -> None:
     for name in dict.fromkeys(row["loss"] for row in rows):
         curve = [row for row in rows if row["loss"] == name]
-        _curve(axes, curve, "samples", f"{name}, β = 1" if curve[0]["beta"] else name)
+        _curve(axes, curve, "samples", rf"{name}, $\beta$ = 1" if curve[0]["beta"] else name)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.tick_params(which="minor", labelsize=8)
 
 
 def _curve(axes: Axes, rows: Rows, x: str, label: str) -> None:

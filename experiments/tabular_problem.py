@@ -12,6 +12,7 @@ from dil_kernels import dil_loss
 
 MIN_PROBABILITY = 0.02  # so that each response is in every large sample
 LONGEST_STEP = 2.0  # nats, in any coordinate
+ROUNDING = 1e-14  # relative, of an expected loss
 DIFFERENCE = 1e-5  # nats, for second derivatives
 
 Objective = Callable[[Tensor], Tensor]
@@ -114,7 +115,7 @@ def _minimise(
         step = step * (LONGEST_STEP / step.abs().amax(1, keepdim=True)).clamp(max=1.0)
         size = torch.ones(len(x), 1, dtype=x.dtype)
         for _ in range(30):
-            worse = objective(x + size * step) > value + 1e-15 * value.abs()
+            worse = objective(x + size * step) > value + ROUNDING * value.abs()
             if not bool(worse.any()):
                 break
             size = torch.where(worse[:, None], size / 2, size)
