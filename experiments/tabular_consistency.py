@@ -138,7 +138,10 @@ def sampled_rows(settings: Settings) -> list[dict[str, Any]]:
             generator = torch.Generator().manual_seed(count)
             drawn = sample(tables.chosen, count, generator), sample(rejected, count, generator)
             for loss in losses(setup):
-                unbiased = loss.beta == 1.0 if loss.beta is not None else setup == FROM_REFERENCE or loss.alpha == 0.5
+                if setup == FROM_REFERENCE:
+                    unbiased = loss.beta in (None, 1.0)
+                else:
+                    unbiased = loss.beta is None and loss.alpha == 0.5
                 if not unbiased:
                     continue
                 solution = solve(loss, *drawn, reference)
