@@ -47,11 +47,17 @@ def openrlhf_batch_logps(
 
 
 def llamafactory_dpo_loss(
-    self: Any, chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor
+    self: Any,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *unused: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LLaMA-Factory 0.9.5: `llamafactory.train.dpo.trainer.CustomDPOTrainer.dpo_loss`.
+    """LLaMA-Factory 0.9.5: `llamafactory.train.dpo.trainer.CustomDPOTrainer.dpo_loss`; also that of TRL 0.24 to 0.28.
 
-    With `pref_loss: ipo` in the YAML file the trainer divides the log-probs of both models by the lengths before.
+    With `pref_loss: ipo` LLaMA-Factory, with `loss_type="ipo"` TRL divides the log-probs of both models by the lengths
+    before. TRL hands on its loss_type and model_output, too.
     """
     return dil_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, loss_type="lsif")
 

@@ -7,6 +7,7 @@ Passes with TRL 1.0 to 1.16; another version is tested by `pip install --no-deps
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -118,7 +119,10 @@ PLAIN_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ukl": lambda u_w, u_l: -u_w + u_l.exp(),
     "bce": lambda u_w, u_l: softplus(-u_w) + softplus(u_l),
     "dpo": lambda u_w, u_l: softplus(-0.3 * (u_w - u_l)),
+    "power": lambda u_w, u_l: -torch.expm1(0.25 * u_w) / 0.25 + (1.25 * u_l).exp() / 1.25,
 }
+OPTIONS = {"dpo": {"beta": 0.3}, "power": {"power": 0.25}}
+WAYS = {"fused head": {}, "logits": {"fused_head": False}, "eager": {"fused_head": False, "backend": "eager"}}
 
 
 def plain_pairs(
@@ -159,10 +163,10 @@ def plain_gradients(loss: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("average", [True, False], ids=["average", "sum"])
 @pytest.mark.parametrize("name", PLAIN_LOSSES)
-def test_a_step_is_that_of_plain_pytorch(tmp_path: Path, name: str, average: bool, backend: str) -> None:
+def test_a_step_is_that_of_plain_pytorch(tmp_path: Path, name: str, average: bool, way: dict[str, Any]) -> None:
     ref, recorder = make_model(0).double(), GradientRecorder()
     policy = near(ref)
     trainer = make_trainer(
@@ -173,9 +177,9 @@ def test_a_step_is_that_of_plain_pytorch(tmp_path: Path, name: str, average: boo
         per_device_train_batch_size=7,
         max_steps=1,
         loss_type=name,
-        beta=0.3 if name == "dpo" else None,
         average_log_prob=average,
-        backend=backend,
+        **OPTIONS.get(name, {}),
+        **way,
     )
     trainer.train()
     truth = plain_pairs(policy, ref, batch_of(trainer), name, average)
@@ -300,8 +304,22 @@ def test_a_micro_batch_does_not_wait_for_the_device(tmp_path: Path) -> None:
     with HostReads() as reads:
         trainer.get_batch_samples(iter([batch, batch]), 2, torch.device("cpu"))
         trainer.compute_loss(trainer.model, batch)
-    # transformers looks for padding; labels are checked on the CPU only
-    assert set(reads.files) <= {"masking_utils.py", "checks.py"}
+    # transformers looks for padding; labels and the head are checked on the CPU only
+    assert set(reads.files) <= {"masking_utils.py", "checks.py", "modeling.py", "linear.py"}
+    assert reads.files.count("linear.py") <= 2, "each model counts its scored tokens once"
+
+
+def test_a_head_that_cannot_be_fused_is_scored_from_logits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def run(model: Any) -> dict[str, Tensor]:
+        trainer = make_trainer(tmp_path, model=model.double(), ref_model=make_model(1).double(), max_steps=2)
+        trainer.train()
+        return weights_of(trainer)
+
+    model = make_model(0)
+    model.lm_head.forward = functools.partial(torch.nn.Linear.forward, model.lm_head)
+    actual = run(model)
+    assert "the logits are held in memory, because LlamaForCausalLM: the forward of its output head" in caplog.text
+    assert_close(actual, run(make_model(0)), EXACT)
 
 
 class Unscored:
@@ -635,6 +653,8 @@ def test_the_options_of_a_launcher_are_taken_over(tmp_path: Path) -> None:
     assert (config.loss_type, config.beta, config.average_log_prob) == (["dpo"], 0.2, False)
     assert (config.max_length, config.seed, config.device) == (77, 5, theirs.device)
     assert (theirs.loss_type, theirs.beta) == (["sigmoid"], 0.3)
+    with pytest.raises(TypeError, match="max_length"):
+        DILConfig.from_dpo_config(theirs, max_length=5)
     with pytest.raises(ValueError, match=r"beta=0.2 was given, but loss_type='lsif' has no beta"):
         DILConfig.from_dpo_config(theirs, beta=0.2)
     theirs.label_smoothing = 0.1

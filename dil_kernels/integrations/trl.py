@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -27,13 +28,16 @@ except ImportError as error:
 from dil_kernels.backends import resolve_backend
 from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.logps import LogitStatistics
-from dil_kernels.functional.loss import loss_of_token_logps, resolve_loss_options
-from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_sums
+from dil_kernels.functional.loss import loss_of_token_logps
+from dil_kernels.functional.loss_options import resolve_loss_options
+from dil_kernels.integrations.token_metrics import COLUMNS, counted_pairs, token_means, token_sums
 from dil_kernels.integrations.trl_config import DILConfig
-from dil_kernels.metrics import METRICS, NonFinitePairs, counted_pairs, means, pair_metrics
-from dil_kernels.reference import accumulation_dtype
+from dil_kernels.metrics import NonFinitePairs, means, response_metrics, zero_sums
+from dil_kernels.modeling import UnsupportedHeadError, install_fused_head
 
 __all__ = ["DILConfig", "DILTrainer"]
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
@@ -95,6 +99,7 @@ class DILTrainer(DPOTrainer):
         args = DILConfig("dil_output") if args is None else args
         if not isinstance(args, DILConfig):
             raise TypeError(f"args must be a dil_kernels.integrations.trl.DILConfig, got {type(args).__name__}")
+        self._fused_heads: dict[nn.Module, bool] = {}
         super().__init__(model, ref_model, args, *rest, **kwargs)
         if self.args.n_gpu > 1:
             raise NotImplementedError(
@@ -105,9 +110,11 @@ class DILTrainer(DPOTrainer):
             raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or context parallelism")
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
         self.model_accepts_loss_kwargs = True
-        (loss_type,) = args.loss_type
         self.loss_options = resolve_loss_options(
-            loss_type, args.beta, args.alpha, args.average_log_prob, pair_layout="concatenated", reduction="sum"
+            **args.loss_options(),
+            average_log_prob=args.average_log_prob,
+            pair_layout="concatenated",
+            reduction="sum",
         )
         self.beta = 1.0 if args.beta is None else args.beta
         self._has_router = getattr(self, "aux_loss_enabled", False)  # a mixture of experts, in TRL 1.8 or later
@@ -194,21 +201,43 @@ class DILTrainer(DPOTrainer):
     ) -> Scores:
         """The one place where the forward of a model and the kernels meet."""
         model_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        options: dict[str, Any] = {"backend": self.args.backend}
+        if not keep_logits and self._has_fused_head(model):
+            options["return_statistics"] = return_statistics
+            outputs = model(**model_inputs, use_cache=False, score_labels=labels, score_options=options, **kwargs)
+            statistics = LogitStatistics(outputs.mean_logit, outputs.entropy, outputs.top1_hit)
+            return Scores(outputs.token_logps, statistics if return_statistics else None, outputs)
         outputs = model(**model_inputs, use_cache=False, **kwargs)
         logits = outputs.logits
         if logits.shape[1] != labels.shape[1]:
             logits = logits[:, -labels.shape[1] :]  # prompt tuning prepends virtual tokens
             keep_logits = True
         kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
-        options: dict[str, Any] = {
-            "ignore_index": IGNORE_INDEX,
-            # Nobody else needs the logits; a model that does gets autograd's error.
-            "inplace_backward": kernels and logits.requires_grad and not keep_logits,
-            "backend": self.args.backend,
-        }
-        if return_statistics:
-            return Scores(*token_logps(logits, labels, return_statistics=True, **options), outputs)
-        return Scores(token_logps(logits, labels, **options), None, outputs)
+        # Nobody else needs the logits; a model that does gets autograd's error.
+        options["inplace_backward"] = kernels and logits.requires_grad and not keep_logits
+        if not return_statistics:
+            return Scores(token_logps(logits, labels, **options), None, outputs)
+        logps, statistics = token_logps(logits, labels, return_statistics=True, **options)
+        return Scores(logps, statistics, outputs)
+
+    def _has_fused_head(self, model: nn.Module) -> bool:
+        """Whether the model scores labels without logits; teaches it on the first call, if it can."""
+        if not self.args.fused_head:
+            return False
+        if (
+            is_peft_model(self.model)
+            and self.accelerator.unwrap_model(self.model).active_peft_config.is_prompt_learning
+        ):
+            return False  # it sees virtual tokens, which have no label
+        model = self.accelerator.unwrap_model(model)
+        if model not in self._fused_heads:
+            try:
+                install_fused_head(model)
+                self._fused_heads[model] = True
+            except UnsupportedHeadError as error:
+                logger.warning("the logits are held in memory, because %s", error)
+                self._fused_heads[model] = False
+        return self._fused_heads[model]
 
     def _score_reference(self, model: nn.Module | None, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         """Log-probs of the labels under the reference: `model`, or the one that the trainer holds."""
@@ -239,17 +268,23 @@ class DILTrainer(DPOTrainer):
         return chosen, rejected
 
     def _no_sums(self) -> Tensor:
-        """Nothing to log yet: METRICS, the pairs that count, COLUMNS and the router's loss."""
-        size = len(METRICS) + 1 + len(COLUMNS) + 1
-        return torch.zeros(size, dtype=accumulation_dtype(self.args.device), device=self.args.device)
+        """Nothing to log yet: the sums of `response_metrics`, COLUMNS, the router's loss and how often it counts."""
+        pairs = zero_sums(self.args.device)
+        return torch.cat([pairs, pairs.new_zeros(len(COLUMNS) + 2)])
 
     def _record(self, inputs: dict[str, Any], policy: Scores, output: DILOutput) -> None:
         """Add a micro-batch to what is logged next; nothing waits for the device."""
-        rewards = {name: self.beta * getattr(output, name) for name in ("chosen_rewards", "rejected_rewards")}
-        pairs = pair_metrics(output._replace(**rewards))
-        aux_loss = pairs[:, -1:] * (policy.outputs.aux_loss.detach() if self._has_router else 0.0)
         assert policy.statistics is not None
-        sums = torch.cat([pairs, token_sums(policy.statistics, output), aux_loss], dim=1)
+        rewards = {name: self.beta * getattr(output, name) for name in ("chosen_rewards", "rejected_rewards")}
+        counted = counted_pairs(output).unsqueeze(1)
+        aux_loss = policy.outputs.aux_loss.detach() if self._has_router else 0.0
+        columns = [
+            response_metrics(output._replace(**rewards), unpaired=False),
+            token_sums(policy.statistics, output),
+            counted * aux_loss,
+            counted,
+        ]
+        sums = torch.cat(columns, dim=1)
         if self.model.training:
             self._train_sums += sums.sum(0)
             self._train_tokens += inputs["attention_mask"].sum()
@@ -259,10 +294,10 @@ class DILTrainer(DPOTrainer):
 
     def _means(self, sums: Tensor) -> dict[str, float]:
         """What TRL logs, from the sums over pairs of all processes, to be called by all of them."""
-        pairs, tokens, (aux_loss,) = sums.split([len(METRICS) + 1, len(COLUMNS), 1])
+        pairs, tokens, router = sums.split([sums.shape[0] - len(COLUMNS) - 2, len(COLUMNS), 2])
         metrics = means(pairs) | token_means(tokens)
         if self._has_router:
-            metrics["aux_loss"] = (aux_loss / pairs[-1]).item()
+            metrics["aux_loss"] = (router[0] / router[1]).item()
             metrics["loss"] += self.router_aux_loss_coef * metrics["aux_loss"]
         metrics["num_tokens"] = self.accelerator.reduce(self._train_tokens, reduction="sum").item()
         return metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import trl
 from packaging.version import Version
@@ -40,19 +41,41 @@ class DILConfig(DPOConfig):
 
     loss_type: list[str] = field(
         default_factory=lambda: ["lsif"],
-        metadata={"help": "The density-ratio loss: lsif (the paper's default), ukl, bce, dpo, or a registered one."},
+        metadata={
+            "help": "The density-ratio loss: lsif (the paper's), ukl, bce, power, is, brier, dpo, or a registered one."
+        },
     )
     beta: float | None = field(
         default=None,
         metadata={"help": "Inverse temperature of the dpo loss (as TRL's if not given: 0.1); no other loss has one."},
     )
+    power: float | None = field(
+        default=None,
+        metadata={"help": "Exponent of the power loss (0.5 if not given): 1 is lsif, 0 ukl, -1 Itakura-Saito."},
+    )
     alpha: float = field(
         default=0.0,
         metadata={"help": "Share of the chosen responses in the reference expectation, in [0, 1]; 0 is the paper's."},
     )
+    max_log_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Soft bound M on the log ratios in the loss, u -> M tanh(u/M); none if not given."},
+    )
+    chosen_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the chosen term of a separable loss."},
+    )
+    rejected_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the rejected term of a separable loss."},
+    )
     average_log_prob: bool = field(
         default=True,
         metadata={"help": "Divide each log ratio by the number of scored tokens of its response."},
+    )
+    fused_head: bool = field(
+        default=True,
+        metadata={"help": "Take the log-probs inside the output head, without logits, where the model allows it."},
     )
     backend: str = field(
         default="auto",
@@ -64,30 +87,31 @@ class DILConfig(DPOConfig):
         self._check()
 
     @classmethod
-    def from_dpo_config(
-        cls,
-        config: DPOConfig,
-        *,
-        loss_type: str = "lsif",
-        beta: float | None = None,
-        alpha: float = 0.0,
-        average_log_prob: bool = True,
-        backend: str = "auto",
-    ) -> DILConfig:
+    def from_dpo_config(cls, config: DPOConfig, **options: Any) -> DILConfig:
         """The options of a `DPOConfig` that a launcher such as axolotl built, with another loss.
 
         Args:
             config: whose other options are taken; it is left as it is.
-            loss_type, beta, alpha, average_log_prob, backend: in place of its own loss_type and beta.
+            options: those that this class adds, loss_type and beta; the rest of them take their defaults.
 
         Raises:
+            TypeError: an option that is not of this class.
             ValueError: an option that the loss does not use, as at construction.
         """
-        ours = {"alpha": alpha, "average_log_prob": average_log_prob, "backend": backend}
+        names = DILConfig.__annotations__
+        if unknown := options.keys() - names.keys():
+            raise TypeError(f"options of the DPOConfig itself, or unknown ones: {', '.join(sorted(unknown))}")
         new = cls.__new__(cls)  # what is computed at construction, as the device is, comes along
-        new.__dict__.update(vars(config), loss_type=[loss_type], beta=beta, **ours)
+        ours = {name: cls.__dataclass_fields__[name].default for name in names}
+        new.__dict__.update(vars(config), **{**ours, "loss_type": "lsif", **options})
+        new.loss_type = [new.loss_type] if isinstance(new.loss_type, str) else new.loss_type
         new._check()
         return new
+
+    def loss_options(self) -> dict[str, Any]:
+        """The keywords of the fused losses that define the loss."""
+        names = ("beta", "power", "alpha", "max_log_ratio", "chosen_weight", "rejected_weight")
+        return {"loss_type": self.loss_type[0], **{name: getattr(self, name) for name in names}}
 
     def _check(self) -> None:
         if len(self.loss_type) != 1:
@@ -100,7 +124,7 @@ class DILConfig(DPOConfig):
             )
         if loss_type == "dpo" and self.beta is None:
             self.beta = DPOConfig.__dataclass_fields__["beta"].default
-        resolve_options(loss_type, self.beta, self.alpha)
+        resolve_options(**self.loss_options())
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         options = self.__dataclass_fields__
         for name in UNUSED_OPTIONS:
