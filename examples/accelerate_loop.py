@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from shared import load_model, parse_options, tokenized_pairs
 from torch.utils.data import DataLoader
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset = tokenized_pairs(tokenizer)
     columns: dict[str, list[float]] = {"ref_chosen_logps": [], "ref_rejected_logps": []}
     for batch in DataLoader(dataset, batch_size=options.batch_size, collate_fn=collate):
-        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        batch = send_to_device(batch, accelerator.device)
         with torch.no_grad():
             sums = sequence_logps(logits_of(batch), batch["labels"])
         for column, half in zip(columns.values(), sums.chunk(2), strict=True):

@@ -12,6 +12,7 @@ import itertools
 import logging
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ __all__ = ["DILConfig", "DILTrainer"]
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
-NOT_FOR_THE_MODEL = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+NOT_FOR_THE_MODEL = frozenset({"completion_mask", "num_scored", "ref_chosen_logps", "ref_rejected_logps"})
 
 
 class Scores(NamedTuple):
@@ -49,6 +50,22 @@ class Scores(NamedTuple):
     token_logps: Tensor  # [2B, T - 1] fp32
     statistics: LogitStatistics | None  # [2B, T - 1] each, if asked for
     outputs: Any  # of the model
+
+
+@dataclass
+class CountingCollator:
+    """Another collator whose batches also say num_scored, so that the fused head need not ask the device.
+
+    Attributes:
+        collate: makes batches as TRL's collators do.
+    """
+
+    collate: Any
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch of TRL, and num_scored: how many tokens of its responses are scored."""
+        batch: dict[str, Any] = self.collate(examples)
+        return {**batch, "num_scored": int(batch["completion_mask"][:, 1:].sum())}
 
 
 class DILTrainer(DPOTrainer):
@@ -108,6 +125,7 @@ class DILTrainer(DPOTrainer):
             )
         if getattr(self.accelerator, "parallelism_config", None) is not None:
             raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or context parallelism")
+        self.data_collator = CountingCollator(self.data_collator)
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
         self.model_accepts_loss_kwargs = True
         self.loss_options = resolve_loss_options(
@@ -203,7 +221,8 @@ class DILTrainer(DPOTrainer):
         model_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
         options: dict[str, Any] = {"backend": self.args.backend}
         if not keep_logits and self._has_fused_head(model):
-            options["return_statistics"] = return_statistics
+            options |= {"return_statistics": return_statistics, "stash_bytes": self.args.stash_bytes}
+            options["max_scored_tokens"] = inputs.get("num_scored")
             outputs = model(**model_inputs, use_cache=False, score_labels=labels, score_options=options, **kwargs)
             statistics = LogitStatistics(outputs.mean_logit, outputs.entropy, outputs.top1_hit)
             return Scores(outputs.token_logps, statistics if return_statistics else None, outputs)
@@ -222,22 +241,27 @@ class DILTrainer(DPOTrainer):
 
     def _has_fused_head(self, model: nn.Module) -> bool:
         """Whether the model scores labels without logits; teaches it on the first call, if it can."""
-        if not self.args.fused_head:
-            return False
-        if (
-            is_peft_model(self.model)
-            and self.accelerator.unwrap_model(self.model).active_peft_config.is_prompt_learning
-        ):
-            return False  # it sees virtual tokens, which have no label
         model = self.accelerator.unwrap_model(model)
         if model not in self._fused_heads:
-            try:
-                install_fused_head(model)
-                self._fused_heads[model] = True
-            except UnsupportedHeadError as error:
-                logger.warning("the logits are held in memory, because %s", error)
-                self._fused_heads[model] = False
+            problem = self._fused_head_problem(model)
+            if problem is not None and self.args.fused_head:
+                raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")
+            if problem is not None and self.args.fused_head is None:
+                logger.warning("log-probs are taken from logits, since %s", problem)
+            self._fused_heads[model] = problem is None
         return self._fused_heads[model]
+
+    def _fused_head_problem(self, model: Any) -> str | None:
+        """Why the model does not score labels without logits; None if it does."""
+        if self.args.fused_head is False:
+            return "fused_head=False was given"
+        if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+            return "prompt tuning adds virtual tokens, which have no label"
+        try:
+            install_fused_head(model)
+        except UnsupportedHeadError as error:
+            return str(error)
+        return None
 
     def _score_reference(self, model: nn.Module | None, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         """Log-probs of the labels under the reference: `model`, or the one that the trainer holds."""

@@ -73,9 +73,19 @@ class DILConfig(DPOConfig):
         default=True,
         metadata={"help": "Divide each log ratio by the number of scored tokens of its response."},
     )
-    fused_head: bool = field(
-        default=True,
-        metadata={"help": "Take the log-probs inside the output head, without logits, where the model allows it."},
+    fused_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Take log-probs inside the output head, without logits: where the model allows it if not given, "
+            "always (an error where it does not) if true, never if false."
+        },
+    )
+    stash_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bytes that the fused head may keep from forward to backward; less is slower. If not given, a "
+            "quarter of the free memory."
+        },
     )
     backend: str = field(
         default="auto",
