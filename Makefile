@@ -52,6 +52,7 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_logprob.py --device cpu $(ARGS)
 	$(BIN)/python benchmarks/bench_loss.py --device cpu $(ARGS)
+	$(BIN)/python benchmarks/bench_linear.py --device cpu $(ARGS)
 
 # On a GPU machine with its own PyTorch: make gpu-check BIN=/path/to/bin, after `pip install -e . --no-build-isolation` there.
 # Each command has a limit, so that all of it ends within 10 minutes.
@@ -64,7 +65,8 @@ gpu-check:
 # Every benchmark stops at its share of 10 minutes and exits with 3 if cases are left; called again it goes on with those.
 gpu-bench:
 	$(BIN)/python benchmarks/bench_loss.py --device cuda --resume --minutes 1 $(ARGS)
-	$(BIN)/python benchmarks/bench_logprob.py --device cuda --resume --minutes 6 $(ARGS)
+	$(BIN)/python benchmarks/bench_linear.py --device cuda --resume --minutes 4 $(ARGS)
+	$(BIN)/python benchmarks/bench_logprob.py --device cuda --resume --minutes 4 $(ARGS)
 
 aot-report: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/aot_report.py --csv

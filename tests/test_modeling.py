@@ -526,6 +526,7 @@ def _train_on_a_share(rank: int, directory: str) -> None:
         full = {key: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for key, grad in grads.items()}
         if rank == 0:
             torch.save(full, f"{directory}/{wrapper} {name}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -24,7 +24,14 @@ MIN_CURVE_POINTS = 3
 CURVE_VALUES = {"share_of_floor": "floor / median (1 = at the floor)", "p50_ms": "milliseconds, median"}
 LEAST_SHOWN = 0.001  # a microsecond, a kilobyte
 TICK_RATIO = 1.12
-AXIS_NAMES = {"vocab": "vocabulary V", "rows": "rows", "pairs": "pairs B", "tokens": "tokens T"}
+AXIS_NAMES = {
+    "vocab": "vocabulary V",
+    "rows": "rows",
+    "pairs": "pairs B",
+    "tokens": "tokens T",
+    "hidden_size": "hidden size D",
+    "scored_percent": "scored share, %",
+}
 
 Value = Callable[[Record], "float | None"]
 

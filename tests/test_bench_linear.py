@@ -1,0 +1,109 @@
+"""The benchmark of the head: what it counts, its truth, and that every implementation is called rightly."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from families.linear import FORWARD, FORWARD_BACKWARD, LINEAR, LinearCase, make_inputs, make_truth, measure_errors
+from families.linear_inputs import BETA
+from families.linear_providers import PROVIDERS, eager_loss
+from harness.check import allowed_errors, find_problem
+from harness.command import main
+from harness.family import OURS, Provider
+
+CPU = torch.device("cpu")
+TASKS = ("policy", "reference", "frozen", "nll")
+
+
+@pytest.mark.parametrize(
+    ("task", "forward", "forward_backward"), [("policy", 1, 3), ("reference", 2, 4), ("frozen", 1, 2), ("nll", 1, 3)]
+)
+def test_work_counted(task, forward, forward_backward):
+    # 8,192 rows, half of them scored; a product is 2 * 4096 * 4096 * 128256 FLOPs, the weight 4096 * 128256 * 2 bytes.
+    case = LinearCase(task, 4, 2048, 4096, 128256, torch.bfloat16, 50)
+    assert FORWARD.flops_counted(case) == forward * 4_303_557_230_592
+    assert FORWARD_BACKWARD.flops_counted(case) == forward_backward * 4_303_557_230_592
+    assert FORWARD.bytes_counted(case) == forward * 1_050_673_152
+    assert FORWARD_BACKWARD.bytes_counted(case) == forward_backward * 1_050_673_152
+
+
+def test_case_names_are_unique():
+    for grid in LINEAR.grids.values():
+        assert len({case.name for case in grid}) == len(grid)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_truth_is_that_of_autograd(task):
+    inputs = make_inputs(LinearCase(task, 4, 7, 12, 53, torch.float64, 50), CPU)
+
+    def logps(hidden, weight):
+        targets = inputs.labels[:, 1:]
+        values = (hidden @ weight.t())[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1))
+        return values.squeeze(-1) * (targets != -100)
+
+    policy = logps(inputs.hidden, inputs.weight)
+    if task == "nll":
+        loss, nats = -policy.sum() / (inputs.labels[:, 1:] != -100).sum(), policy.sum().unsqueeze(0)
+    else:
+        nats = policy.sum(-1)
+        if task == "reference":
+            nats = nats - logps(inputs.ref_hidden, inputs.ref_weight).sum(-1)
+        loss = -logsigmoid(BETA * (nats[:2] - nats[2:])).mean()
+    truth = make_truth(inputs)
+    torch.testing.assert_close(truth.nats, nats.detach(), rtol=1e-12, atol=1e-12)
+    for mine, autograds in zip(truth.gradients, torch.autograd.grad(loss, inputs.leaves), strict=True):
+        torch.testing.assert_close(mine, autograds, rtol=1e-10, atol=1e-14)
+
+
+PEERS = {"trl": "trl", "liger-dpo": "liger_kernel", "liger-scaled": "liger_kernel"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", [OURS, f"{OURS}-no-stash", "eager-compacted", "torch.compile", *PEERS])
+def test_providers_are_called_rightly(name, task, dtype):
+    """Peers where they are installed."""
+    if name in PEERS:
+        pytest.importorskip(PEERS[name])
+    inputs = make_inputs(LinearCase(task, 4, 9, 24, 1003, dtype, 50), CPU)
+    truth = make_truth(inputs)
+    provider = PROVIDERS[name]
+    if (name, task) == ("liger-dpo", "nll"):
+        with pytest.raises(NotImplementedError, match="pairs only"):
+            provider.build()(inputs)
+        return
+    errors = measure_errors(provider.build(), inputs, truth)
+    allowed = allowed_errors(LINEAR, measure_errors(eager_loss, inputs, truth), provider, dtype)
+    assert find_problem(errors, allowed) is None
+
+
+def halved(inputs):
+    loss, nats = eager_loss(inputs)
+    return loss / 2, nats
+
+
+def shifted(inputs):
+    loss, nats = eager_loss(inputs)
+    return loss, nats + 0.5
+
+
+@pytest.mark.parametrize(("fn", "reason"), [(halved, "wrong gradient"), (shifted, "wrong nats")])
+def test_wrong_provider_is_caught_and_not_timed(fn, reason, tmp_path):
+    providers = {OURS: Provider(OURS, "wrong", lambda: fn), "eager": PROVIDERS["eager"]}
+    arguments = ["--quick", "--device", "cpu", "--cases", "fp32", "--output", str(tmp_path)]
+    assert main(dataclasses.replace(LINEAR, providers=providers), arguments) == 1
+    with (tmp_path / "linear.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["status"] for row in rows if row["provider"] == "eager"} == {"ok"}
+    ours = [row for row in rows if row["provider"] == OURS]
+    assert {row["status"] for row in ours} == {"wrong"}
+    assert all(row["reason"].startswith(reason) and row["p50_ms"] == "" for row in ours)
