@@ -9,14 +9,10 @@ from torch import Tensor
 
 from dil_kernels.functional import DILOutput
 from dil_kernels.functional.logps import LogitStatistics
+from dil_kernels.metrics import counted_pairs
 from dil_kernels.reference import accumulation_dtype
 
 COLUMNS = ("chosen_tokens", "rejected_tokens", "entropy", "chosen_logits", "rejected_logits", "chosen_hits")
-
-
-def counted_pairs(output: DILOutput) -> Tensor:
-    """Which pairs are in the means, [B] bool: those whose responses both have a scored token."""
-    return (output.chosen_lengths > 0) & (output.rejected_lengths > 0)
 
 
 def token_sums(statistics: LogitStatistics, output: DILOutput) -> Tensor:

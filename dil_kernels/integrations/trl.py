@@ -31,10 +31,11 @@ from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.logps import LogitStatistics
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options
-from dil_kernels.integrations.token_metrics import COLUMNS, counted_pairs, token_means, token_sums
+from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_sums
 from dil_kernels.integrations.trl_config import DILConfig
-from dil_kernels.metrics import NonFinitePairs, means, response_metrics, zero_sums
+from dil_kernels.metrics import METRICS, NonFinitePairs, counted_pairs, means, pair_metrics
 from dil_kernels.modeling import UnsupportedHeadError, install_fused_head
+from dil_kernels.reference import accumulation_dtype
 
 __all__ = ["DILConfig", "DILTrainer"]
 
@@ -89,6 +90,7 @@ class DILTrainer(DPOTrainer):
     """
 
     args: DILConfig
+    data_collator: Any
     loss_is_scaled_for_ga = True  # by the number of pairs, in compute_loss
 
     _tag_names = ("trl", "dil")
@@ -292,23 +294,17 @@ class DILTrainer(DPOTrainer):
         return chosen, rejected
 
     def _no_sums(self) -> Tensor:
-        """Nothing to log yet: the sums of `response_metrics`, COLUMNS, the router's loss and how often it counts."""
-        pairs = zero_sums(self.args.device)
-        return torch.cat([pairs, pairs.new_zeros(len(COLUMNS) + 2)])
+        """Nothing to log yet: the sums of `pair_metrics`, COLUMNS and the router's loss."""
+        size = len(METRICS) + 1 + len(COLUMNS) + 1
+        return torch.zeros(size, dtype=accumulation_dtype(self.args.device), device=self.args.device)
 
     def _record(self, inputs: dict[str, Any], policy: Scores, output: DILOutput) -> None:
         """Add a micro-batch to what is logged next; nothing waits for the device."""
         assert policy.statistics is not None
         rewards = {name: self.beta * getattr(output, name) for name in ("chosen_rewards", "rejected_rewards")}
-        counted = counted_pairs(output).unsqueeze(1)
-        aux_loss = policy.outputs.aux_loss.detach() if self._has_router else 0.0
-        columns = [
-            response_metrics(output._replace(**rewards), unpaired=False),
-            token_sums(policy.statistics, output),
-            counted * aux_loss,
-            counted,
-        ]
-        sums = torch.cat(columns, dim=1)
+        pairs = pair_metrics(output._replace(**rewards))
+        aux_loss = pairs[:, -1:] * (policy.outputs.aux_loss.detach() if self._has_router else 0.0)
+        sums = torch.cat([pairs, token_sums(policy.statistics, output), aux_loss], dim=1)
         if self.model.training:
             self._train_sums += sums.sum(0)
             self._train_tokens += inputs["attention_mask"].sum()
@@ -318,10 +314,10 @@ class DILTrainer(DPOTrainer):
 
     def _means(self, sums: Tensor) -> dict[str, float]:
         """What TRL logs, from the sums over pairs of all processes, to be called by all of them."""
-        pairs, tokens, router = sums.split([sums.shape[0] - len(COLUMNS) - 2, len(COLUMNS), 2])
+        pairs, tokens, (aux_loss,) = sums.split([len(METRICS) + 1, len(COLUMNS), 1])
         metrics = means(pairs) | token_means(tokens)
         if self._has_router:
-            metrics["aux_loss"] = (router[0] / router[1]).item()
+            metrics["aux_loss"] = (aux_loss / pairs[-1]).item()
             metrics["loss"] += self.router_aux_loss_coef * metrics["aux_loss"]
         metrics["num_tokens"] = self.accelerator.reduce(self._train_tokens, reduction="sum").item()
         return metrics
