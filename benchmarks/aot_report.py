@@ -27,7 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dil_kernels.kernels import launch
+from dil_kernels.kernels import linear_head as linear_head_kernels
 from dil_kernels.kernels import logps as logps_kernels
+from dil_kernels.ops.linear_head import TILE_SHAPES
 
 ARCHITECTURES = {80: (8, 0), 90: (9, 0), 100: (10, 0), 120: (12, 0)}
 DTYPES = {"fp32": ("*fp32", 4), "bf16": ("*bf16", 2), "fp16": ("*fp16", 2)}
@@ -48,6 +50,7 @@ class Kernel:
     V: int
     num_warps: int
     source: ASTSource
+    max_registers: int | None = None  # as the launcher limits them
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:
@@ -127,11 +130,43 @@ def logps(arch: int) -> Iterator[Kernel]:
                 for fn, constants, num_warps in found:
                     name = fn.__name__.strip("_").removesuffix("_kernel")
                     source = specialise(fn, types, constants, divisible)
-                    yield Kernel(name, variant, arch, dtype, V, num_warps, source)
+                    # A program of one warp merges splits and takes what registers it wants, as its launcher lets it.
+                    limit = launch.max_registers(num_warps) if num_warps > 1 else None
+                    yield Kernel(name, variant, arch, dtype, V, num_warps, source, limit)
+
+
+def linear_head(arch: int) -> Iterator[Kernel]:
+    """What happens between the matrix products of the head, on whole tiles; the dtype is that of the gradient."""
+    kernels, V = linear_head_kernels, 128256
+    n = TILE_SHAPES["cuda"].columns
+    block, warps = kernels.tile_launch_shape(n)
+    tensors = ("tile_ptr", "bias_ptr", "state_ptr", "sums_ptr", "factors_ptr")
+    numbers = ("logit_scale", "softcap", "inv_temperature", "slack")
+    aligned = {"stride_tile", "stride_grad", "stride_stash", "R", "n", "D", "V", "start", "tile_columns"}
+    tile = {"BLOCK_V": block, "BLOCK_D": kernels.SUMS_BLOCK_D}
+    for dtype, (pointer, _) in DTYPES.items():
+        types = dict.fromkeys(tensors, "*fp32") | dict.fromkeys(numbers, "fp32") | {"labels_ptr": "*i64"}
+        types |= {"grad_ptr": pointer, "stash_ptr": pointer}
+        for variant, flags in (
+            ("kept", {"HAS_GRAD": True, "HAS_SUMS": False}),
+            ("not kept", {"HAS_GRAD": True, "HAS_SUMS": True}),
+            ("inference+statistics", {"HAS_GRAD": False, "HAS_SUMS": False}),
+            ("softcapping+bias", {"HAS_GRAD": True, "HAS_SUMS": True}),
+        ):
+            processed = {"HAS_BIAS": "bias" in variant, "SOFTCAP": "softcapping" in variant}
+            statistics = {"STATISTICS": "statistics" in variant}
+            source = specialise(kernels._head_tile_kernel, types, flags | processed | statistics | tile, aligned)
+            yield Kernel("head_tile", variant, arch, dtype, V, warps, source)
+        for variant, flag in (("plain", False), ("softcapping+bias", True)):
+            constants = {"HAS_BIAS": flag, "SOFTCAP": flag, "BLOCK_V": kernels.GRAD_BLOCK_V}
+            source = specialise(kernels._head_tile_grad_kernel, types, constants, aligned)
+            yield Kernel("head_tile_grad", variant, arch, dtype, V, kernels.GRAD_WARPS, source)
+        source = specialise(kernels._head_rescale_kernel, types, {"BLOCK_V": kernels.RESCALE_BLOCK_V}, aligned)
+        yield Kernel("head_rescale", "plain", arch, dtype, V, kernels.RESCALE_WARPS, source)
 
 
 # Family -> its kernels for an architecture. Each has a report of its own.
-FAMILIES: dict[str, Callable[[int], Iterator[Kernel]]] = {"logps": logps}
+FAMILIES: dict[str, Callable[[int], Iterator[Kernel]]] = {"linear_head": linear_head, "logps": logps}
 SAMPLE_STEP = 13  # every 13th kernel falls on each architecture, dtype and variant, and is what a test can afford
 
 
@@ -155,8 +190,7 @@ def ptxas_version() -> str:
 
 def compile_kernel(kernel: Kernel) -> Report:
     """Compile one kernel, from Triton's cache if it is there."""
-    # A program of one warp merges splits and takes what registers it wants, as its launcher lets it.
-    limit = {"maxnreg": launch.max_registers(kernel.num_warps)} if kernel.num_warps > 1 else {}
+    limit = {} if kernel.max_registers is None else {"maxnreg": kernel.max_registers}
     compiled = triton.compile(
         kernel.source, target=GPUTarget("cuda", kernel.arch, 32), options={"num_warps": kernel.num_warps} | limit
     )
