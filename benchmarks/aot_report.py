@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--csv", action="store_true", help="write the checked-in reports")
-    form.add_argument("--list", action="store_true", help="the keys of the rows as JSON, without compiling")
+    parser.add_argument("--list", action="store_true", help="the keys of the rows as JSON, without compiling")
     parser.add_argument("--sample", action="store_true", help="only the part that the tests recompile")
     parser.add_argument("--family", nargs="*", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument(
