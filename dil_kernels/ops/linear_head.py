@@ -52,7 +52,7 @@ class TileShape(NamedTuple):
 
 # On the GPU a chunk keeps the tensor cores busy and a tile of fp32 logits stays small (134 MB); on the CPU a tile of
 # logits and its part of the weight stay in the last-level cache.
-TILE_SHAPES = {"cuda": TileShape(4096, 8192), "cpu": TileShape(512, 2048)}
+TILE_SHAPES = {"cuda": TileShape(4096, 8192), "cpu": TileShape(512, 4096)}
 
 
 @dataclass(frozen=True)
