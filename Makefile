@@ -64,9 +64,10 @@ gpu-check:
 
 # Every benchmark stops at its share of 10 minutes and exits with 3 if cases are left; called again it goes on with those.
 gpu-bench:
-	$(BIN)/python benchmarks/bench_loss.py --device cuda --resume --minutes 1 $(ARGS)
-	$(BIN)/python benchmarks/bench_linear.py --device cuda --resume --minutes 4 $(ARGS)
-	$(BIN)/python benchmarks/bench_logprob.py --device cuda --resume --minutes 4 $(ARGS)
+	@worst=0; \
+	for run in "bench_loss.py 1" "bench_linear.py 4" "bench_logprob.py 4"; do set -- $$run; \
+	  $(BIN)/python benchmarks/$$1 --device cuda --resume --minutes $$2 $(ARGS) || worst=$$?; \
+	done; exit $$worst
 
 aot-report: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/aot_report.py --csv

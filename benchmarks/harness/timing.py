@@ -92,6 +92,7 @@ def time_interleaved(calls: Mapping[str, Call], device: torch.device, budget: Bu
     """Time calls beside each other, so that a machine's slow moments fall on all of them.
 
     Each round runs every call once unmeasured and `CALLS_PER_ROUND` times measured; the order rotates by one a round.
+    Calls are numbered on from one turn to the next, so that none finds in cache what the call before it has read.
     """
     per_turn = 1 + CALLS_PER_ROUND
     warm = {name: time_calls(call, 0, WARMUP_CALLS, device)[-1] for name, call in calls.items()}
@@ -102,8 +103,10 @@ def time_interleaved(calls: Mapping[str, Call], device: torch.device, budget: Bu
     rounds = min(max(math.ceil(budget.seconds / (round_ms * 1e-3)), budget.min_rounds), budget.max_rounds)
     names = list(calls)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
+    first = 0
     for r in range(rounds):
         turn = r % len(names)
         for name in names[turn:] + names[:turn]:
-            samples[name] += time_calls(calls[name], r * per_turn, per_turn, device, leads[name])[1:]
+            samples[name] += time_calls(calls[name], first, per_turn, device, leads[name])[1:]
+            first += per_turn
     return {name: quantiles(values) for name, values in samples.items()}
