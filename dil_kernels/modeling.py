@@ -168,9 +168,46 @@ class _Scoring(_Request):
         )
         token_logps, statistics = answer if isinstance(answer, tuple) else (answer, (None, None, None))
         if torch.compiler.is_compiling():  # a CPU tensor would keep a compiled model out of CUDA graphs
-            return (token_logps, *statistics), hidden_states.new_empty(hidden_states.shape[0], 0, weight.shape[0])
-        self.stand_in = torch.tensor([[[-HUGE, -1.0, TINY, 30.0]]], dtype=torch.float64)
-        return (token_logps, *statistics), self.stand_in
+            stand_in = hidden_states.new_empty(hidden_states.shape[0], 0, weight.shape[0])
+        else:
+            stand_in = self.stand_in = torch.tensor([[[-HUGE, -1.0, TINY, 30.0]]], dtype=torch.float64)
+        return (token_logps, *statistics), _StandIn.apply(stand_in, token_logps)
+
+
+# Wrappers of the head hang what must happen before its backward, such as gathering its weight, on the tensor that the
+# head returns. So the gradient of the log-probs also takes the way that it would take through the logits, as zeros.
+
+
+class _StandIn(torch.autograd.Function):
+    """`stand_in` as a function of the log-probs."""
+
+    @staticmethod
+    def forward(ctx: Any, stand_in: Tensor, token_logps: Tensor) -> Tensor:
+        """The stand-in."""
+        ctx.like = token_logps.new_empty(0), token_logps.shape
+        return stand_in.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, Tensor]:
+        """Nothing, in the shape of the log-probs."""
+        like, shape = ctx.like
+        return None, like.new_zeros(shape)
+
+
+class _After(torch.autograd.Function):
+    """The log-probs as a function of what became of the stand-in."""
+
+    @staticmethod
+    def forward(ctx: Any, token_logps: Tensor, logits: Tensor) -> Tensor:
+        """The log-probs."""
+        ctx.logits = logits.new_empty(0), logits.shape
+        return token_logps.view_as(token_logps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Their gradient, and nothing in the shape of the logits."""
+        like, shape = ctx.logits
+        return grad, like.new_zeros(shape)
 
 
 class _Measurement(_Request):
@@ -242,6 +279,7 @@ def _scoring_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if ask.stand_in is not None:
             _check_unchanged(fused, ask.stand_in, output.logits)
         token_logps, mean_logit, entropy, top1_hit = ask.answer
+        token_logps = _After.apply(token_logps, output.logits)
         return FusedHeadOutput(token_logps, mean_logit, entropy, top1_hit, getattr(output, "aux_loss", None))
 
     signature = inspect.signature(original)

@@ -147,9 +147,9 @@ class DILTrainer(Trainer):
 
     def _install_fused_head(self, *models: nn.Module | None) -> bool:
         """Teach policy and reference to return log-probs without logits, where that is wanted and possible; say so."""
-        if self.args.fused_head is False:
-            return False
-        problem = next(filter(None, (fused_head_problem(model) for model in models if model is not None)), None)
+        problem: str | None = "fused_head is false"
+        if self.args.fused_head is not False:
+            problem = next(filter(None, (fused_head_problem(model) for model in models if model is not None)), None)
         if problem is not None and self.args.fused_head:
             raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")
         if problem is None:

@@ -89,8 +89,8 @@ class DILConfig(TrainingArguments):
     stash_bytes: int | None = field(
         default=None,
         metadata={
-            "help": "Bytes that the fused head may keep from forward to backward; less is slower. If not given, a "
-            "quarter of the free memory."
+            "help": "Bytes that the fused head may keep from forward to backward; less is slower. If not given, an "
+            "eighth of the device's memory."
         },
     )
     dataset_num_proc: int | None = field(

@@ -91,7 +91,7 @@ def assert_close(actual: float, expected: mpf, terms: mpf, what: str) -> None:
             f"{what}: {actual}, not {mpmath.nstr(expected)}"
         )
         return
-    assert abs(mpf(actual) - expected) <= mpf("1e-12") * max(abs(expected), terms) + mpf("1e-150"), (
+    assert abs(mpf(actual) - expected) <= mpf("1e-12") * max(abs(expected), terms) + mpf("1e-45"), (
         f"{what}: {actual}, not {mpmath.nstr(expected, 17)}"
     )
 

@@ -10,7 +10,7 @@ struct HeadOptions {
   double logit_scale;
   double softcap;  // 0: none
   double inv_temperature;
-  double slack;  // the reference is renewed where a tile's maximum exceeds it by more than this
+  double slack;  // the reference is renewed where another entry than the label exceeds it by more than this
   bool statistics;
 };
 

@@ -145,15 +145,14 @@ struct HeadRowKernel {
       z[label] = kLowest;  // s becomes 0
     }
     const double others_max = maximum(z, n);
-    const double tile_max = has_label && row.label > others_max ? row.label : others_max;
     row.others_max = others_max > row.others_max ? others_max : row.others_max;
     double rescale = 1.0;
-    if (tile_max > row.reference + o.slack) {
+    if (others_max > row.reference + o.slack) {
       const bool first = row.reference == kLowest;
-      rescale = first ? 0.0 : std::exp((row.reference - tile_max) * o.inv_temperature);
-      row.dot = first ? 0.0 : rescale * (row.dot + (row.reference - tile_max) * row.rest);
+      rescale = first ? 0.0 : std::exp((row.reference - others_max) * o.inv_temperature);
+      row.dot = first ? 0.0 : rescale * (row.dot + (row.reference - others_max) * row.rest);
       row.rest = first ? row.rest : rescale * row.rest;  // a NaN stays
-      row.reference = tile_max;
+      row.reference = others_max;
     }
     // While all is -inf, differences from any finite number are as good.
     const Sums sums = weigh(z, n, row.reference == kLowest ? 0.0 : row.reference, o, grad);

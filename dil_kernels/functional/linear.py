@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from dil_kernels.functional.loss_options import DILOutput, resolve_loss_options,
 from dil_kernels.ops.linear import linear_logps
 from dil_kernels.ops.linear_head import TILE_SHAPES, peak_memory, stash_rows_within
 
-# Of the memory that is free on the device when a stash is made, the share that it may take by default.
-STASH_SHARE = 0.25
+# Of the memory of the device, the share that a stash may take by default.
+STASH_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,20 @@ class _HeadOptions:
                 raise ValueError(f"{name} must be None or an integer >= 0, got {value!r}")
 
 
-def default_stash_bytes(device: torch.device | str) -> int:
-    """What `stash_bytes=None` means now: a quarter of the memory of the device that is free.
+@torch.compiler.assume_constant_result
+@functools.cache
+def default_stash_bytes(device: torch.device) -> int:
+    """What `stash_bytes=None` means: an eighth of the memory of the device, or of the machine on the CPU.
 
-    On CUDA, memory that PyTorch holds in reserve counts as free; on the CPU, what the operating system calls available.
+    Not of what is free: which rows are kept decides how gradients are rounded, and a run must be repeatable bit by bit.
     """
-    device = torch.device(device)
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        free = 4 << 30
-    return int(STASH_SHARE * free)
-
-
-@torch.compiler.assume_constant_result  # a graph keeps the stash that it was traced with
-def _default_stash_bytes(device: torch.device) -> int:
-    return default_stash_bytes(device)
+        total = 8 << 30
+    return int(STASH_SHARE * total)
 
 
 def linear_memory_bytes(
@@ -95,7 +91,8 @@ def linear_memory_bytes(
         device: where it runs.
 
     Returns:
-        Bytes beyond the inputs, the log-probs and the gradients of the inputs, at the peak.
+        Bytes beyond the inputs, the log-probs and the gradients of the inputs, at the peak. On top come copies of
+        inputs that autocast converts or that are not contiguous, and what a BLAS library holds for itself.
     """
     tile = TILE_SHAPES["cuda" if torch.device(device).type == "cuda" else "cpu"]
     return peak_memory(
@@ -182,7 +179,7 @@ def _token_logps(
         rows = _num_rows(targets, options)
         stash_bytes = options.stash_bytes
         if stash_bytes is None:
-            stash_bytes = _default_stash_bytes(hidden.device)
+            stash_bytes = default_stash_bytes(hidden.device)
         flat, raw = linear_logps(
             hidden.reshape(-1, hidden.shape[-1]),
             weight.contiguous(),
@@ -282,12 +279,12 @@ def linear_token_logps(
         temperature: divides the logits, last.
         ignore_index, shift: as in `token_logps`.
         stash_bytes: memory for the gradients of the logits, in the dtype of the weight, kept from forward to backward;
-            rows beyond it are computed again in the backward. None: a quarter of the memory that is free (see
-            `default_stash_bytes`). Where the weight needs no gradient nothing is kept. The split changes gradients by
-            roundings: set it for results that are the same bit by bit on a machine with other memory.
+            rows beyond it are computed again in the backward. None: an eighth of the device's memory. Where the weight
+            needs no gradient nothing is kept. The split changes gradients by roundings: set it for results that are the
+            same bit by bit on machines of other memory.
         max_scored_tokens: a bound on how many positions are scored. On CUDA, counting them waits for the device, which
             a bound avoids; under torch.compile or in a CUDA graph the default is all positions. Positions beyond the
-            bound have log-prob NaN on CUDA and raise on the CPU.
+            bound have log-prob NaN; in eager mode on the CPU they raise.
         return_statistics: also return mean logit, entropy and top-1 hit of each position.
         backend: "auto", "triton" (CUDA), "cpp" (CPU) or "eager" (materialises the logits).
 

@@ -84,7 +84,7 @@ class DILConfig(DPOConfig):
         default=None,
         metadata={
             "help": "Bytes that the fused head may keep from forward to backward; less is slower. If not given, a "
-            "quarter of the free memory."
+            "eighth of the device's memory."
         },
     )
     backend: str = field(

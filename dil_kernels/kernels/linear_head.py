@@ -65,24 +65,23 @@ def _head_tile_kernel(
     has_label = (label >= 0) & (label < n)
     others = tl.where(mask & (columns != label), z, -float("inf"))
     others_max = tl.max(others, axis=0)
-    tile_max = others_max
     if has_label:
-        own = tl.sum(tl.where(columns == label, z, 0.0), axis=0)
-        tl.store(state_ptr + 2 * R + row, own)
-        tile_max = tl.maximum(others_max, own)
+        tl.store(state_ptr + 2 * R + row, tl.sum(tl.where(columns == label, z, 0.0), axis=0))
 
     reference = tl.load(state_ptr + row)
     rest = tl.load(state_ptr + R + row)
     scale = inv_temperature * LOG2E
-    new_reference = tl.where(tile_max > reference + slack, tile_max, reference)
+    new_reference = tl.where(others_max > reference + slack, others_max, reference)
     # While all is -inf, differences from any finite number are as good.
     origin = tl.where(new_reference == -float("inf"), 0.0, new_reference)
     change = tl.where(reference == -float("inf"), 0.0, reference - origin)
     rescale = tl.where(new_reference == reference, 1.0, tl.exp2(change * scale))
     d = others - origin
     s = tl.exp2(d * scale)
+    # Every thread has loaded the reference when this sum has met across warps: only then may it be overwritten.
+    sum_s = tl.sum(s, axis=0)
     tl.store(state_ptr + row, new_reference)
-    tl.store(state_ptr + R + row, rest * rescale + tl.sum(s, axis=0))
+    tl.store(state_ptr + R + row, rest * rescale + sum_s)
     if STATISTICS:
         tl.store(state_ptr + 3 * R + row, tl.maximum(tl.load(state_ptr + 3 * R + row), others_max))
         dot = rescale * (tl.load(state_ptr + 4 * R + row) + tl.where(rest == 0.0, 0.0, change * rest))

@@ -2,7 +2,7 @@
 
     linear_logps_fwd(hidden [N, D], weight [V, D], bias [V]?, targets [N], rows, stash_rows, ignore_index, logit_scale,
                      softcap, temperature, grad_hidden, statistics, tile_rows, tile_columns, backend)
-        -> (logps [N], statistics [3, N], index, reference, rest, factor, unit_grad, stash)
+        -> (logps [N], statistics [3, N], index, reference, rest, factor, sums, stash)
     linear_logps_bwd(grad_logps [N], hidden?, weight, bias?, targets?, <what the forward saved>, ...)
         -> (grad_hidden [N, D], grad_weight [V, D], grad_bias [V]), empty where not asked
 
@@ -103,7 +103,7 @@ def _linear_logps_bwd(
     reference: Tensor,
     rest: Tensor,
     factor: Tensor,
-    unit_grad: Tensor,
+    sums: Tensor,
     stash: Tensor,
     logit_scale: float,
     softcap: float,
@@ -116,7 +116,7 @@ def _linear_logps_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, logit_scale, softcap, temperature, TileShape(tile_rows, tile_columns), backend)
-    forward = HeadForward(reference, reference, index, reference, rest, factor, unit_grad, stash)
+    forward = HeadForward(reference, reference, index, reference, rest, factor, sums, stash)
     with on_device(weight):
         grads = head_backward(
             grad_logps,
@@ -143,7 +143,7 @@ def _fake_bwd(
     reference: Tensor,
     rest: Tensor,
     factor: Tensor,
-    unit_grad: Tensor,
+    sums: Tensor,
     stash: Tensor,
     logit_scale: float,
     softcap: float,
@@ -239,6 +239,8 @@ def linear_logps(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [N] and statistics [3, N] ([3, 0] if not asked) of targets [N], of which at most `rows` are scored."""
+    if not torch.is_grad_enabled():  # what "needs a gradient" must mean, in a function that asks the tensors
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return LinearTokenLogps.apply(
         hidden,
         weight,

@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A row's reference is renewed, and what was written with the old one rescaled, where a tile exceeds it by more (nats):
-# small enough that s keeps its digits, large enough that it is rare.
+# A row's reference is renewed, and what was written with the old one rescaled, where another entry than the label
+# exceeds it by more (nats): small enough that s keeps its digits, large enough that it is rare.
 SLACK = 4.0
 # Rows of the stash start at multiples of this many elements, as fast matrix products want.
 STASH_ALIGNMENT = 64
@@ -96,7 +96,7 @@ class HeadForward(NamedTuple):
     reference: Tensor  # [M]
     rest: Tensor  # [M]
     factor: Tensor  # [M]
-    unit_grad: Tensor  # [M - stash rows, D], d logp / d hidden up to logit_scale / temperature; [0, D] if not asked
+    sums: Tensor  # [M - stash rows, D], h @ weight of the others; [0, D] if not asked
     stash: Tensor  # [stash rows, V padded], h of the first rows
 
 
@@ -233,7 +233,7 @@ def head_forward(
     labels = gather_rows(targets, index)
     logps, factor, reference, rest = (torch.empty(rows, dtype=dtype, device=hidden.device) for _ in range(4))
     stats = torch.empty(3, rows if statistics else 0, dtype=dtype, device=hidden.device)
-    unit_grad = hidden.new_empty(rows - stash_rows if grad_hidden else 0, D)
+    sums = hidden.new_empty(rows - stash_rows if grad_hidden else 0, D)
     stash = hidden.new_empty(stash_rows, stash_stride(V))
     steps = _TileSteps(head, statistics)
     chunk_rows = min(head.tile.rows, rows)
@@ -272,11 +272,14 @@ def head_forward(
         if statistics:
             stats[:, begin:end] = finished.statistics
         if chunk.sums is not None:
-            unit_grad[begin - stash_rows : end - stash_rows] = chunk.sums
+            sums[begin - stash_rows : end - stash_rows] = chunk.sums
         del chunk  # before the next one is gathered
     all_logps = scatter_rows(logps, index, N).masked_fill(dropped, torch.nan)
-    all_stats = torch.stack([scatter_rows(s, index, N) for s in stats]) if statistics else stats
-    return HeadForward(all_logps, all_stats, index, reference, rest, factor, unit_grad, stash)
+    all_stats = stats
+    if statistics:
+        all_stats = torch.stack([scatter_rows(s, index, N) for s in stats])
+        all_stats[:2].masked_fill_(dropped, torch.nan)
+    return HeadForward(all_logps, all_stats, index, reference, rest, factor, sums, stash)
 
 
 @dataclass
@@ -299,43 +302,48 @@ class _Finished(NamedTuple):
 def _finish(chunk: _Chunk, head: Head, references: Tensor | None, steps: _TileSteps) -> _Finished:
     """Put the label's entry in, and bring everything to the row's last reference."""
     reference, rest, label, others_max, dot, total = chunk.state
-    T = head.temperature
-    own = torch.exp((label - reference) / T)
-    s = rest + own
-    # Where the label dominates, 1 - p keeps its digits, and so does log p.
-    logps = torch.where(own >= rest, -torch.log1p(rest / own), (label - reference) / T - torch.log(s))
-    V = head.weight.shape[0]
+    T, V = head.temperature, head.weight.shape[0]
+    invalid = (chunk.labels < 0) | (chunk.labels >= V)
+    columns = chunk.labels.masked_fill(invalid, 0)
+    label = torch.where(invalid | (label == math.inf), math.nan, label)
+    # In units of whichever is larger, the label's term or the reference: neither overflows, and where the label
+    # dominates, 1 - p keeps its digits, and so does log p.
+    d = (label - reference) / T
+    e = torch.exp(-d.abs())
+    ahead = d >= 0
+    factor = torch.where(ahead, e / (1 + rest * e), 1 / (rest + e))  # 1 / sum of s, the label's included
+    behind = torch.where(e >= rest, -torch.log1p(rest / e), d - torch.log(rest + e))
+    logps = torch.where(ahead, -torch.log1p(rest * e), behind)
+    label_grad = rest
     if head.softcap:
         t = label / head.softcap
         label_grad = rest * (1 - t) * (1 + t)
-    else:
-        label_grad = rest
-    invalid = (chunk.labels < 0) | (chunk.labels >= V)
-    columns = chunk.labels.masked_fill(invalid, 0)
-    label_grad = label_grad.masked_fill(invalid, torch.nan)
-    if chunk.sums is not None:  # from here on d logp / d hidden, up to constants
+    label_grad = label_grad.masked_fill(invalid, math.nan)
+    spread = torch.where(ahead, rest * d - dot / T, -dot / T - torch.where(e == 0, 0, e * d))
+    spread = torch.where(rest == 0, 0, spread) * factor
+    statistics = torch.stack(
+        [
+            ((total if steps.statistics else label) / (V * T)).masked_fill(invalid, math.nan),
+            spread + torch.where(ahead, torch.log1p(rest * e), torch.log(rest + e)),
+            ((label >= others_max) & ~logps.isnan()).to(rest.dtype),
+        ]
+    )
+    norm = torch.ones_like(rest)
+    if head.weight.dtype == torch.float16:
+        # So that neither h nor c factor hidden leaves the range of fp16: the sum of -h is between 1 and 2.
+        exponent = torch.where(rest > 0, torch.log2(rest).floor(), 0)
+        norm = torch.exp2(-exponent)
+        reference = reference + exponent * (math.log(2.0) * T)
+    if chunk.sums is not None:
         for begin, end in _row_slices(columns.shape[0]):
             own_weight = head.weight.index_select(0, columns[begin:end])
             chunk.sums[begin:end].addcmul_(label_grad[begin:end].unsqueeze(1), own_weight)
-        chunk.sums.mul_((1 / s).unsqueeze(1))
-    statistics = torch.stack(
-        [
-            (total if steps.statistics else label) / (V * T),
-            torch.log(s) - (dot + torch.where(own == 0, 0, own * (label - reference))) / (T * s),
-            (label >= others_max).to(s.dtype),
-        ]
-    )
-    norm = torch.ones_like(s)
-    if head.weight.dtype == torch.float16:
-        # So that neither h nor c factor hidden leaves the range of fp16: the largest sum is between 1 and 2.
-        exponent = torch.log2(s).floor()
-        norm = torch.exp2(-exponent)
-        reference = reference + exponent * (math.log(2.0) * T)
+        chunk.sums.mul_(norm.unsqueeze(1))
     if chunk.stash is not None:
         assert references is not None
         steps.rescale(chunk.stash, _ratio(references, chunk.state[0], T) * norm)
         chunk.stash.scatter_(1, columns.unsqueeze(1), (label_grad * norm).unsqueeze(1).to(chunk.stash.dtype))
-    return _Finished(logps, reference, rest * norm, 1 / (s * norm), statistics)
+    return _Finished(logps, reference, rest * norm, factor / norm, statistics)
 
 
 def _ratio(old: Tensor, new: Tensor, temperature: float) -> Tensor:
@@ -363,11 +371,11 @@ def head_backward(
     if grad_hidden:
         N = grad_logps.shape[0]
         d_hidden = weight.new_zeros(N + 1, weight.shape[1])
-        parts = ((_times_weight(forward.stash, head), 0, coefs), (forward.unit_grad, stash_rows, c))
-        for values, offset, row_coefs in parts:
+        parts = ((_times_weight(forward.stash, head), 0), (forward.sums, stash_rows))
+        for values, offset in parts:
             for begin, end in _row_slices(values.shape[0]):
                 r = slice(offset + begin, offset + end)
-                d_hidden.index_copy_(0, index[r], _scaled(values[begin:end], row_coefs[r], d_hidden.dtype))
+                d_hidden.index_copy_(0, index[r], _scaled(values[begin:end], coefs[r], d_hidden.dtype))
         del parts, values
         d_hidden = d_hidden[:N]
     if not (grad_weight or grad_bias):
@@ -484,8 +492,8 @@ def peak_memory(
     tiles = -(-V // tile.columns)
     # Index, labels, states and the other vectors of a few numbers a row.
     vectors = 4096 + 80 * N + (24 * acc + 24 + 2 * tiles * acc) * rows + 4 * acc * V * grad_bias
-    unit = (rows - stash_rows) * D * size * grad_hidden
-    kept = stash_rows * stash_stride(V) * size + unit
+    sums = (rows - stash_rows) * D * size * grad_hidden
+    kept = stash_rows * stash_stride(V) * size + sums
     tile_bytes = R * columns * acc
     converted = columns * D * acc if operand != size else 0  # a tile of the weight
     converted_h = R * columns * acc if operand != size else 0
