@@ -77,9 +77,10 @@ template <class D>
 struct Separable {
   static constexpr bool separable = true;
 
-  // log A and log P where these may overflow.
+  // log A, log P and log P' where these may overflow.
   static DIL_HD double log_A(double, double) { return -INFINITY; }
   static DIL_HD double log_P(double, double) { return INFINITY; }
+  static DIL_HD double log_dP(double, double) { return INFINITY; }
 
   // weight P(v) and weight P'(v), finite also where only P is not.
   static DIL_HD double weighted_P(double v, double p, double weight) {
@@ -88,7 +89,7 @@ struct Separable {
   }
   static DIL_HD double weighted_dP(double v, double p, double weight) {
     const double dP = D::dP(v, p);
-    return dP == INFINITY ? exp(log(weight) + v) * D::dA(v, p) : weight * dP;
+    return dP == INFINITY ? exp(log(weight) + D::log_dP(v, p)) : weight * dP;
   }
 
   static DIL_HD Term chosen(double u, const LossParameters& o) {
@@ -132,6 +133,7 @@ struct Lsif : Separable<Lsif> {
   static DIL_HD double dP(double u, double) { return exp(2.0 * u); }
   static DIL_HD double log_A(double u, double) { return u; }
   static DIL_HD double log_P(double u, double) { return 2.0 * u - log(2.0); }
+  static DIL_HD double log_dP(double u, double) { return 2.0 * u; }
 };
 
 // h(r) = r log r - r; DIL table 1
@@ -142,6 +144,7 @@ struct Ukl : Separable<Ukl> {
   static DIL_HD double dA(double, double) { return 1.0; }
   static DIL_HD double dP(double u, double) { return exp(u); }
   static DIL_HD double log_P(double u, double) { return u; }
+  static DIL_HD double log_dP(double u, double) { return u; }
 };
 
 // h(r) = r log r - (1 + r) log(1 + r); DIL table 1
@@ -164,6 +167,7 @@ struct Power : Separable<Power> {
   static DIL_HD double dP(double u, double k) { return exp((1.0 + k) * u); }
   static DIL_HD double log_A(double u, double k) { return k * u - log(k); }
   static DIL_HD double log_P(double u, double k) { return (1.0 + k) * u - log1p(k); }
+  static DIL_HD double log_dP(double u, double k) { return (1.0 + k) * u; }
 };
 
 // h(r) = -log r; Itakura-Saito

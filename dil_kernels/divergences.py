@@ -68,6 +68,7 @@ class Divergence:
         pair: ``(u_w, u_l) -> loss``, for a loss that is not separable; differentiated by autograd.
         log_A, log_P: logarithms of A and P where these overflow; without both, a loss whose terms overflow against each
             other is taken as +inf.
+        log_dP: likewise of dP, for a weight that keeps an overflowing gradient finite.
         parameter: the loss's own parameter, if it has one.
     """
 
@@ -81,6 +82,7 @@ class Divergence:
     pair: Elementwise | None = None
     log_A: Elementwise | None = None
     log_P: Elementwise | None = None
+    log_dP: Elementwise | None = None
     parameter: Parameter | None = None
 
     def __post_init__(self) -> None:
@@ -310,6 +312,7 @@ _builtin(
     dP=lambda u: (2.0 * u).exp(),
     log_A=lambda u: u,
     log_P=lambda u: 2.0 * u - math.log(2.0),
+    log_dP=lambda u: 2.0 * u,
 )
 _builtin(
     name="ukl",  # h(r) = r log r - r
@@ -319,6 +322,7 @@ _builtin(
     dA=lambda u: torch.ones_like(u),
     dP=lambda u: u.exp(),
     log_P=lambda u: u,
+    log_dP=lambda u: u,
 )
 _builtin(
     name="bce",  # h(r) = r log r - (1 + r) log(1 + r)
@@ -337,6 +341,7 @@ _builtin(
     dP=lambda u, k: ((1.0 + k) * u).exp(),
     log_A=lambda u, k: k * u - (math.log(k) if k > 0 else math.nan),
     log_P=lambda u, k: (1.0 + k) * u - (math.log1p(k) if k > -1 else math.nan),
+    log_dP=lambda u, k: (1.0 + k) * u,
     parameter=Parameter(name="power", default=0.5, minimum=-1.0),
 )
 _builtin(

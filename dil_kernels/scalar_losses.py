@@ -121,17 +121,12 @@ def _log_term(divergence: Divergence, name: str, u: Tensor, p: LossParameters, w
     return _log(weight) + divergence.term(name, u, p.parameter)
 
 
-def _weighted_P(d: Divergence, v: Tensor, p: LossParameters, weight: float) -> Tensor:
-    """``weight P(v)``, finite also where only P is not."""
-    P = d.term("P", v, p.parameter)
-    if d.log_P is None:
-        return weight * P
-    return torch.where(P.isposinf(), _log_term(d, "log_P", v, p, weight).exp(), weight * P)
-
-
-def _weighted_dP(d: Divergence, v: Tensor, p: LossParameters, weight: float) -> Tensor:
-    dP = d.term("dP", v, p.parameter)
-    return torch.where(dP.isposinf(), (_log(weight) + v).exp() * d.term("dA", v, p.parameter), weight * dP)
+def _weighted(d: Divergence, name: str, v: Tensor, p: LossParameters, weight: float) -> Tensor:
+    """``weight P(v)`` or ``weight P'(v)``, finite also where only P is not."""
+    term = d.term(name, v, p.parameter)
+    if getattr(d, f"log_{name}") is None:
+        return weight * term
+    return torch.where(term.isposinf(), _log_term(d, f"log_{name}", v, p, weight).exp(), weight * term)
 
 
 def _chosen(d: Divergence, u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:
@@ -139,8 +134,8 @@ def _chosen(d: Divergence, u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor
     v, slope = _soft_bound(u, p.max_log_ratio)
     loss, grad = -d.term("A", v, p.parameter), -d.term("dA", v, p.parameter)
     if p.alpha != 0.0:
-        loss = loss + _weighted_P(d, v, p, p.alpha)
-        grad = grad + _weighted_dP(d, v, p, p.alpha)
+        loss = loss + _weighted(d, "P", v, p, p.alpha)
+        grad = grad + _weighted(d, "dP", v, p, p.alpha)
         positive, negative = _log_term(d, "log_P", v, p, p.alpha), _log_term(d, "log_A", v, p, 1.0)
         loss = torch.where(loss.isnan() & ~u.isnan(), _overflowed(positive, negative), loss)
         # A'(u) (alpha e^u - 1)
@@ -154,7 +149,7 @@ def _rejected(d: Divergence, u: Tensor, p: LossParameters) -> tuple[Tensor, Tens
     if weight == 0.0:
         return torch.zeros_like(u), torch.zeros_like(u)
     v, slope = _soft_bound(u, p.max_log_ratio)
-    return _weighted_P(d, v, p, weight), _scaled(_weighted_dP(d, v, p, weight), slope)
+    return _weighted(d, "P", v, p, weight), _scaled(_weighted(d, "dP", v, p, weight), slope)
 
 
 def _pair(d: Divergence, u_w: Tensor, u_l: Tensor, p: LossParameters) -> Tensor:

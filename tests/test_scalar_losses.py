@@ -108,7 +108,7 @@ weights = st.sampled_from((1.0, 0.0, 0.3, 2.5))
 def parameters(draw: st.DrawFn, loss_type: str) -> LossParameters:
     own = {
         "dpo": st.floats(0.01, 3),
-        "power": st.sampled_from((-1.0, -1 + 1e-9, -0.5, -1e-12, 0.0, 1e-9, 0.5, 1.0, 2.0)),
+        "power": st.sampled_from((-1.0, -1 + 1e-9, -0.9, -0.5, -0.1, -1e-12, 0.0, 1e-9, 0.5, 1.0, 2.0)),
     }
     p = LossParameters(loss_type, draw(own[loss_type]) if loss_type in own else 0.0)
     p = replace(p, max_log_ratio=draw(st.sampled_from((0.0, 0.0, 3.0, 100.0))))
@@ -173,6 +173,23 @@ def test_lsif_overflows_to_the_larger_term(implementation) -> None:
     assert implementation(800.0, 399.0, plain)[0] == -inf
     assert implementation(800.0, 0.0, mixed) == (inf, inf, 1.0)
     assert implementation(715.0, 0.0, replace(mixed, alpha=1e-322))[:2] == (-inf, -inf)  # r is below 1 / alpha
+
+
+@pytest.mark.parametrize("implementation", [in_torch, in_cpp])
+@pytest.mark.parametrize("power", [-0.9, -0.5, -0.1])
+@pytest.mark.parametrize("u", [1500.0, 1e4, 1e38, -1500.0, -1e4, -1e38])
+def test_power_below_0_far_out(implementation, power: float, u: float) -> None:
+    """A' underflows there while P' = e^u A' overflows."""
+    for alpha in (0.0, 0.5):
+        p = LossParameters("power", power, alpha)
+        for u_w, u_l in ((0.5, u), (u, 0.5)):
+            expected = truth(u_w, u_l, p)
+            loss, *grads = implementation(u_w, u_l, p)
+            assert_close(loss, expected.loss, expected.terms, "loss")
+            for grad, expected_grad in zip(grads, expected.grads, strict=True):
+                assert_close(grad, expected_grad, mpf(0), "gradient")
+    weighted = LossParameters("power", power, rejected_weight=1e-250)
+    assert_close(implementation(0.0, 1500.0, weighted)[2], truth(0.0, 1500.0, weighted).grads[1], mpf(0), "gradient")
 
 
 @pytest.mark.parametrize("loss_type", COMPILED)
