@@ -77,10 +77,8 @@ def non_negative_loss(
             for u, counts in ((chosen, chosen_counts), (rejected, rejected_counts))
         )
         Q_w_mean, Q_l_mean = Q_w.sum() / count, Q_l.sum() / rejected_counts.sum().clamp(min=1)
-        positive = parameters.rejected_weight * (1.0 - parameters.alpha) * Q_l_mean
-        kept = positive + parameters.chosen_weight * parameters.alpha * Q_w_mean >= (
-            parameters.chosen_weight * constant * Q_w_mean
-        )
+        rejected_part = _scaled(Q_l_mean, parameters.rejected_weight * (1.0 - parameters.alpha))
+        kept = ~(rejected_part < _scaled(Q_w_mean, parameters.chosen_weight * (constant - parameters.alpha)))
     # The constants of P, so that the loss does not jump where the second term changes sign.
     shares = parameters.chosen_weight * (parameters.alpha - constant) + parameters.rejected_weight * (
         1.0 - parameters.alpha
@@ -93,7 +91,7 @@ def _fields(p: LossParameters) -> tuple[str, float, float, float, float, float]:
 
 
 def _scaled(grad: Tensor, by: Tensor | float) -> Tensor:
-    """A gradient through a bound, a weight or the chain rule; 0 where that is 0, however large the gradient."""
+    """A gradient or a mean, times a slope, a weight or a derivative; 0 where that is 0, however large the rest."""
     if isinstance(by, float):
         return torch.zeros_like(grad) if by == 0.0 else grad * by
     return torch.where(by == 0, 0, grad * by)
