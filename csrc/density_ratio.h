@@ -90,8 +90,9 @@ struct ForwardPointers {
   int32_t* counts;           // [2], items that count: pairs twice, or chosen and rejected responses
 };
 
-// The loss of an item whose sequences have been summed; everything of it is written. Returns the loss, in fp64. An item with
-// a sequence that has no scored token does not count: loss 0, no gradient. Invalid boundaries make all of it NaN.
+// The loss of an item whose sequences have been summed; everything of it is written. Returns the loss, in fp64, but infinite
+// where what is written is: every way to sum the losses then sees the same infinities. An item with a sequence that has no
+// scored token does not count: loss 0, no gradient. Invalid boundaries make all of it NaN.
 template <class T>
 DIL_HD double write_item(
     const SequenceLayout& layout, const LossOptions& o, const ForwardPointers<T>& p, int64_t item, const SequenceSums sums[2],
@@ -118,7 +119,8 @@ DIL_HD double write_item(
   p.losses[item] = static_cast<T>(loss.loss);
   p.coefs[layout.sequence(item, 0, o.interleaved)] = static_cast<T>(loss.grad_w);
   if (!layout.is_chosen) p.coefs[layout.sequence(item, 1, o.interleaved)] = static_cast<T>(loss.grad_l);
-  return loss.loss;
+  const double written = p.losses[item];
+  return fabs(written) == INFINITY ? written : loss.loss;
 }
 
 // The sum of losses; positive ones apart, so that overflow in both directions is +inf instead of NaN.

@@ -185,10 +185,10 @@ def density_ratio(
     u = torch.where(lengths == 0, 0, u)
     if average:
         u = u / lengths.clamp(min=1)
-    loss, losses, counts = losses_of_logratios(u, lengths != 0, is_chosen, parameters, interleaved, mean)
+    loss, losses, counts = losses_of_logratios(u, lengths != 0, is_chosen, parameters, interleaved, mean, out_dtype)
     return (
-        loss.to(out_dtype),
-        losses.to(out_dtype),
+        loss,
+        losses,
         u.to(out_dtype),
         logps.to(out_dtype),
         lengths.nan_to_num(nan=0).to(torch.int32),
@@ -211,8 +211,9 @@ def losses_of_logratios(
     parameters: LossParameters,
     interleaved: bool,
     mean: bool,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], losses [B] (or [S] with `is_chosen`) and counts [2] int32, from log ratios [S]."""
+    """Loss [], losses [B] (or [S] with `is_chosen`) and counts [2] int32, from log ratios [S] in any precision."""
     if is_chosen is None:
         u_w, u_l = split_pairs(logratios, interleaved)
         counted = torch.logical_and(*split_pairs(has_tokens, interleaved))
@@ -223,8 +224,9 @@ def losses_of_logratios(
         losses = response_losses(torch.where(counted, logratios, 0), is_chosen, parameters)
         counts = torch.stack([(counted & is_chosen).sum(), (counted & ~is_chosen).sum()])
     losses = torch.where(counted, losses, 0)
-    shares = losses
+    rounded = losses.to(out_dtype)
+    shares = torch.where(rounded.isinf(), rounded, losses)  # what overflows alone does so in the sum, too
     if mean:
         divisors = counts.clamp(min=1)
-        shares = losses / (divisors[0] if is_chosen is None else torch.where(is_chosen, divisors[0], divisors[1]))
-    return total(shares), losses, counts.to(torch.int32)
+        shares = shares / (divisors[0] if is_chosen is None else torch.where(is_chosen, divisors[0], divisors[1]))
+    return total(shares).to(out_dtype), rounded, counts.to(torch.int32)

@@ -115,7 +115,13 @@ def test_invalid_boundaries_give_nan_everywhere(emulated, bad: list[int], unpair
 
 @pytest.mark.parametrize("unpaired", [True, False])
 def test_overflow_in_both_directions_is_inf(emulated, unpaired: bool) -> None:
-    ref = torch.tensor([-900.0, 0.0, 0.0, -900.0], dtype=torch.float64)
+    # Infinite in fp64, and in fp32 alone with the larger number the negative one.
+    for u_w, u_l in ((900.0, 900.0), (200.0, 60.0)):
+        ref = torch.tensor([-u_w, 0.0, 0.0, -u_l], dtype=torch.float64)
+        _check_overflow_in_both_directions(emulated, ref, unpaired)
+
+
+def _check_overflow_in_both_directions(emulated, ref: torch.Tensor, unpaired: bool) -> None:
     token_logps, is_chosen = torch.zeros(4, 1), torch.tensor([True, True, False, False]) if unpaired else None
     inputs = (token_logps, None, None, None, ref, is_chosen, *LSIF, False, False, True, -1, False)
     for ops in (emulated, torch.ops.dil_kernels):

@@ -3,6 +3,7 @@ output."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from problems import IGNORE, boundaries
 
 from dil_kernels import Divergence, dil_loss, fused_dil_loss, register_divergence, sequence_logps
 from dil_kernels.divergences import _REGISTRY, LossParameters, divergence_names, get_divergence
+from dil_kernels.functional.loss import loss_of_token_logps
+from dil_kernels.functional.loss_options import LossOptions
 from dil_kernels.ops.density_ratio import density_ratio
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
@@ -333,6 +336,49 @@ def test_shares_of_micro_batches_add_up_exactly(impl: Implementation, unpaired: 
     torch.testing.assert_close(shares, whole.loss)
     expected, actual = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (whole.loss, shares))
     torch.testing.assert_close(actual, expected)
+
+
+@every_implementation
+def test_losses_that_overflow_in_both_directions_sum_to_inf(impl: Implementation) -> None:
+    """Also where the larger one, before it is rounded to fp32, is the negative one."""
+    backend = "eager" if impl.backend == "eager" else "auto"
+    u_w, u_l = torch.tensor([[200.0, 0.0], [0.0, 60.0]], device=impl.device)
+    zero = torch.zeros(2, device=impl.device)
+    losses, *_ = dil_loss(u_w, u_l, zero, zero, backend=backend)
+    assert losses.tolist() == [-torch.inf, torch.inf]
+    for reduction in ("sum", "mean"):
+        assert dil_loss(u_w, u_l, zero, zero, reduction=reduction, backend=backend)[0] == torch.inf
+    options = LossOptions(LossParameters("lsif", 0.0), None, False, False, "mean")
+    out = loss_of_token_logps(
+        torch.cat([u_w, u_l])[:, None], torch.zeros(4, 1, dtype=torch.int64, device=impl.device), None, None,
+        torch.zeros(4, device=impl.device), options, ignore_index=-100, shift=False, backend=impl.backend,
+    )  # fmt: skip
+    assert out.loss == out.share(out.counts) == torch.inf
+
+
+@every_implementation
+def test_a_non_negative_correction_ignores_terms_of_weight_0(impl: Implementation) -> None:
+    u = torch.tensor([[0.1], [400.0]], device=impl.device, dtype=torch.float64)
+    zero = torch.zeros(1, device=impl.device, dtype=torch.float64)
+    backend = "eager" if impl.backend == "eager" else "auto"
+    for options in ({"alpha": 1.0}, {"alpha": 0.6, "rejected_weight": 0.0}, {"alpha": 0.5, "rejected_weight": 0.0}):
+        plain, *_ = dil_loss(u[0], u[1], zero, zero, reduction="mean", backend=backend, **options)
+        loss, *_ = dil_loss(u[0], u[1], zero, zero, reduction="mean", backend=backend, non_negative=0.5, **options)
+        assert loss == plain
+    for u_w, chosen_weight in ((0.1, 1.0), (400.0, 0.0)):  # the rest is negative, or the rejected term alone
+        w = torch.full_like(zero, u_w)
+        options = {"alpha": 0.2, "chosen_weight": chosen_weight, "rejected_weight": 1.0 - chosen_weight}
+        loss, *_ = dil_loss(w, zero, zero, zero, reduction="mean", backend=backend, non_negative=0.5, **options)
+        expected = 0.4 if chosen_weight == 0.0 else -math.exp(0.1) + 0.25 * math.exp(0.2)
+        torch.testing.assert_close(loss.item(), expected)
+    huge = torch.full_like(zero, 400.0)  # (alpha - C) mean[Q(w)] is -inf: only the chosen term is left
+    l = zero.clone().requires_grad_()
+    loss, *_ = dil_loss(huge, l, zero, zero, reduction="mean", backend=backend, non_negative=0.5, alpha=0.2)
+    (grad,) = torch.autograd.grad(loss, l)
+    assert loss == torch.inf
+    assert grad == 0
+    nan = torch.full_like(zero, torch.nan)
+    assert dil_loss(zero, nan, zero, zero, reduction="mean", backend=backend, non_negative=0.5)[0].isnan()
 
 
 @every_implementation

@@ -172,6 +172,7 @@ def density_ratio(
         wide = logratios.to(reference.accumulation_dtype(logratios.device))
         # NaN log ratios are those of invalid boundaries, which must not pass for responses without a token.
         has_tokens = (lengths > 0) | wide.isnan()
-        loss, losses, counts = reference.losses_of_logratios(wide, has_tokens, is_chosen, parameters, interleaved, mean)
-        loss, losses = loss.to(token_logps.dtype), losses.to(token_logps.dtype)
+        loss, losses, counts = reference.losses_of_logratios(
+            wide, has_tokens, is_chosen, parameters, interleaved, mean, token_logps.dtype
+        )
     return loss, losses, logratios, logps, lengths, counts
