@@ -99,14 +99,16 @@ DIL_HD double write_item(
     bool valid) {
   double u[2] = {0.0, 0.0};
   bool counted = true;
-  for (int64_t k = 0; k < layout.sequences_per_item(); ++k) {
+  const auto write_sequence = [&](int64_t k) {
     const int64_t s = layout.sequence(item, k, o.interleaved);
     u[k] = log_ratio(sums[k], p.ref_logps != nullptr, p.ref_logps ? p.ref_logps[s] : 0.0, o.average);
     counted = counted && sums[k].length > 0;
     p.logratios[s] = static_cast<T>(valid ? u[k] : NAN);
     p.logps[s] = static_cast<T>(valid ? sums[k].logps : NAN);
     p.lengths[s] = static_cast<int32_t>(sums[k].length);
-  }
+  };
+  write_sequence(0);
+  if (layout.sequences_per_item() > 1) write_sequence(1);
   PairLoss loss{0.0, 0.0, 0.0};
   if (!valid) {
     loss = {NAN, NAN, NAN};
@@ -136,12 +138,10 @@ struct Total {
 };
 
 DIL_HD double total_loss(const Total totals[2], bool mean) {
-  double positive = 0.0, rest = 0.0;
-  for (int side = 0; side < 2; ++side) {
-    const double divisor = mean && totals[side].count > 0.0 ? totals[side].count : 1.0;
-    positive += totals[side].positive / divisor;
-    rest += totals[side].rest / divisor;
-  }
+  const double first = mean && totals[0].count > 0.0 ? totals[0].count : 1.0;
+  const double second = mean && totals[1].count > 0.0 ? totals[1].count : 1.0;
+  const double positive = totals[0].positive / first + totals[1].positive / second;
+  const double rest = totals[0].rest / first + totals[1].rest / second;
   return positive == INFINITY && !is_nan(rest) ? positive : positive + rest;
 }
 

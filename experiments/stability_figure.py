@@ -43,7 +43,9 @@ def draw(rows: Rows, path: Path) -> None:
 
 def _heat_map(axes: Axes, rows: Rows) -> None:
     if not rows:
-        axes.text(0.5, 0.5, "DPO takes no alpha", transform=axes.transAxes, ha="center", va="center", fontsize=8, color="0.4")
+        axes.text(
+            0.5, 0.5, "DPO takes no alpha", transform=axes.transAxes, ha="center", va="center", fontsize=8, color="0.4"
+        )
         return
     lengths = list(dict.fromkeys(row["tokens"] for row in rows))
     rates = list(dict.fromkeys(row["learning_rate"] for row in rows))

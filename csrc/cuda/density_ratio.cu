@@ -57,10 +57,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     density_ratio_fwd_kernel(const SequenceLayout layout, const LossOptions options, const ForwardPointers<T> p) {
   const int64_t items = layout.num_items(), item = blockIdx.x;
   const bool valid = boundaries_valid(layout);
-  SequenceSums sums[2];
-  for (int64_t k = 0; valid && k < layout.sequences_per_item(); ++k) {
-    sums[k] = sum_sequence(layout, layout.sequence(item, k, options.interleaved), p.token_logps, p.ref_token_logps);
-  }
+  // Arrays are indexed by constants only, here and below, so that all of it stays in registers.
+  const auto sum = [&](int64_t k) {
+    if (!valid || k >= layout.sequences_per_item()) return SequenceSums{};
+    return sum_sequence(layout, layout.sequence(item, k, options.interleaved), p.token_logps, p.ref_token_logps);
+  };
+  const SequenceSums sums[2] = {sum(0), sum(1)};
   __shared__ bool last;
   if (threadIdx.x == 0) {
     write_item(layout, options, p, item, sums, valid);
@@ -76,17 +78,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int64_t k = 0; k < layout.sequences_per_item(); ++k) {
       counted = counted && __ldcg(p.lengths + layout.sequence(i, k, options.interleaved)) > 0;
     }
-    totals[layout.side(i)].add(static_cast<double>(__ldcg(p.losses + i)), counted);
+    const double loss = static_cast<double>(__ldcg(p.losses + i));
+#pragma unroll
+    for (int64_t side = 0; side < 2; ++side) {
+      if (layout.side(i) == side) totals[side].add(loss, counted);
+    }
   }
-  for (Total& total : totals) {
-    total.positive = block_sum(total.positive);
-    total.rest = block_sum(total.rest);
-    total.count = block_sum(total.count);
+#pragma unroll
+  for (int64_t side = 0; side < 2; ++side) {
+    totals[side].positive = block_sum(totals[side].positive);
+    totals[side].rest = block_sum(totals[side].rest);
+    totals[side].count = block_sum(totals[side].count);
   }
   if (threadIdx.x == 0) {
     *p.loss = static_cast<T>(total_loss(totals, options.mean));
     p.counts[0] = static_cast<int32_t>(totals[0].count);
-    p.counts[1] = static_cast<int32_t>(totals[layout.is_chosen ? 1 : 0].count);
+    p.counts[1] = static_cast<int32_t>(layout.is_chosen ? totals[1].count : totals[0].count);
   }
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from dataclasses import dataclass
@@ -50,7 +49,6 @@ class _HeadOptions:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def default_stash_bytes(device: torch.device) -> int:
     """What `stash_bytes=None` means: an eighth of the memory of the device, or of the machine on the CPU.
 
