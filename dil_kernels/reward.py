@@ -134,7 +134,7 @@ class DensityRatioReward:
         batch_size: sequences scored at once.
 
     Raises:
-        ValueError: a model without one output, or a tokenizer without a padding token.
+        ValueError: a model without one output, a tokenizer without a padding token, or a max_length below 2.
     """
 
     __name__ = "density_ratio_reward"  # under which TRL logs it
@@ -152,6 +152,7 @@ class DensityRatioReward:
             raise ValueError(f"model must have one output (num_labels=1), got {config.num_labels}")
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer must have a padding token, as a batch is of sequences of any length")
+        _lengths(max_length)  # refuses what leaves no room
         if config.get_text_config().pad_token_id is None:  # transformers finds the last token of a row by it
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
         self.model, self.tokenizer = model, tokenizer
@@ -190,5 +191,7 @@ class DensityRatioReward:
 
 
 def _lengths(max_length: int | None) -> dict[str, Any]:
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2, one token for prompt and response each, got {max_length}")
     half = None if max_length is None else max_length // 2
     return {"max_length": max_length, "max_prompt_length": half, "truncation_mode": "keep_end"}

@@ -126,6 +126,8 @@ def test_what_cannot_be_right_is_refused() -> None:
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="tokenizer must have a padding token"):
         DensityRatioReward(make_reward_model(), tokenizer)
+    with pytest.raises(ValueError, match="max_length must be at least 2"):
+        DensityRatioReward(make_reward_model(), make_tokenizer(), max_length=1)
     with pytest.raises(ValueError, match="completions must be 2 as prompts, got 1"):
         DensityRatioReward(make_reward_model(), make_tokenizer())(["w1", "w2"], ["w3"])
     with pytest.raises(ValueError, match=r"scores must be \[2B\], chosen then rejected, got \[3\]"):
