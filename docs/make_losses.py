@@ -50,8 +50,9 @@ ENTRIES = {
         grad_l="exp(2*l)",
         bounded="no: -exp(w) falls without end; with `alpha` > 0 by -1/(2 alpha)",
         use="The paper's default, with length-averaged log ratios. Puts most weight on what the policy already prefers.",
-        hazard="Overflows first: the gradient is infinite in fp32 at l > 44.36. On summed log ratios it diverges within "
-        "steps; average, or bound with `max_log_ratio`.",
+        hazard="Overflows first: the gradient is infinite in fp32 at l > 44.36. On summed log ratios it overflows or "
+        "diverges easily, from lower learning rates on than on averages: averaging is the default. `alpha` = 1/2 on sums "
+        "did not help in [the stability experiment](../experiments/results/stability_summary.csv).",
         family="Fits r in squares under the reference: Pearson's chi-squared divergence (up to a factor) in its "
         "variational form.",
     ),
@@ -80,7 +81,7 @@ ENTRIES = {
         grad_l="1 / (1 + exp(-l))",
         bounded="below by 0, gradients by 1",
         use="The safe choice: gradients never exceed 1, so sums of log ratios and outliers are harmless. Least biased "
-        "of all when rejected responses stand in for the reference.",
+        "of the paper's three when rejected responses stand in for the reference.",
         hazard="Saturates: a pair that is told apart gives no gradient.",
         family="Jensen-Shannon divergence in its variational form (a GAN's discriminator). TRL's `bco_pair` at beta = 1 "
         "with summed log-probs; `alpha` = 1/2 is `nca_pair`.",

@@ -238,7 +238,7 @@ def fused_dil_loss(
         ref_logps: [S], summed log-probs under the reference model, with `is_chosen`.
         loss_type, beta, power, alpha, max_log_ratio, non_negative, chosen_weight, rejected_weight: as in `dil_loss`.
         average_log_prob: divide each log ratio by its number of scored tokens, as the authors' code does. LSIF on
-            summed log ratios diverges within steps.
+            summed log ratios overflows or diverges easily.
         cu_seqlens: int32 [2B + 1], boundaries of packed sequences.
         pair_layout: "concatenated" (pair i is sequences i and B + i) or "interleaved" (2i and 2i + 1).
         reduction: "mean" (over the pairs whose responses both have a scored token; unpaired, over the chosen responses
