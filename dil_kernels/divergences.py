@@ -13,6 +13,7 @@ holds the same math for the compiled backend, and a test ties the two together. 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid  # exact everywhere; softplus turns linear above 20
 
 Elementwise = Callable[..., Tensor]
+PARAMETER_NAMES = ("beta", "power")  # the keywords that functions with a loss_type have
 LARGEST_U_OF_H = 300.0  # a loss given by h alone sees ratios from e^-300 to e^300: their squares are finite in fp64
 
 
@@ -40,6 +42,10 @@ class Parameter:
     default: float
     minimum: float
     exclusive: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in PARAMETER_NAMES:
+            raise ValueError(f"a parameter must be named one of {', '.join(PARAMETER_NAMES)}, got {self.name!r}")
 
     def check(self, value: float) -> float:
         """The value as a float; a ``ValueError`` if it is out of range."""
@@ -187,7 +193,7 @@ def resolve_options(
     divergence = get_divergence(loss_type)
     own = divergence.parameter
     parameter = 0.0 if own is None else own.default
-    for name, value in (("beta", beta), ("power", power)):
+    for name, value in zip(PARAMETER_NAMES, (beta, power), strict=True):
         if value is None:
             continue
         if own is None or own.name != name:
@@ -251,8 +257,10 @@ def register_divergence(divergence: Divergence) -> Divergence:
     """Make a loss available by name wherever a ``loss_type`` is taken.
 
     A separable divergence is checked on a grid of log ratios in fp64: ``A'(u) > 0`` (``h`` strictly convex),
-    ``P'(u) = e^u A'(u)``, and ``dA`` and ``dP``, where given, against autograd. The compiled kernels sum log ratios for
-    it; its own math runs in torch on those, a number a sequence.
+    ``P'(u) = e^u A'(u)``, ``dA`` and ``dP``, where given, against autograd, and ``log_A``, ``log_P`` and ``log_dP``
+    against what they are the logarithms of. The terms of an ``h`` may cancel in fp64: a warning names the log ratios
+    where they do not, if those do not cover [-40, 40]. A coupled one is checked to be elementwise. The compiled kernels
+    sum log ratios for it; its own math runs in torch on those, a number a sequence.
 
     Args:
         divergence: the loss; its name must be new.
@@ -261,13 +269,26 @@ def register_divergence(divergence: Divergence) -> Divergence:
         The same divergence.
 
     Raises:
-        ValueError: the name is taken, or the check fails.
+        ValueError: the name is taken, or the check fails; an ``h`` must hold on [-8, 8] at least.
     """
     if divergence.name in _REGISTRY or divergence.name == "none":
         raise ValueError(f"divergence {divergence.name!r} is already registered")
+    parameter = 0.0 if divergence.parameter is None else divergence.parameter.default
+    if divergence.h is not None:
+        low, high = _range_of_generator(divergence, parameter)
+        problem = (
+            f"divergence {divergence.name!r}: what is derived from h cancels in fp64 outside log ratios of "
+            f"[{low:g}, {high:g}]; give A and P instead"
+        )
+        if low > -8.0 or high < 8.0:
+            raise ValueError(problem)
+        if low > -40.0 or high < 40.0:
+            warnings.warn(problem, stacklevel=2)
     if divergence.separable:
-        parameter = 0.0 if divergence.parameter is None else divergence.parameter.default
         _check_on_grid(divergence, parameter)
+        _check_logarithms(divergence, parameter)
+    else:
+        _check_pair(divergence, parameter)
     _REGISTRY[divergence.name] = divergence
     return divergence
 
@@ -285,6 +306,46 @@ def _check_on_grid(divergence: Divergence, parameter: float) -> None:
             (grad,) = torch.autograd.grad(divergence.term(name, x, parameter).sum(), x)
         if not torch.allclose(given, grad, rtol=1e-6, atol=1e-12):
             raise ValueError(f"divergence {divergence.name!r}: d{name} is not the derivative of {name}")
+
+
+def _check_logarithms(divergence: Divergence, parameter: float) -> None:
+    u = torch.linspace(-LARGEST_U_OF_H, LARGEST_U_OF_H, 601, dtype=torch.float64)
+    for name in ("A", "P", "dP"):
+        if getattr(divergence, f"log_{name}") is None:
+            continue
+        term = divergence.term(name, u, parameter)
+        large = (term > 1e30) & term.isfinite()  # smaller ones may differ by a constant that no overflow sees
+        given = divergence.term(f"log_{name}", u, parameter)[large]
+        if not torch.allclose(given, term[large].log(), rtol=1e-9, atol=1e-6):
+            raise ValueError(f"divergence {divergence.name!r}: log_{name} is not the logarithm of {name}")
+
+
+def _check_pair(divergence: Divergence, parameter: float) -> None:
+    assert divergence.pair is not None
+    own = () if divergence.parameter is None else (parameter,)
+    u_w, u_l = torch.tensor([[0.5, -1.0], [-0.25, 2.0]], dtype=torch.float64)
+    both = divergence.pair(u_w, u_l, *own)
+    each = [divergence.pair(u_w[i : i + 1], u_l[i : i + 1], *own) for i in range(2)]
+    if both.shape != (2,) or not torch.allclose(both, torch.cat([loss.reshape(1) for loss in each])):
+        raise ValueError(f"divergence {divergence.name!r}: pair must be elementwise, the loss of each pair on its own")
+
+
+def _range_of_generator(divergence: Divergence, parameter: float) -> tuple[float, float]:
+    """The log ratios around 0, at most +-40, up to which A and P are the integrals of dA and dP, to 1e-4."""
+    step = 0.125
+    nodes = 0.5 + 0.5 * torch.tensor([-math.sqrt(0.6), 0.0, math.sqrt(0.6)], dtype=torch.float64)  # Gauss-Legendre
+    weights = torch.tensor([5.0, 8.0, 5.0], dtype=torch.float64) / 18.0
+    reach = []
+    for signed in (-step, step):
+        u = signed * torch.arange(321, dtype=torch.float64)
+        within = u[:-1, None] + signed * nodes
+        good = torch.ones(320, dtype=torch.bool)
+        for name in ("A", "P"):
+            integral = signed * (divergence.term(f"d{name}", within, parameter) @ weights).cumsum(0)
+            value = divergence.term(name, u, parameter)
+            good &= (value[1:] - value[0] - integral).abs() <= 1e-4 * integral.abs().clamp(min=1.0)
+        reach.append(float(u[int(good.long().cumprod(0).sum())]))
+    return reach[0], reach[1]
 
 
 def _expm1_over(k: float, u: Tensor) -> Tensor:

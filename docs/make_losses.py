@@ -190,7 +190,8 @@ fused_dil_loss(logits, labels, ref_logits=ref_logits, loss_type="cubic", alpha=0
 ```
 
 `h` is differentiated twice for A, P and their derivatives; A and P give more control over rounding and overflow. Both are
-checked at registration (`P' = e^u A'`, `A' > 0` on a grid). The compiled kernels still sum the log ratios; the loss itself, one
+checked at registration (`P' = e^u A'`, `A' > 0` on a grid). Terms that cancel for large r, as those of bce's h, are not to be
+had from h: registration says from which log ratio on. A loss with a parameter of its own calls it `beta` or `power`. The compiled kernels still sum the log ratios; the loss itself, one
 number a sequence, runs in torch. `dil-train --import my_losses --loss-type cubic` loads a module that registers one.
 """
 

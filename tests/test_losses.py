@@ -9,7 +9,7 @@ from implementations import Implementation, every_loss
 
 from dil_kernels import _C as compiled  # the suite needs the extension; without it nothing here may pass
 from dil_kernels import Divergence, dil_loss, fused_dil_loss, register_divergence
-from dil_kernels.divergences import _REGISTRY, divergence_names, get_divergence
+from dil_kernels.divergences import _REGISTRY, Parameter, divergence_names, get_divergence
 
 # mpmath, 50 digits: loss_type, options, u_w, u_l, loss, d/du_w, d/du_l
 VECTORS = [
@@ -142,3 +142,55 @@ def test_registration_refuses_what_is_no_bregman_divergence(A, P, message: str) 
     assert "wrong" not in divergence_names()
     with pytest.raises(ValueError, match="either both A and P"):
         Divergence(name="wrong", source="", A=A)
+
+
+def bce_generator(r: torch.Tensor) -> torch.Tensor:
+    return r * r.log() - (1 + r) * (1 + r).log()
+
+
+@pytest.fixture
+def registry():
+    before = dict(_REGISTRY)
+    yield _REGISTRY
+    _REGISTRY.clear()
+    _REGISTRY.update(before)
+
+
+@pytest.mark.parametrize(
+    "h", [lambda r: (r - 1) ** 2 / 2, lambda r: r**3 / 6, lambda r: r * r.log() - r, lambda r: -r.log()]
+)
+@pytest.mark.filterwarnings("error")
+def test_a_generator_that_does_not_cancel_is_registered_without_a_warning(registry, h) -> None:
+    register_divergence(Divergence(name="from_h", source="", h=h))
+    assert "from_h" in registry
+
+
+def test_a_generator_that_cancels_is_registered_with_its_range(registry) -> None:
+    with pytest.warns(UserWarning, match="cancels in fp64 outside log ratios of") as caught:
+        register_divergence(Divergence(name="bce_of_h", source="", h=bce_generator))
+    low, high = (float(x) for x in str(caught[0].message).split("[")[1].split("]")[0].split(","))
+    assert low == -40.0
+    assert 20.0 < high < 32.0
+    u = torch.linspace(low, high, 301, dtype=torch.float64)
+    for name in ("A", "P", "dP"):
+        expected = get_divergence("bce").term(name, u, 0.0)
+        torch.testing.assert_close(get_divergence("bce_of_h").term(name, u, 0.0), expected, rtol=3e-4, atol=3e-4)
+
+
+def test_registration_refuses_what_would_mislead(registry) -> None:
+    def with_offset(r: torch.Tensor) -> torch.Tensor:  # P drowns in the rounding of 1e14
+        return (r - 1) ** 2 / 2 + 1e14 * r
+
+    with pytest.raises(ValueError, match="cancels in fp64 outside log ratios of"):
+        register_divergence(Divergence(name="wrong", source="", h=with_offset))
+    lsif = get_divergence("lsif")
+    for name in ("log_A", "log_P", "log_dP"):
+        wrong = Divergence(name="wrong", source="", **{"A": lsif.A, "P": lsif.P, name: lambda u: 3.0 * u})
+        with pytest.raises(ValueError, match=f"{name} is not the logarithm of"):
+            register_divergence(wrong)
+    for pair in (lambda w, l: (w - l).mean(), lambda w, l: w - l.mean(), lambda w, l: w - l.flip(0)):
+        with pytest.raises(ValueError, match="pair must be elementwise"):
+            register_divergence(Divergence(name="wrong", source="", pair=pair))
+    with pytest.raises(ValueError, match="a parameter must be named one of beta, power, got 'tau'"):
+        Parameter(name="tau", default=1.0, minimum=0.0)
+    assert "wrong" not in registry
