@@ -49,6 +49,7 @@ class Settings:
     batch_size: int  # pairs
     trained_blocks: int
     learning_rates: tuple[float, ...]
+    higher_rates: tuple[float, ...]  # shown, not chosen from
     seeds: tuple[int, ...]
 
 
@@ -92,7 +93,7 @@ class Runner:
 
     def _claim_directory(self) -> None:
         record = asdict(self.settings) | {name: len(pairs) for name, pairs in vars(self.splits).items()}
-        del record["learning_rates"], record["seeds"]  # more of them may be added
+        del record["learning_rates"], record["higher_rates"], record["seeds"]  # more of them may be added
         path = self.directory / "settings.json"
         if path.is_file() and json.loads(path.read_text()) != record:
             raise ValueError(f"{self.directory} holds runs with other settings; remove it or name another")
@@ -169,6 +170,12 @@ class Runner:
         """Means over pairs; log-probs and log ratios are per token, in nats."""
         logps = all_pair_logps(self.upper, pairs).double()
         return metrics(logps, _reference(pairs), _lengths(pairs))
+
+
+def choose_learning_rate(grid: Sequence[Mapping[str, Any]]) -> float:
+    """The learning rate with the best validation accuracy (chosen likelier per token); the lowest of equals."""
+    best = max(grid, key=lambda record: (record["validation"]["likelihood_accuracy"], -record["learning_rate"]))
+    return best["learning_rate"]
 
 
 def batch_loss(upper: nn.Module, pairs: Sequence[CachedPair], arm: Arm) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from experiments.dynamics_report import write_report
-from experiments.dynamics_runs import ARMS, Runner, Settings, Splits
+from experiments.dynamics_runs import ARMS, Runner, Settings, Splits, choose_learning_rate
 from experiments.tables import RESULTS
 from experiments.upper_blocks import cache_hidden_states, take_upper_blocks
 
@@ -32,7 +32,8 @@ FULL = Settings(
     batch_size=4,
     trained_blocks=8,
     learning_rates=(3e-5, 1e-4, 3e-4),
-    seeds=(0, 1),
+    higher_rates=(1e-3, 3e-3),
+    seeds=(0, 1, 2),
 )
 QUICK = Settings(
     tuning_steps=8,
@@ -42,6 +43,7 @@ QUICK = Settings(
     batch_size=4,
     trained_blocks=2,
     learning_rates=(1e-3, 4e-3),
+    higher_rates=(1e-2,),
     seeds=(0, 1),
 )
 SPLIT_SEED = 20250305
@@ -74,21 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = "quick" if options.quick else options.pairs.stem if options.pairs else "embedded"
     runs_dir = options.runs_dir or Path("runs/training_dynamics") / kind
     output = options.output or (RESULTS if kind == "embedded" else runs_dir / "results")
-    if options.report:
-        write_report(runs_dir, output)
-        return 0
     settings = QUICK if options.quick else FULL
+    if options.report:
+        write_report(runs_dir, output, settings)
+        return 0
     model, pad_token_id, tokenised = _quick_problem() if options.quick else _real_problem(options)
     cached = Splits(*(cache_hidden_states(model, pairs, settings.trained_blocks, pad_token_id) for pairs in tokenised))
     runner = Runner(take_upper_blocks(model, settings.trained_blocks), cached, settings, runs_dir)
     run_all(runner)
-    write_report(runs_dir, output)
+    write_report(runs_dir, output, settings)
     print(f"results in {output}")
     return 0
 
 
 def run_all(runner: Runner) -> None:
-    """Choose each loss's learning rate, then train with it."""
+    """Choose each loss's learning rate, train with it, then see what happens at higher ones."""
     settings = runner.settings
     first = settings.seeds[0]
     chosen = {
@@ -98,12 +100,9 @@ def run_all(runner: Runner) -> None:
     for seed in settings.seeds:
         for arm in ARMS:
             runner.run(arm, chosen[arm], seed)
-
-
-def choose_learning_rate(grid: Sequence[dict[str, Any]]) -> float:
-    """The learning rate with the best validation accuracy (chosen likelier per token); the lowest of equals."""
-    best = max(grid, key=lambda record: (record["validation"]["likelihood_accuracy"], -record["learning_rate"]))
-    return best["learning_rate"]
+    for rate in settings.higher_rates:
+        for arm in ARMS:
+            runner.run(arm, rate, first, tuning=True)
 
 
 def _real_problem(options: argparse.Namespace) -> tuple[Any, int, tuple[TokenisedPairs, ...]]:
