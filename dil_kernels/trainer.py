@@ -189,8 +189,7 @@ class DILTrainer(Trainer):
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
         sums = []
         for batch in tqdm(loader, desc="Reference log-probs", disable=self.args.disable_tqdm):
-            with torch.no_grad(), self.accelerator.autocast():
-                logps = self._token_logps(model, batch).to(accumulation_dtype(self.args.device)).sum(-1)
+            logps = self._reference_token_logps(model, batch).to(accumulation_dtype(self.args.device)).sum(-1)
             sums.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(len(columns)), dim=1)))
         values = torch.cat(sums).float().cpu().numpy()
         for index, column in enumerate(columns):
@@ -286,8 +285,7 @@ class DILTrainer(Trainer):
         )
         ref_token_logps = ref_logps = None
         if self.ref_model is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                ref_token_logps = self._token_logps(self.ref_model, inputs)
+            ref_token_logps = self._reference_token_logps(self.ref_model, inputs)
         else:
             columns = {name: inputs[name] for name in _ref_columns(inputs)}
             sums = {"ref_chosen_logps": None, "ref_rejected_logps": None, **columns}
@@ -312,6 +310,11 @@ class DILTrainer(Trainer):
             shift=True,
             backend=resolve_backend(self.args.backend, labels.device, policy_token_logps.dtype),
         )
+
+    def _reference_token_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Log-probs [2B, T - 1] of the labels under the reference, without gradients."""
+        with torch.no_grad(), self.accelerator.autocast():
+            return self._token_logps(model, inputs)
 
     def _token_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Log-probs [2B, T - 1] of the labels, from the fused head or from logits; the wrapped model is called."""
