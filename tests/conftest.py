@@ -28,13 +28,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter._patch_lang = patch_lang_once
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-settings.register_profile(
-    "default",
-    deadline=None,
-    max_examples=40,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    print_blob=True,
-)
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "print_blob": True}
+# The same examples at every run; `pytest --hypothesis-profile=explore` draws others.
+settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
+settings.register_profile("explore", max_examples=40, **COMMON)
 settings.load_profile("default")
 
 
