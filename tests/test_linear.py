@@ -88,8 +88,8 @@ def targets_of(problem: Problem) -> Tensor:
 
 
 def rounded_terms(problem: Problem) -> dict[str, dict[str, float]]:
-    """`magnitude` and `unresolved` of the log-probs and of each gradient: here the logits are products, rounded to fp32,
-    and the gradients are sums over vocabulary or rows, of which most may cancel."""
+    """`magnitude` and `unresolved` of the log-probs and of each gradient: here the logits are products, rounded to
+    fp32, and the gradients are sums over vocabulary or rows, of which most may cancel."""
     hidden, weight, upstream = (x.double().nan_to_num(0.0) for x in (problem.hidden, problem.weight, problem.upstream))
     options = dict(problem.options)
     scale = options.pop("logit_scale", 1.0) or 1.0
