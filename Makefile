@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help install quickstart test lint format bench gpu-check gpu-bench aot-report env clean
+.PHONY: help install quickstart test lint format bench gpu-check gpu-bench gpu-train aot-report env clean
 
 help:
 	@echo "make quickstart   train SmolLM2-135M with the fused DIL loss and show what it learned"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench        the CPU benchmarks, into benchmarks/results/"
 	@echo "make gpu-check    on an NVIDIA GPU: the GPU tests, then compute-sanitizer on small cases"
 	@echo "make gpu-bench    on an NVIDIA GPU: the benchmarks; called again it goes on where it stopped"
+	@echo "make gpu-train    on an NVIDIA GPU: training to convergence beside TRL (needs trl), and a 1B-class model for speed"
 	@echo "make aot-report   what the compilers make of every Triton kernel, without a GPU"
 	@echo "make lint         ruff, mypy, import-linter, clang-format; make format applies the formatters"
 	@echo "make env          versions, backends, and why one is unavailable"
@@ -69,6 +70,12 @@ gpu-bench:
 	for run in "bench_loss.py 1" "bench_linear.py 4" "bench_logprob.py 4"; do set -- $$run; \
 	  $(BIN)/python benchmarks/$$1 --device cuda --resume --minutes $$2 $(ARGS) || worst=$$?; \
 	done; exit $$worst
+
+# PAIRS is a file of preference pairs; the embedded ones are short.
+gpu-train:
+	$(BIN)/python -m experiments.beside_trl $(if $(PAIRS),--pairs $(PAIRS)) $(ARGS)
+	$(BIN)/python -m experiments.beside_trl $(if $(PAIRS),--pairs $(PAIRS)) --random-llama --max-steps 40 --batch-size 4 \
+	  --runs-dir runs/beside_trl_1b --output experiments/results/beside_trl_1b $(ARGS)
 
 aot-report: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/aot_report.py --csv

@@ -11,7 +11,7 @@ from dil_kernels.divergences import divergence_names
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import stability, tabular_consistency, training_dynamics
+from experiments import beside_trl, stability, tabular_consistency, training_dynamics
 from experiments.dynamics_runs import ARMS, metrics
 from experiments.tabular_problem import Loss, make_table, sample, solve, total_variation
 from experiments.upper_blocks import all_pair_logps, cache_hidden_states, take_upper_blocks
@@ -268,3 +268,24 @@ def test_metrics_of_two_pairs_by_hand():
             "likelihood_accuracy": 0.5,
         }
     )
+
+
+def test_the_same_loss_trains_alike_in_both_trainers(tmp_path):
+    """Same pairs, same order, same DPO loss: so the held-out curves of TRL's trainer are those of DILTrainer."""
+    pytest.importorskip("trl")
+    command = ["--quick", "--runs-dir", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    assert beside_trl.main(command) == 0
+    curves = read_csv(tmp_path / "curves.csv")
+    arms = {name: [row for row in curves if row["arm"] == name] for name in beside_trl.ARMS}
+    for ours, theirs in zip(arms["dil dpo"], arms["trl dpo"], strict=True):
+        assert ours["step"] == theirs["step"]
+        for metric in ("margin", "chosen_logp", "rejected_logp"):
+            assert float(ours[metric]) == pytest.approx(float(theirs[metric]), abs=1e-4), (ours, theirs)
+    assert float(arms["dil dpo"][-1]["margin"]) > 0.05
+    changes = {row["arm"]: float(row["chosen_logp_change"]) for row in read_csv(tmp_path / "summary.csv")}
+    assert changes["dil lsif"] != changes["dil dpo"]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    # Finished arms are not run again.
+    before = (tmp_path / "runs" / "trl_dpo.json").stat().st_mtime_ns
+    assert beside_trl.main(command) == 0
+    assert (tmp_path / "runs" / "trl_dpo.json").stat().st_mtime_ns == before
