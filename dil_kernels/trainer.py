@@ -7,6 +7,7 @@ losses stay on the device until something is logged.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import logging
@@ -24,7 +25,6 @@ try:
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
-    from transformers.utils.logging import tqdm
 except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
@@ -35,6 +35,8 @@ from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options, resolve_ref_logps
 from dil_kernels.metrics import NonFinitePairs, batch_means, batch_metrics, zero_sums
 from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
+from dil_kernels.precompute import ReferencePass, has_reference, open_ref_cache, ref_columns
+from dil_kernels.ref_cache import ReferenceCache
 from dil_kernels.reference import accumulation_dtype
 from dil_kernels.tokenization import (
     IGNORE_INDEX,
@@ -168,33 +170,40 @@ class DILTrainer(Trainer):
     def _precompute_reference(self, model: nn.Module) -> None:
         """Add the reference log-probs to the data sets, under `model` as it is now."""
         device, training = next(model.parameters()).device, model.training
+        cache: ReferenceCache | str = ""
+        if self.is_world_process_zero():
+            cache = open_ref_cache(self.args.ref_cache_dir, model, self.data_collator, self._reference_settings())
         model.eval().to(self.args.device)
+        reference = ReferencePass(
+            accelerator=self.accelerator,
+            data_collator=self.data_collator,
+            sums=functools.partial(self._reference_sums, model),
+            cache=cache,
+            progress=not self.args.disable_tqdm,
+        )
         if self.train_dataset is not None:
-            batch_size = self.args.per_device_train_batch_size
-            self.train_dataset = self._add_reference(self.train_dataset, model, batch_size)
+            self.train_dataset = reference.add(self.train_dataset, self.args.per_device_train_batch_size)
         batch_size = self.args.per_device_eval_batch_size
         if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {
-                name: self._add_reference(dataset, model, batch_size) for name, dataset in self.eval_dataset.items()
-            }
+            parts = self.eval_dataset.items()
+            self.eval_dataset = {name: reference.add(dataset, batch_size) for name, dataset in parts}
         elif self.eval_dataset is not None:
-            self.eval_dataset = self._add_reference(self.eval_dataset, model, batch_size)
+            self.eval_dataset = reference.add(self.eval_dataset, batch_size)
         model.train(training).to(device)
 
-    def _add_reference(self, dataset: datasets.Dataset, model: nn.Module, batch_size: int) -> datasets.Dataset:
-        """The data set with ref_chosen_logps and ref_rejected_logps (unpaired, ref_logps): fp32 sums over tokens."""
-        columns = _ref_columns(dataset)
-        if set(columns) <= set(dataset.column_names):
-            return dataset
-        loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
-        sums = []
-        for batch in tqdm(loader, desc="Reference log-probs", disable=self.args.disable_tqdm):
-            logps = self._reference_token_logps(model, batch).to(accumulation_dtype(self.args.device)).sum(-1)
-            sums.append(self.accelerator.gather_for_metrics(torch.stack(logps.chunk(len(columns)), dim=1)))
-        values = torch.cat(sums).float().cpu().numpy()
-        for index, column in enumerate(columns):
-            dataset = dataset.add_column(column, values[:, index])
-        return dataset
+    def _reference_settings(self) -> dict[str, Any]:
+        """How reference log-probs are taken, where that changes them by more than the last bits."""
+        return {
+            "autocast": self.accelerator.mixed_precision,
+            "fused_head": self.uses_fused_head,
+            "device": self.args.device.type,
+            "backend": self.args.backend,
+            "matmul_precision": torch.get_float32_matmul_precision(),
+        }
+
+    def _reference_sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Log-probs [2B] of the responses under the reference, summed over their tokens."""
+        return self._reference_token_logps(model, inputs).to(accumulation_dtype(self.args.device)).sum(-1)
 
     def get_eval_dataloader(self, eval_dataset: str | datasets.Dataset | None = None) -> DataLoader[Any]:
         """The loader of an evaluation set; pairs that are not tokenised yet may be given, too."""
@@ -208,7 +217,7 @@ class DILTrainer(Trainer):
         if dataset is None or isinstance(dataset, str):
             return dataset
         dataset = _tokenized(dataset, self.processing_class, self.args)
-        if self.ref_model is None and not set(_ref_columns(dataset)) <= set(dataset.column_names):
+        if self.ref_model is None and not has_reference(dataset):
             raise ValueError(
                 "the reference log-probs were precomputed, and the reference model is gone: give every evaluation set "
                 "to the constructor, or set precompute_ref_log_probs=False"
@@ -287,7 +296,7 @@ class DILTrainer(Trainer):
         if self.ref_model is not None:
             ref_token_logps = self._reference_token_logps(self.ref_model, inputs)
         else:
-            columns = {name: inputs[name] for name in _ref_columns(inputs)}
+            columns = {name: inputs[name] for name in ref_columns(inputs)}
             sums = {"ref_chosen_logps": None, "ref_rejected_logps": None, **columns}
             ref_logps = resolve_ref_logps(
                 **sums,
@@ -432,12 +441,6 @@ def _tokenized(dataset: Any, tokenizer: Any, args: DILConfig) -> Any:
             truncation_mode=args.truncation_mode,
             num_proc=args.dataset_num_proc,
         )
-
-
-def _ref_columns(data: Any) -> tuple[str, ...]:
-    """The columns of reference log-probs that a tokenised data set or a batch of it has room for."""
-    names = getattr(data, "column_names", data)
-    return UNPAIRED_REF_COLUMNS if "label" in names or "is_chosen" in names else REF_COLUMNS
 
 
 def _pad_token_id(tokenizer: Any) -> int:

@@ -93,6 +93,13 @@ class DILConfig(TrainingArguments):
             "eighth of the device's memory."
         },
     )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where precomputed reference log-probs are kept for later runs: a directory, or none; "
+            "dil_kernels/reference_log_probs in $HF_HOME if not given."
+        },
+    )
     dataset_num_proc: int | None = field(
         default=None,
         metadata={"help": "Processes that tokenise the data; the main process alone if not given."},

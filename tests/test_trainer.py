@@ -38,7 +38,7 @@ ON_GPU = pytest.param(
 def make_trainer(output_dir: Path, **options: Any) -> DILTrainer:
     arguments = {
         name: options.pop(name)
-        for name in ("model", "ref_model", "train_dataset", "eval_dataset", "callbacks", "optimizers")
+        for name in ("model", "ref_model", "train_dataset", "eval_dataset", "data_collator", "callbacks", "optimizers")
         if name in options
     }
     config = {
@@ -48,6 +48,7 @@ def make_trainer(output_dir: Path, **options: Any) -> DILTrainer:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
+        "ref_cache_dir": "none",
         "disable_tqdm": True,
         "use_cpu": True,
         "max_length": 24,

@@ -1,0 +1,131 @@
+"""The reference log-probs of whole data sets, before training: from the cache on disk, else computed and kept there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from transformers.utils.logging import tqdm
+
+from dil_kernels.ref_cache import (
+    ReferenceCache,
+    default_ref_cache_dir,
+    model_fingerprint,
+    response_id_columns,
+    token_counts,
+)
+from dil_kernels.tokenization import REF_COLUMNS, UNPAIRED_REF_COLUMNS
+
+NO_CACHE = "none"
+
+
+def ref_columns(data: Any) -> tuple[str, ...]:
+    """The columns of reference log-probs that a tokenised data set or a batch of it has room for."""
+    names = getattr(data, "column_names", data)
+    return UNPAIRED_REF_COLUMNS if "label" in names or "is_chosen" in names else REF_COLUMNS
+
+
+def has_reference(dataset: datasets.Dataset) -> bool:
+    """Whether a data set has all its reference log-probs.
+
+    Raises:
+        ValueError: it has those of one side only.
+    """
+    columns = ref_columns(dataset)
+    missing = [column for column in columns if column not in dataset.column_names]
+    if 0 < len(missing) < len(columns):
+        raise ValueError(f"the data set has {', '.join({*columns} - {*missing})}, but no {', '.join(missing)}")
+    return not missing
+
+
+def open_ref_cache(
+    directory: str | None, model: nn.Module, data_collator: Any, settings: Mapping[str, Any]
+) -> ReferenceCache | str:
+    """The cache of a model's log-probs, or why there is none.
+
+    Args:
+        directory: where it is; the user's cache if None, "none" for none.
+        model: the reference.
+        data_collator: what makes the batches; another package's may score other tokens than the data set says.
+        settings: how the log-probs are taken, where that changes them by more than rounding.
+    """
+    if directory == NO_CACHE:
+        return f"ref_cache_dir is {NO_CACHE!r}"
+    if not type(data_collator).__module__.startswith("dil_kernels."):
+        return f"which tokens the data collator {type(data_collator).__name__} scores is not known"
+    try:
+        identity = {"model": model_fingerprint(model), "settings": dict(settings)}
+    except NotImplementedError as error:
+        return str(error)
+    return ReferenceCache(default_ref_cache_dir() if directory is None else Path(directory).expanduser(), identity)
+
+
+@dataclass(frozen=True)
+class ReferencePass:
+    """Adds the log-probs of one reference to data sets.
+
+    Attributes:
+        accelerator: of the trainer; every process takes a share of the rows.
+        data_collator: of the trainer.
+        sums: the log-prob of each response of a batch, [sequences] fp32 or fp64, in the order of the batch.
+        cache: of the reference, on the main process; or why there is none.
+        progress: show a bar.
+    """
+
+    accelerator: Accelerator
+    data_collator: Any
+    sums: Callable[[dict[str, Any]], Tensor]
+    cache: ReferenceCache | str
+    progress: bool = True
+
+    def add(self, dataset: datasets.Dataset, batch_size: int) -> datasets.Dataset:
+        """The data set with ref_chosen_logps and ref_rejected_logps (unpaired, ref_logps), fp32 sums over tokens.
+
+        One that has them is returned as it is.
+        """
+        if has_reference(dataset):
+            return dataset
+        is_main = self.accelerator.is_main_process
+        entry = self.cache.entry(dataset) if is_main and isinstance(self.cache, ReferenceCache) else None
+        found = [None if entry is None else entry.load()]
+        values = broadcast_object_list(found)[0]
+        done = "" if entry is None else f"read from {entry.path}"
+        if values is None:
+            values = self._compute(dataset, batch_size)
+            problem = self.cache if entry is None else entry.store(values)
+            done = (
+                f"computed and not kept: {problem}" if entry is None or problem else f"computed; kept in {entry.path}"
+            )
+        if is_main:
+            print(f"Reference log-probs of {len(dataset)} rows {done}")
+        for index, column in enumerate(ref_columns(dataset)):
+            dataset = dataset.add_column(column, values[:, index])
+        return dataset
+
+    def _compute(self, dataset: datasets.Dataset, batch_size: int) -> NDArray[np.float32]:
+        """The sums, [rows, responses of a row] fp32.
+
+        The longest rows come first: batches of like lengths waste no padding, and memory that is short is so at once.
+        """
+        responses = response_id_columns(dataset)
+        longest = np.max([token_counts(dataset, name) for name in responses], axis=0)
+        order = np.argsort(-(token_counts(dataset, "prompt_ids") + longest), kind="stable")
+        rows: Any = Subset(dataset, order.tolist())
+        loader = self.accelerator.prepare(DataLoader(rows, batch_size=batch_size, collate_fn=self.data_collator))
+        sums = []
+        for batch in tqdm(loader, desc="Reference log-probs", disable=not self.progress):
+            sides = torch.stack(self.sums(batch).chunk(len(responses)), dim=1)
+            sums.append(self.accelerator.gather_for_metrics(sides).float().cpu())
+        values = np.empty((len(dataset), len(responses)), np.float32)
+        values[order] = torch.cat(sums).numpy()
+        return values
