@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,26 +19,48 @@ except ImportError as error:
         f"dil_kernels.data needs the extra [train]: pip install 'dil-kernels[train]' ({error})"
     ) from error
 
+from dil_kernels.messages import (
+    JSON_COLUMNS,
+    Messages,
+    PreferenceDataError,
+    check_json_columns,
+    check_messages,
+    check_unicode,
+    split_conversations,
+    split_strings,
+    without_nulls,
+)
+from dil_kernels.pair_storage import (
+    GIVEN_REFERENCE,
+    concatenate_stored,
+    parts_of_columns,
+    storable,
+    store_pairs,
+    stored_features,
+)
+
 COLUMNS = ("prompt", "chosen", "rejected")
 RESPONSES = COLUMNS[1:]
 UNPAIRED_COLUMNS = ("prompt", "completion", "label")
 FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 ROWS_PER_CHUNK = 1000
 
-Messages = list[dict[str, str]]
-Pair = dict[str, Any]  # prompt, chosen, rejected: strings, or lists of {role, content}; or prompt, completion, label
-
-
-class PreferenceDataError(ValueError):
-    """Preference data that cannot be trained on; names the file, the line or row (counted from 1) and the column."""
+Pair = dict[str, Any]  # prompt, chosen, rejected: strings, or lists of messages; or prompt, completion, label
 
 
 def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train") -> datasets.Dataset:
     """Load preference pairs and check every one of them.
 
-    A pair is three strings, or three lists of ``{"role", "content"}`` messages, each response one assistant message.
-    Where the responses are whole conversations, ``prompt`` may be missing or a string: it is then what both share
-    before their last message. A string with responses of one message is the user's message.
+    A pair is three strings, or three lists of ``{"role", "content"}`` messages, of which a response begins and ends
+    with the assistant's. All that follows the prompt is the response, the messages of tools and users within it
+    included. Where ``prompt`` is missing, it is what chosen and rejected share at their beginning: messages, or whole
+    lines and words of strings. A string for a prompt may stand beside such conversations; with responses of one
+    message, it is the user's message.
+
+    Messages may have other keys, such as ``tool_calls``, and pairs of messages the columns ``tools`` (JSON schemas) and
+    ``chat_template_kwargs``: the chat template gets them. In the data set they are JSON text, see
+    `dil_kernels.messages`. ``ref_chosen_logps`` and ``ref_rejected_logps`` (``ref_logps``) are sums over the tokens of
+    a response, which `DILTrainer` uses with precomputed references.
 
     Responses that do not come in pairs have the columns ``prompt``, ``completion`` and ``label`` instead, as TRL's KTO
     has them: a completion is what chosen and rejected are above, its label true where it is to be imitated.
@@ -49,7 +72,7 @@ def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train
 
     Returns:
         A data set with the columns prompt, chosen and rejected (or prompt, completion and label), all strings or all
-        lists of messages, in the order of the source. Other columns and other keys of messages are dropped.
+        lists of messages, in the order of the source, and those named above. Other columns are dropped.
 
     Raises:
         PreferenceDataError: the source cannot be read, or a pair is broken.
@@ -118,7 +141,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         number = itertools.count(1)
         for batch in file.iter_batches(batch_size=ROWS_PER_CHUNK, columns=columns):
             for record in batch.to_pylist():
-                yield f"{path}, row {next(number)}", record
+                yield f"{path}, row {next(number)}", without_nulls(record)
     except (pa.ArrowException, OSError) as error:
         raise PreferenceDataError(f"{path}: broken Parquet file: {error}") from error
 
@@ -131,11 +154,11 @@ def _checked_records(records: Iterator[tuple[str, Any]], source: str) -> dataset
         pairs = []
         for where, record in chunk:
             pairs.append(check_pair(record, where, first))
-            first = pairs[-1]
-        chunks.append(datasets.Dataset.from_list(pairs, features=_features(pairs[-1])))
+            first = first or pairs[0]
+        chunks.append(store_pairs(pairs))
     if not chunks:
         raise PreferenceDataError(f"{source}: holds no preference pair")
-    return datasets.concatenate_datasets(chunks)
+    return concatenate_stored(chunks)
 
 
 def _checked_dataset(dataset: datasets.Dataset, source: str) -> datasets.Dataset:
@@ -143,23 +166,18 @@ def _checked_dataset(dataset: datasets.Dataset, source: str) -> datasets.Dataset
     if len(dataset) == 0:
         raise PreferenceDataError(f"{source}: holds no preference pair")
     dataset = dataset.select_columns(_kept_columns(dataset.column_names))
-    first = check_pair(dataset[0], f"{source}, row 1")
+    first = check_pair(without_nulls(dataset[0]), f"{source}, row 1")
+    parts = parts_of_columns(dataset)
     return dataset.map(
-        lambda record, index: check_pair(record, f"{source}, row {index + 1}", first),
+        lambda record, index: storable(check_pair(without_nulls(record), f"{source}, row {index + 1}", first), parts),
         with_indices=True,
-        features=_features(first),
+        features=stored_features(first, parts),
         desc="Checking preference pairs",
     )
 
 
 def _kept_columns(names: Sequence[str]) -> list[str]:
-    return [name for name in names if name in (*COLUMNS, *UNPAIRED_COLUMNS)]
-
-
-def _features(pair: Pair) -> datasets.Features:
-    text = datasets.Value("string")
-    kind = [{"role": text, "content": text}] if is_conversational(pair) else text
-    return datasets.Features({name: datasets.Value("bool") if name == "label" else kind for name in pair})
+    return [name for name in names if name in (*COLUMNS, *UNPAIRED_COLUMNS, *JSON_COLUMNS, *GIVEN_REFERENCE)]
 
 
 def response_columns(pair: Mapping[str, Any]) -> tuple[str, ...]:
@@ -191,24 +209,35 @@ def check_pair(record: Any, where: str, like: Pair | None = None) -> Pair:
     columns = response_columns({name: value for name, value in record.items() if value is not None})
     for column in columns:
         _require(record, column, where)
-    if any(isinstance(record[column], str) for column in columns):
-        _require(record, "prompt", where)
-        pair: Pair = {column: _check_text(record[column], where, column) for column in ("prompt", *columns)}
-    else:
-        pair = _check_conversation(record, where, columns)
+    is_text = any(isinstance(record[column], str) for column in columns)
+    pair = (_check_strings if is_text else _check_conversation)(record, where, columns)
     if columns == ("completion",):
         pair["label"] = _check_label(record, where)
-    if like is not None and pair.keys() != like.keys():
-        names = (", ".join(form) for form in (pair, like))
-        raise PreferenceDataError("{}: this record has {}, but those before it have {}".format(where, *names))
-    if like is not None and is_conversational(like) != is_conversational(pair):
-        what, strings = ("pair", "three strings") if columns == RESPONSES else ("response", "strings")
-        forms = (strings, "lists of messages")
+    pair |= {name: _check_number(record[name], where, name) for name in GIVEN_REFERENCE if record.get(name) is not None}
+    if like is not None:
+        _check_form(pair, like, where)
+    options = check_json_columns(record, where)
+    if is_text and options:
         raise PreferenceDataError(
-            f"{where}: this {what} is {forms[is_conversational(pair)]}, but those before it are "
-            f"{forms[is_conversational(like)]}"
+            f"{where}, column {next(iter(options))!r}: only conversations go through a chat template, but these are "
+            "strings"
         )
-    return pair
+    return pair | options
+
+
+def _check_form(pair: Pair, like: Pair, where: str) -> None:
+    """Refuse a pair that has other columns, or another kind of columns, than one before it."""
+    forms = [[name for name in form if name not in JSON_COLUMNS] for form in (pair, like)]
+    if {*forms[0]} != {*forms[1]}:
+        names = (", ".join(form) for form in forms)
+        raise PreferenceDataError("{}: this record has {}, but those before it have {}".format(where, *names))
+    if is_conversational(like) != is_conversational(pair):
+        what, strings = ("response", "strings") if "completion" in pair else ("pair", "three strings")
+        kinds = (strings, "lists of messages")
+        raise PreferenceDataError(
+            f"{where}: this {what} is {kinds[is_conversational(pair)]}, but those before it are "
+            f"{kinds[is_conversational(like)]}"
+        )
 
 
 def _check_label(record: Mapping[str, Any], where: str) -> bool:
@@ -217,6 +246,14 @@ def _check_label(record: Mapping[str, Any], where: str) -> bool:
         kind = type(record["label"]).__name__
         raise PreferenceDataError(f"{where}, column 'label': expected true or false, got {kind}")
     return record["label"]
+
+
+def _check_number(value: Any, where: str, column: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise PreferenceDataError(
+            f"{where}, column {column!r}: expected a number, the sum of log-probs, got {value!r:.40}"
+        )
+    return float(value)
 
 
 def _require(record: Mapping[str, Any], column: str, where: str) -> None:
@@ -228,7 +265,7 @@ def _require(record: Mapping[str, Any], column: str, where: str) -> None:
 def _check_text(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str):
         raise PreferenceDataError(f"{where}, column {column!r}: expected a string, got {type(value).__name__}")
-    _check_unicode(value, f"{where}, column {column!r}")
+    check_unicode(value, f"{where}, column {column!r}")
     if column != "prompt":
         _check_filled(value, where, column)
     return value
@@ -239,11 +276,12 @@ def _check_filled(response: str, where: str, column: str) -> None:
         raise PreferenceDataError(f"{where}, column {column!r}: the response is empty")
 
 
-def _check_unicode(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PreferenceDataError(f"{where}: not valid Unicode: {error.reason}") from error
+def _check_strings(record: Mapping[str, Any], where: str, columns: tuple[str, ...]) -> Pair:
+    texts = {column: _check_text(record[column], where, column) for column in columns}
+    if record.get("prompt") is None and columns == RESPONSES:
+        return dict(zip(COLUMNS, split_strings(texts["chosen"], texts["rejected"], where), strict=True))
+    _require(record, "prompt", where)
+    return {"prompt": _check_text(record["prompt"], where, "prompt"), **texts}
 
 
 def _check_conversation(record: Mapping[str, Any], where: str, columns: tuple[str, ...]) -> Pair:
@@ -251,57 +289,24 @@ def _check_conversation(record: Mapping[str, Any], where: str, columns: tuple[st
     responses = {column: _check_response(record[column], where, column) for column in columns}
     if prompt is None or isinstance(prompt, str):
         prompt = None if prompt is None else _check_text(prompt, where, "prompt")
-        return _split_conversations(prompt, responses, where)
+        return split_conversations(prompt, responses, where)
     for column, messages in responses.items():
-        if len(messages) != 1:
+        if messages[0]["role"] != "assistant":
             raise PreferenceDataError(
-                f"{where}, column {column!r}: beside a prompt of messages, the response must be one assistant message, "
-                f"got {len(messages)}; leave the prompt column out if the responses hold the whole conversation"
+                f"{where}, column {column!r}: beside a prompt of messages, the response must begin with the "
+                f"assistant's message, not {messages[0]['role']!r}; leave the prompt column out if the responses hold "
+                "the whole conversation"
             )
-    return {"prompt": _check_messages(prompt, where, "prompt"), **responses}
+    return {"prompt": check_messages(prompt, where, "prompt"), **responses}
 
 
 def _check_response(value: Any, where: str, column: str) -> Messages:
-    messages = _check_messages(value, where, column)
-    role = messages[-1]["role"]
-    if role != "assistant":
-        raise PreferenceDataError(f"{where}, column {column!r}: the last message is not the assistant's, but {role!r}")
-    _check_filled(messages[-1]["content"], where, column)
-    return messages
-
-
-def _split_conversations(prompt: str | None, responses: dict[str, Messages], where: str) -> Pair:
-    """The prompt and the answers of conversations that share everything before their last message."""
-    shared, *others = (conversation[:-1] for conversation in responses.values())
-    if any(other != shared for other in others):
-        raise PreferenceDataError(f"{where}: chosen and rejected differ before their last message")
-    if not shared and prompt is None:
-        raise PreferenceDataError(f"{where}: column 'prompt' is missing, and the responses hold only the answer")
-    if prompt is not None and not shared:
-        shared = [{"role": "user", "content": prompt}]
-    if prompt is not None and prompt.strip() not in [message["content"].strip() for message in shared]:
+    messages = check_messages(value, where, column)
+    last = messages[-1]
+    if last["role"] != "assistant":
         raise PreferenceDataError(
-            f"{where}, column 'prompt': not a message of the conversation in {' and '.join(responses)}"
+            f"{where}, column {column!r}: the last message is not the assistant's, but {last['role']!r}"
         )
-    return {"prompt": shared, **{column: conversation[-1:] for column, conversation in responses.items()}}
-
-
-def _check_messages(value: Any, where: str, column: str) -> Messages:
-    where = f"{where}, column {column!r}"
-    if not isinstance(value, Sequence):
-        kind = type(value).__name__
-        raise PreferenceDataError(f"{where}: expected a string or a list of {{role, content}} messages, got {kind}")
-    if not value:
-        raise PreferenceDataError(f"{where}: the list of messages is empty")
-    messages = []
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, Mapping):
-            raise PreferenceDataError(f"{where}, message {number}: expected {{role, content}}, got {message!r:.40}")
-        for key in ("role", "content"):
-            text = message.get(key)
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise PreferenceDataError(f"{where}, message {number}: {key} must be a string, got {kind}")
-            _check_unicode(text, f"{where}, message {number}")
-        messages.append({"role": message["role"], "content": message["content"]})
+    if not last.get("tool_calls"):
+        _check_filled(last["content"], where, column)
     return messages

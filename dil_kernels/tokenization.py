@@ -9,14 +9,30 @@ from typing import Any
 
 import datasets
 import torch
-from jinja2 import TemplateError
 
+import dil_kernels
+from dil_kernels.chat_template import render_conversation
 from dil_kernels.data import Pair, PreferenceDataError, check_pair, is_conversational, response_columns
+from dil_kernels.messages import without_nulls
+from dil_kernels.truncation import TRUNCATION_MODES, DataReport, is_too_long, truncate
+
+__all__ = [
+    "IGNORE_INDEX",
+    "REF_COLUMNS",
+    "TOKEN_COLUMNS",
+    "TRUNCATION_MODES",
+    "UNPAIRED_REF_COLUMNS",
+    "UNPAIRED_TOKEN_COLUMNS",
+    "PreferenceCollator",
+    "tokenize_and_report",
+    "tokenize_dataset",
+    "tokenize_pair",
+    "truncate",
+]
 
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
-TRUNCATION_MODES = ("keep_end", "keep_start")
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 UNPAIRED_TOKEN_COLUMNS = ("prompt_ids", "completion_ids", "label")
@@ -37,65 +53,108 @@ def tokenize_dataset(
     Args:
         dataset: pairs in any form that `load_preference_pairs` accepts.
         tokenizer: a transformers tokenizer; conversations need its chat template, strings its end-of-sequence token.
-        max_length, max_prompt_length, truncation_mode: as in `truncate`.
+        max_length, max_prompt_length, truncation_mode: as in `truncate`; "drop" leaves out what is too long.
         num_proc: processes to tokenise with.
 
     Returns:
         One row a pair: prompt_ids, chosen_ids and rejected_ids (lists of token ids), row (its place in `dataset`,
         counted from 1) and length (tokens of the longer sequence). One row a response, where these come unpaired:
-        completion_ids and label in place of chosen_ids and rejected_ids.
+        completion_ids and label in place of chosen_ids and rejected_ids. Reference log-probs that the data set has
+        stay.
 
     Raises:
-        PreferenceDataError: a pair is broken, or its response cannot be told from its prompt exactly.
+        PreferenceDataError: a pair is broken, or its response cannot be told from its prompt exactly; or every pair is
+            too long.
     """
+    tokenized, report = tokenize_and_report(
+        dataset,
+        tokenizer,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        truncation_mode=truncation_mode,
+        num_proc=num_proc,
+    )
+    if report.dropped or report.prompts_cut or report.responses_cut or report.identical:
+        logger.warning("%s", report)
+    return tokenized
 
-    def tokenize(record: Pair, index: int) -> dict[str, Any]:
+
+def tokenize_and_report(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    truncation_mode: str,
+    num_proc: int | None = None,
+) -> tuple[datasets.Dataset, DataReport]:
+    """As `tokenize_dataset`, and what became of the rows in place of a warning."""
+
+    def tokenize(record: Pair, index: int, version: str) -> dict[str, Any]:
         where = f"row {index + 1}"
-        pair = check_pair(record, where)
-        ids = tokenize_pair(pair, tokenizer, where)
-        kept = truncate(
-            *ids, max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode
+        pair = check_pair(without_nulls(record), where)
+        whole = tokenize_pair(pair, tokenizer, where)
+        prompt_ids, *responses = truncate(
+            *whole, max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode
         )
-        prompt_ids, *responses = kept
         columns = [f"{column}_ids" for column in response_columns(pair)]
+        lost = [len(ids) - len(kept) for ids, kept in zip(whole[1:], responses, strict=True)]
         return {
             "prompt_ids": prompt_ids,
             **dict(zip(columns, responses, strict=True)),
             **({"label": pair["label"]} if "label" in pair else {}),
             "row": index + 1,
             "length": len(prompt_ids) + max(map(len, responses)),
-            "truncated": kept != ids,
+            "dropped": is_too_long(prompt_ids, responses, max_length),
+            "prompt_lost": len(whole[0]) - len(prompt_ids),
+            "responses_lost": sum(lost),
+            "responses_cut": sum(count > 0 for count in lost),
             "identical": len(responses) == 2 and responses[0] == responses[1],
         }
 
+    given = (*REF_COLUMNS, *UNPAIRED_REF_COLUMNS)
     tokenized = dataset.map(
         tokenize,
         with_indices=True,
-        remove_columns=dataset.column_names,
+        remove_columns=[name for name in dataset.column_names if name not in given],
         num_proc=num_proc,
+        # `datasets` keeps results by the arguments, not by the code that this calls.
+        fn_kwargs={"version": dil_kernels.__version__},
         desc="Tokenizing preference pairs",
     )
-    truncated, identical = sum(tokenized["truncated"]), sum(tokenized["identical"])
-    if truncated:
-        logger.warning("%d of %d pairs were truncated to %s tokens", truncated, len(dataset), max_length)
-    if identical:
-        logger.warning("%d of %d pairs have the same chosen and rejected tokens", identical, len(dataset))
-    return tokenized.remove_columns(["truncated", "identical"])
+    names = ("dropped", "prompt_lost", "responses_lost", "responses_cut", "identical")
+    counts = {name: tokenized.with_format("numpy")[name][:] for name in names}
+    tokenized, kept = tokenized.remove_columns(list(names)), ~counts["dropped"]
+    report = DataReport(
+        rows=len(dataset),
+        max_length=max_length,
+        dropped=int((~kept).sum()),
+        prompts_cut=int((counts["prompt_lost"] > 0).sum()),
+        prompt_tokens_cut=int(counts["prompt_lost"].sum()),
+        rows_with_responses_cut=int((counts["responses_cut"] > 0).sum()),
+        responses_cut=int(counts["responses_cut"].sum()),
+        response_tokens_cut=int(counts["responses_lost"].sum()),
+        identical=int(counts["identical"][kept].sum()),
+    )
+    if report.dropped == report.rows:
+        raise PreferenceDataError(f"all {report.rows} rows are longer than max_length={max_length} tokens")
+    return (tokenized.select(kept.nonzero()[0]) if report.dropped else tokenized), report
 
 
 def tokenize_pair(pair: Pair, tokenizer: Any, where: str) -> tuple[list[int], ...]:
     """Token ids of the prompt and of each response (chosen and rejected, or the one completion), untruncated.
 
     A conversation goes through the chat template: its prompt ends where generation starts, and its response is all
-    that follows, end-of-turn marks included. A response that is a string gets the end-of-sequence token. Where the end
-    of the prompt would merge with the response into one token, each is tokenised alone, as generation has it.
+    that follows: end-of-turn marks, and the messages of tools and users between the assistant's. A response that is a
+    string gets the end-of-sequence token. Where the end of the prompt would merge with the response into one token,
+    each is tokenised alone, as generation has it.
 
     Raises:
         PreferenceDataError: the template renders the prompt differently within the conversation, or a part has no
             token.
     """
     conversational = is_conversational(pair)
-    prompt, texts = _render(pair, tokenizer, where) if conversational else _join(pair)
+    prompt, texts = render_conversation(pair, tokenizer, where) if conversational else _join(pair)
     if not conversational and tokenizer.eos_token_id is None:
         raise PreferenceDataError(f"{where}: the tokenizer has no end-of-sequence token to end a response with")
     prompt_ids = _encode(tokenizer, prompt, special=not conversational)
@@ -120,57 +179,12 @@ def _join(pair: Pair) -> tuple[str, dict[str, str]]:
     return pair["prompt"], {column: pair["prompt"] + pair[column] for column in response_columns(pair)}
 
 
-def _render(pair: Pair, tokenizer: Any, where: str) -> tuple[str, dict[str, str]]:
-    """The text of the prompt, and of the whole conversation with each response."""
-    try:
-        prompt: str = tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
-        texts = {
-            column: str(tokenizer.apply_chat_template(pair["prompt"] + pair[column], tokenize=False))
-            for column in response_columns(pair)
-        }
-    except TemplateError as error:
-        raise PreferenceDataError(f"{where}: the chat template refuses this conversation: {error}") from error
-    for column, text in texts.items():
-        if not text.startswith(prompt):
-            raise PreferenceDataError(
-                f"{where}, column {column!r}: the template renders the prompt alone, ending with {prompt[-40:]!r}, "
-                "differently from the prompt within the conversation: which tokens are the response is not known"
-            )
-    return prompt, texts
-
-
 def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     # Some tokenizers end every text with this token, also a prompt.
     if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         return ids[:-1]
     return ids
-
-
-def truncate(
-    prompt_ids: list[int],
-    *responses: list[int],
-    max_length: int | None,
-    max_prompt_length: int | None,
-    truncation_mode: str,
-) -> tuple[list[int], ...]:
-    """Cut a pair that is longer than `max_length`: first its prompt, then the ends of its responses.
-
-    Args:
-        max_length: tokens of prompt and response; None cuts nothing.
-        max_prompt_length: tokens of the prompt that a pair that is too long keeps; below `max_length`, so that each
-            response keeps a token.
-        truncation_mode: "keep_end" or "keep_start" of the prompt.
-
-    Returns:
-        The ids that remain.
-    """
-    if max_length is None or len(prompt_ids) + max(map(len, responses)) <= max_length:
-        return prompt_ids, *responses
-    assert max_prompt_length is not None
-    prompt_ids = prompt_ids[-max_prompt_length:] if truncation_mode == "keep_end" else prompt_ids[:max_prompt_length]
-    room = max_length - len(prompt_ids)
-    return prompt_ids, *(ids[:room] for ids in responses)
 
 
 @dataclass(frozen=True)

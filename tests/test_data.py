@@ -114,7 +114,7 @@ BROKEN = {
     ),
     "missing prompt": (
         {"chosen": "w1", "rejected": "w2"},
-        ": column 'prompt' is missing (columns with a value: chosen, rejected)",
+        ": column 'prompt' is missing, and chosen and rejected begin with no line or word in common",
     ),
     "number": ({**PLAIN, "rejected": 5}, ", column 'rejected': expected a string, got int"),
     "prompt of another kind": ({**PLAIN, "prompt": CHAT["prompt"]}, ", column 'prompt': expected a string, got list"),
@@ -156,8 +156,8 @@ BROKEN_CHAT = {
     ),
     "prompt given twice": (
         {**CHAT, "chosen": CHAT["prompt"] + CHAT["chosen"]},
-        ", column 'chosen': beside a prompt of messages, the response must be one assistant message, got 3; "
-        "leave the prompt column out if the responses hold the whole conversation",
+        ", column 'chosen': beside a prompt of messages, the response must begin with the assistant's message, not "
+        "'system'; leave the prompt column out if the responses hold the whole conversation",
     ),
     "prompt nowhere": (
         {"chosen": CHAT["chosen"], "rejected": CHAT["rejected"]},
@@ -165,7 +165,7 @@ BROKEN_CHAT = {
     ),
     "two prompts": (
         {"chosen": CHAT["prompt"] + CHAT["chosen"], "rejected": CHAT["prompt"][1:] + CHAT["rejected"]},
-        ": chosen and rejected differ before their last message",
+        ": chosen and rejected share no message that could be the prompt",
     ),
     "another prompt": (
         {"prompt": "w7", **{column: CHAT["prompt"] + CHAT[column] for column in ("chosen", "rejected")}},
@@ -354,8 +354,10 @@ def test_truncated_and_identical_pairs_are_counted(caplog: pytest.LogCaptureFixt
         max_prompt_length=2,
         truncation_mode="keep_end",
     )
-    assert "2 of 4 pairs were truncated to 5 tokens" in caplog.messages
-    assert "1 of 4 pairs have the same chosen and rejected tokens" in caplog.messages
+    assert caplog.messages == [
+        "4 rows; prompts cut to fit 5 tokens: 1 (by 1); responses cut and left without their end: 1 (by 1), in 1 rows; "
+        "with the same chosen and rejected tokens: 1"
+    ]
     assert tokenized["row"][:] == [1, 2, 3, 4]
     assert tokenized["length"][:] == [5, 5, 4, 5]
     assert sorted(tokenized.column_names) == sorted(["prompt_ids", "chosen_ids", "rejected_ids", "row", "length"])
