@@ -29,13 +29,13 @@ except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
 from dil_kernels.backends import resolve_backend
-from dil_kernels.divergences import get_divergence
 from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options, resolve_ref_logps
 from dil_kernels.metrics import NonFinitePairs, batch_means, batch_metrics, zero_sums
 from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.precompute import ReferencePass, has_reference, open_ref_cache, ref_columns
+from dil_kernels.prepare import prepare_dataset
 from dil_kernels.ref_cache import ReferenceCache
 from dil_kernels.reference import accumulation_dtype
 from dil_kernels.tokenization import (
@@ -45,9 +45,9 @@ from dil_kernels.tokenization import (
     UNPAIRED_REF_COLUMNS,
     UNPAIRED_TOKEN_COLUMNS,
     PreferenceCollator,
-    tokenize_dataset,
 )
 from dil_kernels.training_config import DILConfig
+from dil_kernels.truncation import DataReport
 
 __all__ = ["DILConfig", "DILTrainer", "disable_dropout", "last_complete_checkpoint"]
 
@@ -70,12 +70,17 @@ class DILTrainer(Trainer):
     A training loss that is not finite ends training with a `FloatingPointError` that names the step and the rows of the
     data: at the next log, before the next checkpoint or at the end, whichever is first.
 
+    `data_report` says of every data set that was tokenised here ("train", "eval" or "eval_NAME") what was cut or left
+    out, as a `DataReport`.
+
     Args:
         model: the policy, a causal language model; it is trained in place.
         ref_model: the reference; None for the policy as it is now, of which a frozen copy is kept. With precomputed
             log-probs no reference is kept. Resuming from a checkpoint does not change the reference.
         args: the options.
-        train_dataset: pairs in any form that `dil_kernels.data.load_preference_pairs` accepts, or tokenised ones.
+        train_dataset: pairs in any form that `dil_kernels.data.load_preference_pairs` accepts, or tokenised ones; not
+            a stream. Where precomputed reference log-probs are used, columns of them (ref_chosen_logps and
+            ref_rejected_logps, or ref_logps: sums over the tokens of a response) stay as they are.
         eval_dataset: likewise, one data set or several by name.
         processing_class: the tokenizer.
         data_collator: makes batches as `PreferenceCollator` does; that one if None.
@@ -108,11 +113,12 @@ class DILTrainer(Trainer):
             raise ValueError("ref_model is the model that training changes; leave it None for a frozen copy")
         if processing_class is None:
             raise ValueError("processing_class must be the tokenizer of the model, got None")
+        self.data_report: dict[str, DataReport] = {}
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_tokenized(train_dataset, processing_class, args),
-            eval_dataset=_tokenized(eval_dataset, processing_class, args),
+            train_dataset=prepare_dataset(train_dataset, processing_class, args, "train", self.data_report),
+            eval_dataset=prepare_dataset(eval_dataset, processing_class, args, "eval", self.data_report),
             data_collator=data_collator or PreferenceCollator(_pad_token_id(processing_class)),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -216,7 +222,7 @@ class DILTrainer(Trainer):
     def _evaluable(self, dataset: Any) -> Any:
         if dataset is None or isinstance(dataset, str):
             return dataset
-        dataset = _tokenized(dataset, self.processing_class, self.args)
+        dataset = prepare_dataset(dataset, self.processing_class, self.args, "eval", self.data_report)
         if self.ref_model is None and not has_reference(dataset):
             raise ValueError(
                 "the reference log-probs were precomputed, and the reference model is gone: give every evaluation set "
@@ -415,32 +421,6 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
     if not checkpoints:
         raise FileNotFoundError(f"{output_dir}: no complete checkpoint to resume from")
     return checkpoints[max(checkpoints)]
-
-
-def _tokenized(dataset: Any, tokenizer: Any, args: DILConfig) -> Any:
-    """Token ids of a data set, of each of several, or of none."""
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {name: _tokenized(part, tokenizer, args) for name, part in dataset.items()}
-    if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(f"preference pairs must come as a datasets.Dataset, got {type(dataset).__name__}")
-    if "label" in dataset.column_names and not get_divergence(args.loss_type).separable:
-        raise ValueError(
-            f"loss_type={args.loss_type!r} couples the chosen and the rejected response of a pair: it cannot be "
-            "trained on unpaired responses (a data set with the column 'label')"
-        )
-    if any(set(columns) <= set(dataset.column_names) for columns in (TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS)):
-        return dataset
-    with args.main_process_first(desc="tokenisation"):
-        return tokenize_dataset(
-            dataset,
-            tokenizer,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            truncation_mode=args.truncation_mode,
-            num_proc=args.dataset_num_proc,
-        )
 
 
 def _pad_token_id(tokenizer: Any) -> int:

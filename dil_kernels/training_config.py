@@ -65,7 +65,10 @@ class DILConfig(TrainingArguments):
     )
     truncation_mode: str = field(
         default="keep_end",
-        metadata={"help": "Which end of a truncated prompt stays: keep_end or keep_start."},
+        metadata={
+            "help": "Which end of a truncated prompt stays: keep_end or keep_start; drop leaves out pairs that are too "
+            "long."
+        },
     )
     precompute_ref_log_probs: bool = field(
         default=False,
@@ -124,10 +127,20 @@ class DILConfig(TrainingArguments):
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} was given, but no DIL loss has one")
-        if self.max_length is not None:
+        if self.truncation_mode == "drop":
+            self._check_drop()
+        elif self.max_length is not None:
             self.max_prompt_length = _resolve_prompt_length(self.max_length, self.max_prompt_length)
         elif self.max_prompt_length is not None:
             raise ValueError(f"max_prompt_length={self.max_prompt_length} was given, but max_length=None cuts nothing")
+
+    def _check_drop(self) -> None:
+        if self.max_length is None:
+            raise ValueError("truncation_mode='drop' was given, but max_length=None leaves nothing out")
+        if self.max_prompt_length is not None:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} was given, but truncation_mode='drop' cuts no prompt"
+            )
 
     def loss_options(self) -> dict[str, Any]:
         """The keywords of the fused losses that define the loss."""

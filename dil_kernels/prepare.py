@@ -1,0 +1,62 @@
+"""The data sets of a trainer: refused, tokenised or taken as they are, and reported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+
+from dil_kernels.divergences import get_divergence
+from dil_kernels.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS, tokenize_and_report
+from dil_kernels.training_config import DILConfig
+from dil_kernels.truncation import DataReport
+
+STREAMS = (datasets.IterableDataset, datasets.IterableDatasetDict)
+
+
+def prepare_dataset(dataset: Any, tokenizer: Any, args: DILConfig, name: str, reports: dict[str, DataReport]) -> Any:
+    """Token ids of a data set, of each of several, or of none.
+
+    Args:
+        dataset: a data set, tokenised or not; several by name; or None.
+        tokenizer: of the model.
+        args: of the trainer.
+        name: of the data set, for its report; of several, the first part of their names.
+        reports: gets the report of each data set that is tokenised here; the main process prints it.
+
+    Raises:
+        TypeError: it is a stream, or no data set.
+        ValueError: its responses are unpaired, and the loss needs pairs.
+        PreferenceDataError: a broken pair.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, STREAMS):
+        raise TypeError(
+            f"the {name} data set is streamed: DILTrainer checks, tokenises and counts every row before the first "
+            "step, names rows by their number and keeps reference log-probs by row. Load it without streaming=True, or "
+            "take a part: Dataset.from_list(list(stream.take(n)))"
+        )
+    if isinstance(dataset, dict):
+        return {key: prepare_dataset(part, tokenizer, args, f"{name}_{key}", reports) for key, part in dataset.items()}
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(f"preference pairs must come as a datasets.Dataset, got {type(dataset).__name__}")
+    if "label" in dataset.column_names and not get_divergence(args.loss_type).separable:
+        raise ValueError(
+            f"loss_type={args.loss_type!r} couples the chosen and the rejected response of a pair: it cannot be "
+            "trained on unpaired responses (a data set with the column 'label')"
+        )
+    if any(set(columns) <= set(dataset.column_names) for columns in (TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS)):
+        return dataset
+    with args.main_process_first(desc="tokenisation"):
+        dataset, reports[name] = tokenize_and_report(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
+            num_proc=args.dataset_num_proc,
+        )
+    if args.process_index == 0:
+        print(f"{name} data: {reports[name]}")
+    return dataset
