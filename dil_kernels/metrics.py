@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ METRICS = (
     "logps/rejected",
 )
 SIDE_METRICS = ("loss", "rewards", "logps")
-ROWS_NAMED = 8
-ROW_BITS = 40  # a failure is kept as step * 2^40 + row, so that the smallest is the first
-NO_FAILURE = 2**63 - 1
 
 
 def counted_pairs(output: DILOutput) -> Tensor:
@@ -107,44 +103,3 @@ def batch_means(sums: Tensor) -> dict[str, float]:
     pairs, sides = sums.split([len(METRICS) + 1, 2 * (len(SIDE_METRICS) + 1)])
     unpaired = bool(sides[len(SIDE_METRICS)] + sides[-1] > 0)
     return side_means(sides) if unpaired else means(pairs)
-
-
-class NonFinitePairs:
-    """The first pairs whose loss was not finite, found without waiting for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._first = torch.full((ROWS_NAMED,), NO_FAILURE, device=device)
-
-    def add(self, losses: Tensor, rows: Tensor | None, step: int) -> None:
-        """Look at the losses [B] of a micro-batch of an optimizer step.
-
-        Args:
-            losses: of each pair.
-            rows: the place of each pair in the data set, counted from 1; None if unknown.
-            step: counted from 1.
-        """
-        keys = torch.full_like(losses, step << ROW_BITS, dtype=torch.int64)
-        if rows is not None:
-            keys += rows
-        keys = keys.masked_fill(losses.detach().isfinite(), NO_FAILURE)
-        self._first = torch.cat([self._first, keys]).topk(ROWS_NAMED, largest=False).values
-
-    def check(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Raise, on every process alike, if a loss was not finite. Waits for the device.
-
-        Args:
-            gather: concatenates a tensor over all processes.
-
-        Raises:
-            FloatingPointError: names the first step with such a loss, and its rows.
-        """
-        failures = sorted(key for key in gather(self._first).tolist() if key != NO_FAILURE)
-        if not failures:
-            return
-        step = failures[0] >> ROW_BITS
-        rows = sorted({key - (step << ROW_BITS) for key in failures if key >> ROW_BITS == step} - {0})
-        raise FloatingPointError(
-            f"the loss of step {step} is not finite on row(s) {', '.join(map(str, rows[:ROWS_NAMED])) or 'unknown'} of "
-            f"the training data (counted from 1, at most {ROWS_NAMED} named): look at these rows, or if they are "
-            "sound, lower the learning rate; no checkpoint was written since"
-        )

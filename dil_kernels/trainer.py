@@ -9,11 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 import logging
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +20,17 @@ from torch.utils.data import DataLoader
 try:
     import datasets
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-    from transformers.trainer import TRAINER_STATE_NAME
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
 from dil_kernels.backends import resolve_backend
+from dil_kernels.checkpoints import check_weights, last_complete_checkpoint
 from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options, resolve_ref_logps
-from dil_kernels.metrics import NonFinitePairs, batch_means, batch_metrics, zero_sums
+from dil_kernels.loss_watch import LogRatioRange, NonFinitePairs
+from dil_kernels.metrics import batch_means, batch_metrics, zero_sums
 from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.precompute import ReferencePass, has_reference, open_ref_cache, ref_columns
 from dil_kernels.prepare import prepare_dataset
@@ -67,8 +65,9 @@ class DILTrainer(Trainer):
     and logps/rejected (sums over tokens). Unpaired responses have loss/chosen and loss/rejected, no accuracies, and
     margins of means.
 
-    A training loss that is not finite ends training with a `FloatingPointError` that names the step and the rows of the
-    data: at the next log, before the next checkpoint or at the end, whichever is first.
+    A training loss that is not finite ends training with a `FloatingPointError` that names the step, the rows of the
+    data, their log ratios and the last good checkpoint: at the next log, before the next checkpoint or at the end,
+    whichever is first. Log ratios that come near an overflow are warned of once.
 
     `data_report` says of every data set that was tokenised here ("train", "eval" or "eval_NAME") what was cut or left
     out, as a `DataReport`.
@@ -238,12 +237,14 @@ class DILTrainer(Trainer):
             args, kwargs: handed on.
 
         Raises:
-            FloatingPointError: a loss was not finite.
+            FloatingPointError: a loss, or a weight that training left, is not finite.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(str(self.args.output_dir)))
         self._start_record()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        check_weights(self.model, self.state.global_step, self.accelerator.gather)
+        return output
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -286,7 +287,8 @@ class DILTrainer(Trainer):
             loss = output.share(torch.as_tensor(num_items_in_batch)) * self.accelerator.num_processes
         if model.training:
             self._train_sums += batch_metrics(output, "is_chosen" in inputs).sum(0)
-            self._non_finite.add(output.losses, inputs.get("rows"), self.state.global_step + 1)
+            self._non_finite.add(output, inputs.get("rows"), self.state.global_step + 1)
+            self._log_ratios.add(output)
         return (loss, output) if return_outputs else loss
 
     def _run_batch(self, model: nn.Module, inputs: dict[str, Tensor]) -> DILOutput:
@@ -351,19 +353,25 @@ class DILTrainer(Trainer):
     def _start_record(self) -> None:
         self._train_sums = zero_sums(self.args.device)
         self._non_finite = NonFinitePairs(self.args.device)
+        options = self.args.loss_options(), self.args.average_log_prob
+        self._log_ratios = LogRatioRange(*options, self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, in training with the means of the metrics since the last log, which waits for the device."""
         if self.is_in_train:
-            self._non_finite.check(self.accelerator.gather)
+            self._non_finite.check(self.accelerator.gather, self.args.output_dir)
         if "loss" in logs:
+            warning = self._log_ratios.warning(self.accelerator.gather)
+            if warning is not None and self.is_world_process_zero():
+                logger.warning(warning)
             sums = self.accelerator.reduce(self._train_sums, reduction="sum")
             logs |= {name: value for name, value in batch_means(sums).items() if name != "loss"}
             self._train_sums = zero_sums(self.args.device)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._non_finite.check(self.accelerator.gather)
+        self._non_finite.check(self.accelerator.gather, self.args.output_dir)
+        check_weights(model, self.state.global_step, self.accelerator.gather)
         super()._save_checkpoint(model, trial)
 
     def evaluation_loop(
@@ -404,23 +412,6 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path:
-    """The checkpoint of the highest step that was written to its end: the trainer state, which comes last, is whole.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    checkpoints = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            checkpoints[json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"]] = path
-        except (OSError, ValueError):
-            logger.warning("%s was not written to its end; it is left out", path)
-    if not checkpoints:
-        raise FileNotFoundError(f"{output_dir}: no complete checkpoint to resume from")
-    return checkpoints[max(checkpoints)]
 
 
 def _pad_token_id(tokenizer: Any) -> int:

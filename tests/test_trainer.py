@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
 
 from dil_kernels import DILOutput
-from dil_kernels.metrics import METRICS, NonFinitePairs, batch_metrics, pair_metrics
+from dil_kernels.loss_watch import LogRatioRange, NonFinitePairs, safe_log_ratios
+from dil_kernels.metrics import METRICS, batch_metrics, pair_metrics
 from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
 from dil_kernels.trainer import DILConfig, DILTrainer, last_complete_checkpoint
 
@@ -509,26 +511,118 @@ def test_a_non_finite_loss_stops_training_and_names_the_rows(
         num_train_epochs=1,
         **options,
     )
-    with pytest.raises(
-        FloatingPointError, match=r"^the loss of step 2 is not finite on row\(s\) 4 of the training data"
-    ):
+    with pytest.raises(FloatingPointError) as stopped:
         trainer.train()
+    length = len(trainer.train_dataset[3]["chosen_ids"])
+    message = str(stopped.value)
+    assert message.startswith(
+        f"the loss of step 2 is not finite on row 4, log ratio chosen nan ({length} tokens), reje"
+    )
+    assert message.endswith("no checkpoint had been written before it")
     assert trainer.state.global_step == (4 if stop == "at the end" else 3)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_non_finite_rows_of_a_step_are_all_named() -> None:
+def test_the_last_good_checkpoint_is_kept_and_named(tmp_path: Path) -> None:
+    rows = tokenized(make_pairs(8)).map(
+        lambda row: {"ref_chosen_logps": -40.0, "ref_rejected_logps": -9e5 if row["row"] == 7 else -40.0}
+    )
+    trainer = make_trainer(
+        tmp_path,
+        train_dataset=rows,
+        precompute_ref_log_probs=True,
+        eval_dataset=make_pairs(3),
+        train_sampling_strategy="sequential",
+        logging_steps=100,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+    )
+    with pytest.raises(FloatingPointError, match=r"on row 7, .*; the last good checkpoint is .*checkpoint-3$"):
+        trainer.train()
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert "checkpoint-3" in kept
+    assert "checkpoint-4" not in kept
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-3"
+
+
+def test_weights_that_an_overflowing_gradient_spoils_are_not_saved(tmp_path: Path) -> None:
+    class Spoil(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                next(model.parameters()).grad.fill_(math.inf)
+
+    options = {"callbacks": [Spoil()], "max_grad_norm": 0.0, "max_steps": 2, "logging_steps": 5}
+    for saving in ({"save_strategy": "steps", "save_steps": 1}, {"save_strategy": "no"}):
+        with pytest.raises(FloatingPointError, match="the weights are not finite after step 2, whose loss was"):
+            make_trainer(tmp_path, **options, **saving).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def output_of(losses: list[float], chosen: list[float] | None = None, rejected: list[float] | None = None) -> DILOutput:
+    values = torch.tensor(losses)
+    u_w, u_l = (torch.zeros(len(losses)) if u is None else torch.tensor(u) for u in (chosen, rejected))
+    lengths = torch.full((len(losses),), 4, dtype=torch.int32)
+    return DILOutput(values.sum(), values, u_w, u_l, u_w, u_l, lengths, 2 * lengths, lengths[:2])
+
+
+def test_non_finite_rows_of_a_step_are_all_named(tmp_path: Path) -> None:
     found = NonFinitePairs(torch.device("cpu"))
-    found.add(torch.tensor([1.0, 2.0]), torch.tensor([9, 8]), step=1)
-    found.add(torch.tensor([math.inf, 2.0, math.nan]), torch.tensor([70, 3, 12]), step=4)
-    found.add(torch.tensor([math.nan] * 3), torch.tensor([1, 2, 4]), step=5)
-    found.add(torch.tensor([-math.inf]), torch.tensor([5]), step=4)
-    with pytest.raises(FloatingPointError, match=r"step 4 is not finite on row\(s\) 5, 12, 70 of"):
-        found.check(lambda tensor: tensor)
+    found.add(output_of([1.0, 2.0]), torch.tensor([9, 8]), step=1)
+    ratios = [50.0, 1.0, math.nan], [-1.5, 1.0, 60.25]
+    found.add(output_of([math.inf, 2.0, math.nan], *ratios), torch.tensor([70, 3, 12]), step=4)
+    found.add(output_of([math.nan] * 3), torch.tensor([1, 2, 4]), step=5)
+    found.add(output_of([-math.inf], [90.0], [2.0]), torch.tensor([5]), step=4)
+    with pytest.raises(FloatingPointError) as stopped:
+        found.check(lambda tensor: tensor, tmp_path)
+    assert (
+        "the loss of step 4 is not finite on row 5, log ratio chosen 90 (4 tokens), rejected 2 (8 tokens); "
+        "row 12, log ratio chosen nan (4 tokens), rejected 60.25 (8 tokens); "
+        "row 70, log ratio chosen 50 (4 tokens), rejected -1.5 (8 tokens) (rows of"
+    ) in str(stopped.value)
+    assert str(stopped.value).endswith("no checkpoint had been written before it")
     unnamed = NonFinitePairs(torch.device("cpu"))
-    unnamed.add(torch.tensor([math.nan]), None, step=2)
-    with pytest.raises(FloatingPointError, match=r"step 2 is not finite on row\(s\) unknown"):
-        unnamed.check(lambda tensor: tensor)
+    unnamed.add(output_of([math.nan]), None, step=2)
+    with pytest.raises(FloatingPointError, match="step 2 is not finite on row unknown, log ratio chosen 0"):
+        unnamed.check(lambda tensor: tensor, tmp_path)
+
+
+def test_large_log_ratios_are_those_whose_gradient_squared_overflows() -> None:
+    largest = torch.finfo(torch.float32).max
+    for loss_type, coefficients in {
+        "lsif": (lambda u: math.exp(u), None, lambda u: math.exp(2 * u), None),
+        "ukl": (None, None, math.exp, None),
+        "is": (None, math.exp, None, None),
+        "bce": (None,) * 4,
+    }.items():
+        for limit, coefficient in zip(safe_log_ratios({"loss_type": loss_type}), coefficients, strict=True):
+            if coefficient is None:
+                assert limit == math.inf
+            else:
+                assert coefficient(limit - 0.02) ** 2 < largest < coefficient(limit + 0.02) ** 2
+    assert safe_log_ratios({"loss_type": "lsif", "max_log_ratio": 20.0}) == [math.inf] * 4
+
+
+@pytest.mark.parametrize(
+    ("average", "problem"),
+    [
+        (True, r"a rejected log ratio reached \S+ per token, beyond 5: .*; lower learning_rate, or bound"),
+        (False, r"a rejected log ratio reached \S+, beyond 29.58: .*, or set average_log_prob=True, or bound"),
+    ],
+    ids=["average", "sum"],
+)
+def test_large_log_ratios_are_warned_of_once(tmp_path: Path, average: bool, problem: str, caplog: Any) -> None:
+    rows = make_trainer(tmp_path, train_dataset=make_pairs(8), precompute_ref_log_probs=True).train_dataset
+    shift = (lambda row: 6 * len(row["rejected_ids"])) if average else (lambda row: 30)
+    rows = rows.map(lambda row: {"ref_rejected_logps": row["ref_rejected_logps"] - shift(row)})
+    options = {"precompute_ref_log_probs": True, "learning_rate": 0.0, "loss_type": "lsif" if average else "power"}
+    trainer = make_trainer(tmp_path, train_dataset=rows, average_log_prob=average, **options)
+    trainer.train()
+    (warning,) = (record.message for record in caplog.records if "log ratio reached" in record.message)
+    assert re.search(problem, warning)
 
 
 class NoHostRead(TorchDispatchMode):
@@ -546,11 +640,13 @@ def test_counting_and_metrics_of_a_micro_batch_never_wait_for_the_device(tmp_pat
     output = DILOutput(values[0, 0], *values[:5], *lengths, torch.tensor([2, 2]))
     trainer = make_trainer(tmp_path)
     found = NonFinitePairs(torch.device("cpu"))
+    largest = LogRatioRange({"loss_type": "lsif"}, False, torch.device("cpu"))
     batches = iter([batch_of(make_pairs(3))] * 2)
     with NoHostRead():
         sums = pair_metrics(output).sum(0)
         batch_metrics(output, unpaired=True)
-        found.add(output.losses, torch.tensor([1, 2, 3]), step=1)
+        found.add(output, torch.tensor([1, 2, 3]), step=1)
+        largest.add(output)
         _, counts = trainer.get_batch_samples(batches, 2, torch.device("cpu"))
     assert sums[-1] == 2
     assert counts.tolist() == [6, 6]

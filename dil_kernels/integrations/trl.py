@@ -33,7 +33,8 @@ from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options
 from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_sums
 from dil_kernels.integrations.trl_config import DILConfig
-from dil_kernels.metrics import METRICS, NonFinitePairs, counted_pairs, means, pair_metrics
+from dil_kernels.loss_watch import NonFinitePairs
+from dil_kernels.metrics import METRICS, counted_pairs, means, pair_metrics
 from dil_kernels.modeling import UnsupportedHeadError, install_fused_head
 from dil_kernels.reference import accumulation_dtype
 
@@ -308,7 +309,7 @@ class DILTrainer(DPOTrainer):
         if self.model.training:
             self._train_sums += sums.sum(0)
             self._train_tokens += inputs["attention_mask"].sum()
-            self._non_finite.add(output.losses, None, self.state.global_step + 1)
+            self._non_finite.add(output, None, self.state.global_step + 1)
         else:
             self._eval_sums += self.accelerator.gather_for_metrics(sums).sum(0)
 
@@ -325,14 +326,14 @@ class DILTrainer(DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, in training with the means of the metrics since the last log, which waits for the device."""
         if "loss" in logs:
-            self._non_finite.check(self.accelerator.gather)
+            self._non_finite.check(self.accelerator.gather, self.args.output_dir)
             metrics = self._means(self.accelerator.reduce(self._train_sums, reduction="sum"))
             logs |= {name: value for name, value in metrics.items() if name != "loss"}
             self._train_sums = self._no_sums()
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._non_finite.check(self.accelerator.gather)
+        self._non_finite.check(self.accelerator.gather, self.args.output_dir)
         super()._save_checkpoint(model, trial)
 
     def evaluation_loop(

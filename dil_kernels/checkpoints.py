@@ -1,0 +1,78 @@
+"""Which checkpoints of a run can be resumed from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str], before: float = math.inf) -> Path:
+    """The checkpoint of the highest step that was written to its end: the trainer state, which comes last, is whole.
+
+    Args:
+        output_dir: of the run.
+        before: a step; checkpoints of this one and later ones are left out.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    checkpoints = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            step = json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"]
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end; it is left out", path)
+            continue
+        if step < before:
+            checkpoints[step] = path
+    if not checkpoints:
+        raise FileNotFoundError(f"{output_dir}: no complete checkpoint to resume from")
+    return checkpoints[max(checkpoints)]
+
+
+def where_to_resume(output_dir: str | os.PathLike[str], step: int) -> str:
+    """What to tell after a step that failed: the last checkpoint before it, or that there is none."""
+    try:
+        return f"the last good checkpoint is {last_complete_checkpoint(output_dir, before=step)}"
+    except FileNotFoundError:
+        return "no checkpoint had been written before it"
+
+
+def check_weights(model: Any, step: int, gather: Callable[[Tensor], Tensor]) -> None:
+    """Refuse to write weights that a step with a finite loss made non-finite: its gradients had overflowed.
+
+    Args:
+        model: a module, looked at in the parts that this process holds, whoever shards it.
+        step: the last one.
+        gather: concatenates a tensor over all processes.
+
+    Raises:
+        FloatingPointError: a trainable weight is not finite, on any process.
+    """
+    parts = [_local(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    finite = [part.isfinite().all() for part in parts if part.numel()]
+    device = parts[0].device if parts else torch.device("cpu")
+    found = torch.stack(finite).all() if finite else torch.tensor(True, device=device)
+    if not gather(found.reshape(1)).all():
+        raise FloatingPointError(
+            f"the weights are not finite after step {step}, whose loss was: its gradients overflowed. Lower the "
+            "learning rate or bound the log ratios (max_log_ratio)"
+        )
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """The part of a parameter on this process: FSDP2 has it in a DTensor, ZeRO-3 beside an empty tensor."""
+    part = getattr(parameter, "ds_tensor", parameter).detach()
+    return part.to_local() if hasattr(part, "to_local") else part
