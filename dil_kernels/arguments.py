@@ -13,7 +13,6 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -21,6 +20,7 @@ from transformers import TrainingArguments
 
 from dil_kernels.backends import BACKENDS
 from dil_kernels.divergences import divergence_names
+from dil_kernels.recipes import find_recipe, packaged_recipes
 from dil_kernels.tokenization import TRUNCATION_MODES
 from dil_kernels.training_config import DILConfig
 
@@ -47,6 +47,11 @@ COMMON_FIELDS = (
     "seed",
     "report_to",
 )
+# Options that transformers 5 renamed on its way: either name serves, whichever of the two is installed.
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 # Declared by hand below, without an effect in this program, or not expressible as text.
 OMITTED_FIELDS = {
     "output_dir",
@@ -70,6 +75,9 @@ class RunOptions:
     ref_model: str | None = None
     dtype: str = "float32"
     attn_implementation: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
     resume_from_checkpoint: str | bool = False
     import_modules: tuple[str, ...] = ()
 
@@ -106,13 +114,16 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
     modules = import_modules(argv)
     parser = build_parser()
     command_line = vars(parser.parse_known(argv))
-    recipe_path = command_line.pop("config", None)
-    values = read_recipe(recipe_path, parser) if recipe_path is not None else {}
+    recipe = command_line.pop("config", None)
+    values = {} if recipe is None else read_recipe(recipe, parser)
     values.update(command_line)
     missing = [_option(name) for name in REQUIRED if values.get(name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} must be given, here or in a recipe (--config)")
     run_fields = {field.name for field in dataclasses.fields(RunOptions)}
+    if values.get("lora_rank") is None and {"lora_alpha", "lora_target_modules"} & values.keys():
+        parser.error("--lora-alpha and --lora-target-modules need --lora-rank")
+    values["lora_target_modules"] = tuple(values.get("lora_target_modules", RunOptions.lora_target_modules))
     run = RunOptions(
         **{**{name: value for name, value in values.items() if name in run_fields}, "import_modules": modules}
     )
@@ -147,11 +158,12 @@ def import_modules(argv: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_recipe(path: str, parser: Parser) -> dict[str, Any]:
+def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     """The options in a YAML file, checked and converted as the command line's.
 
     Args:
-        path: a file with one mapping of option names, with dashes or underscores, to values; null stands for None.
+        name: a file, or a recipe of the package: one mapping of option names, with dashes or underscores, to values;
+            null stands for None.
         parser: as of `build_parser`.
 
     Returns:
@@ -161,16 +173,22 @@ def read_recipe(path: str, parser: Parser) -> dict[str, Any]:
         SystemExit: with status 2: the file cannot be read, or an option in it is unknown or bad.
     """
 
-    parser.source = f"recipe {path}: "
+    parser.source = f"recipe {name}: "
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"cannot be read: {error}")
     except yaml.YAMLError as error:
         parser.error(f"broken YAML: {error}")
     if not isinstance(recipe, dict):
         parser.error(f"must be a mapping of options to values, got {type(recipe).__name__}")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    # By every name that the command line has for them.
+    actions = {
+        option.removeprefix("--").replace("-", "_"): action
+        for action in parser._actions
+        if action.dest not in ("help", "config")
+        for option in action.option_strings
+    }
     values: dict[str, Any] = {}
     tokens: list[str] = []
     for key, value in recipe.items():
@@ -179,7 +197,7 @@ def read_recipe(path: str, parser: Parser) -> dict[str, Any]:
             nearest = difflib.get_close_matches(name, actions, n=1)
             parser.error(f"unknown option {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
         if value is None:
-            values[name] = None
+            values[actions[name].dest] = None
         elif isinstance(value, list) and actions[name].nargs != "+":
             parser.error(f"option {key!r} takes one value, got a list")
         else:
@@ -213,7 +231,8 @@ def build_parser() -> Parser:
     )
     _add_run_options(parser)
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    fields = {field.name: field for field in dataclasses.fields(DILConfig) if field.name not in OMITTED_FIELDS}
+    omitted = OMITTED_FIELDS | {old for old, new in RENAMED.items() if new in inherited}
+    fields = {field.name: field for field in dataclasses.fields(DILConfig) if field.name not in omitted}
     own = [name for name in fields if name not in inherited]
     common = [name for name in COMMON_FIELDS if name in fields]
     others = [name for name in fields if name not in {*own, *common}]
@@ -232,7 +251,10 @@ def build_parser() -> Parser:
 def _add_run_options(parser: Parser) -> None:
     group = parser.add_argument_group("model, data and output")
     group.add_argument(
-        "--config", metavar="FILE", help="YAML recipe of any of these options; the command line overrides it"
+        "--config",
+        metavar="FILE",
+        help="YAML recipe of any of these options, which the command line overrides; or one of the package's: "
+        + ", ".join(packaged_recipes()),
     )
     group.add_argument(
         "--import",
@@ -266,6 +288,19 @@ def _add_run_options(parser: Parser) -> None:
         "--attn-implementation", metavar="NAME", help="attention of transformers, e.g. flash_attention_2"
     )
     group.add_argument(
+        "--lora-rank",
+        metavar="INT",
+        type=int,
+        help="train LoRA adapters of this rank (needs peft; default: all weights)",
+    )
+    group.add_argument("--lora-alpha", metavar="FLOAT", type=float, help="scale of LoRA (default: twice the rank)")
+    group.add_argument(
+        "--lora-target-modules",
+        metavar="NAME",
+        nargs="+",
+        help="layers that LoRA adapts (default: all-linear, every linear layer but the output head)",
+    )
+    group.add_argument(
         "--resume-from-checkpoint",
         metavar="DIR",
         nargs="?",
@@ -294,7 +329,9 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hi
     default = default.value if isinstance(default, enum.Enum) else default
     if default is not None:
         text = f"{text.rstrip('.')} (default: {default})"
-    group.add_argument(_option(field.name), dest=field.name, help=text.replace("%", "%%"), **options)
+    other_names = [_option(other) for pair in RENAMED.items() if field.name in pair for other in pair]
+    names = dict.fromkeys([_option(field.name), *other_names])
+    group.add_argument(*names, dest=field.name, help=text.replace("%", "%%"), **options)
 
 
 def _choices() -> dict[str, tuple[str, ...]]:

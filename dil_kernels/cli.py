@@ -71,7 +71,7 @@ def train(options: RunOptions, config: DILConfig) -> None:
 
     tokenizer = _load_tokenizer(options.model)
     run_training(
-        _load_model(options.model, options),
+        _with_lora(_load_model(options.model, options), options, config),
         tokenizer,
         config,
         train_dataset,
@@ -136,7 +136,35 @@ def _load_model(name: str, options: RunOptions) -> Any:
             name, dtype=options.dtype, attn_implementation=options.attn_implementation
         )
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model {name} could not be loaded: {' '.join(str(error).split())}") from error
+        problem = " ".join(str(error).split())
+        if isinstance(error, ImportError) and options.attn_implementation is not None:
+            problem += " (--attn-implementation sdpa needs no further package)"
+        raise InputError(f"model {name} could not be loaded: {problem}") from error
+
+
+def _with_lora(model: Any, options: RunOptions, config: DILConfig) -> Any:
+    """The model with the adapters asked for; without any, as it is."""
+    if options.lora_rank is None:
+        return model
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(f"--lora-rank needs peft: pip install peft ({error})") from error
+    from transformers import set_seed
+
+    modules = list(options.lora_target_modules)
+    alpha = 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
+    set_seed(config.seed)  # the adapters start from random numbers
+    try:
+        lora = peft.LoraConfig(
+            r=options.lora_rank,
+            lora_alpha=alpha,
+            target_modules=modules[0] if modules == ["all-linear"] else modules,
+            task_type="CAUSAL_LM",
+        )
+        return peft.get_peft_model(model, lora)
+    except ValueError as error:
+        raise InputError(f"--lora-rank {options.lora_rank}: {error}") from error
 
 
 def _fail(message: str, status: int) -> int:
