@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import torch
+from torch import Tensor
 
 import dil_kernels
 from dil_kernels.chat_template import render_conversation
@@ -208,8 +209,7 @@ class PreferenceCollator:
             int64, the place of each pair in its data set; ref_chosen_logps and ref_rejected_logps [B] fp32. For S
             unpaired responses: [S, T], is_chosen [S] bool, rows [S] and ref_logps [S].
         """
-        columns = ("completion_ids",) if "label" in pairs[0] else TOKEN_COLUMNS[1:]
-        sides = [(pair["prompt_ids"], pair[column]) for column in columns for pair in pairs]
+        sides = responses_of(pairs)
         shape = (len(sides), max(len(prompt) + len(response) for prompt, response in sides))
         input_ids = torch.full(shape, self.pad_token_id)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -221,11 +221,23 @@ class PreferenceCollator:
             labels[index, len(prompt) : end] = input_ids[index, len(prompt) : end]
         batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         batch["num_scored"] = int((labels[:, 1:] != IGNORE_INDEX).sum())
-        if "row" in pairs[0]:
-            batch["rows"] = torch.tensor([pair["row"] for pair in pairs])
-        if "label" in pairs[0]:
-            batch["is_chosen"] = torch.tensor([pair["label"] for pair in pairs])
-        for column in (*REF_COLUMNS, *UNPAIRED_REF_COLUMNS):
-            if column in pairs[0]:
-                batch[column] = torch.tensor([pair[column] for pair in pairs], dtype=torch.float32)
-        return batch
+        return {**batch, **pair_columns(pairs)}
+
+
+def responses_of(pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response of each sequence of a batch: the chosen ones, then the rejected; unpaired, in their order."""
+    columns = ("completion_ids",) if "label" in pairs[0] else TOKEN_COLUMNS[1:]
+    return [(pair["prompt_ids"], pair[column]) for column in columns for pair in pairs]
+
+
+def pair_columns(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What a batch says of its pairs, where they have it: rows, is_chosen, and the log-probs of the reference."""
+    columns = {}
+    if "row" in pairs[0]:
+        columns["rows"] = torch.tensor([pair["row"] for pair in pairs])
+    if "label" in pairs[0]:
+        columns["is_chosen"] = torch.tensor([pair["label"] for pair in pairs])
+    for column in (*REF_COLUMNS, *UNPAIRED_REF_COLUMNS):
+        if column in pairs[0]:
+            columns[column] = torch.tensor([pair[column] for pair in pairs], dtype=torch.float32)
+    return columns

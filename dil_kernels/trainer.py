@@ -32,10 +32,11 @@ from dil_kernels.functional.loss_options import resolve_loss_options, resolve_re
 from dil_kernels.loss_watch import LogRatioRange, NonFinitePairs
 from dil_kernels.metrics import batch_means, batch_metrics, zero_sums
 from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
+from dil_kernels.packed_attention import UnsupportedPackingError, install_packed_attention
+from dil_kernels.packed_batches import PackedCollator, has_scored_token, model_inputs, sequence_labels, sequence_sums
 from dil_kernels.precompute import ReferencePass, has_reference, open_ref_cache, ref_columns
 from dil_kernels.prepare import prepare_dataset
 from dil_kernels.ref_cache import ReferenceCache
-from dil_kernels.reference import accumulation_dtype
 from dil_kernels.tokenization import (
     IGNORE_INDEX,
     REF_COLUMNS,
@@ -129,6 +130,8 @@ class DILTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         self.uses_fused_head = self._install_fused_head(model, ref_model)
+        if args.padding_free:
+            self._pack_batches(data_collator, model, *([] if ref_model is None else [ref_model]))
         self.ref_model: nn.Module | None = None
         if args.precompute_ref_log_probs:
             self._precompute_reference(model if ref_model is None else ref_model)
@@ -167,6 +170,17 @@ class DILTrainer(Trainer):
             how = "from the fused head, without logits" if problem is None else f"from logits, since {problem}"
             print(f"DILTrainer takes log-probs {how}.")
         return problem is None
+
+    def _pack_batches(self, data_collator: Any, *models: nn.Module) -> None:
+        """Make batches without padding, if the models compute the same on them."""
+        if data_collator is not None:
+            raise ValueError("padding_free=True packs batches itself; give no data_collator, or padding_free=False")
+        try:
+            with self.accelerator.autocast():
+                install_packed_attention(*models)
+        except UnsupportedPackingError as error:
+            raise UnsupportedPackingError(f"padding_free=True was given, but {error}") from error
+        self.data_collator = PackedCollator()
 
     def _set_signature_columns_if_needed(self) -> None:
         paired, unpaired = (*TOKEN_COLUMNS, *REF_COLUMNS), (*UNPAIRED_TOKEN_COLUMNS, *UNPAIRED_REF_COLUMNS)
@@ -208,7 +222,7 @@ class DILTrainer(Trainer):
 
     def _reference_sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Log-probs [2B] of the responses under the reference, summed over their tokens."""
-        return self._reference_token_logps(model, inputs).to(accumulation_dtype(self.args.device)).sum(-1)
+        return sequence_sums(self._reference_token_logps(model, inputs), inputs)
 
     def get_eval_dataloader(self, eval_dataset: str | datasets.Dataset | None = None) -> DataLoader[Any]:
         """The loader of an evaluation set; pairs that are not tokenised yet may be given, too."""
@@ -253,7 +267,7 @@ class DILTrainer(Trainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
-            scored = (batch["labels"][:, 1:] != IGNORE_INDEX).any(1)
+            scored = has_scored_token(batch)
             if "is_chosen" in batch:
                 is_chosen = batch["is_chosen"]
                 counts += torch.stack([(scored & is_chosen).sum(), (scored & ~is_chosen).sum()]).to(device)
@@ -293,7 +307,7 @@ class DILTrainer(Trainer):
 
     def _run_batch(self, model: nn.Module, inputs: dict[str, Tensor]) -> DILOutput:
         """The fused loss of a batch, summed."""
-        labels, is_chosen = inputs["labels"], inputs.get("is_chosen")
+        labels, is_chosen, cu_seqlens = sequence_labels(inputs), inputs.get("is_chosen"), inputs.get("cu_seqlens")
         options = resolve_loss_options(
             average_log_prob=self.args.average_log_prob,
             pair_layout="concatenated",
@@ -308,8 +322,8 @@ class DILTrainer(Trainer):
             sums = {"ref_chosen_logps": None, "ref_rejected_logps": None, **columns}
             ref_logps = resolve_ref_logps(
                 **sums,
-                num_sequences=labels.shape[0],
-                counted_in=("rows in labels", labels),
+                num_sequences=len(labels) if cu_seqlens is None else len(cu_seqlens) - 1,
+                counted_in=("rows in labels", labels) if cu_seqlens is None else ("in cu_seqlens", cu_seqlens),
                 device=labels.device,
                 options=options,
                 is_chosen=is_chosen,
@@ -318,7 +332,7 @@ class DILTrainer(Trainer):
         return loss_of_token_logps(
             policy_token_logps,
             labels,
-            None,
+            cu_seqlens,
             ref_token_logps,
             ref_logps,
             options,
@@ -329,26 +343,30 @@ class DILTrainer(Trainer):
         )
 
     def _reference_token_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Log-probs [2B, T - 1] of the labels under the reference, without gradients."""
+        """Log-probs [2B, T - 1] or packed [N - 1] of the labels under the reference, without gradients."""
         with torch.no_grad(), self.accelerator.autocast():
             return self._token_logps(model, inputs)
 
     def _token_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Log-probs [2B, T - 1] of the labels, from the fused head or from logits; the wrapped model is called."""
-        tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        """Log-probs [2B, T - 1], or packed [N - 1], of the labels, from the fused head or from logits.
+
+        The wrapped model is called.
+        """
         if self.uses_fused_head:
             options = {
                 "backend": self.args.backend,
                 "stash_bytes": self.args.stash_bytes,
                 "max_scored_tokens": inputs.get("num_scored"),
             }
-            logps: Tensor = model(**tokens, score_labels=inputs["labels"], score_options=options).token_logps
-            return logps
-        logits = model(**tokens).logits
-        kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
-        # Nobody else needs the logits; a model that does gets autograd's error.
-        inplace = kernels and logits.requires_grad
-        return token_logps(logits, inputs["labels"], inplace_backward=inplace, backend=self.args.backend)
+            scored = model(**model_inputs(inputs), score_labels=inputs["labels"], score_options=options)
+            logps: Tensor = scored.token_logps
+        else:
+            logits = model(**model_inputs(inputs)).logits
+            kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
+            # Nobody else needs the logits; a model that does gets autograd's error.
+            inplace = kernels and logits.requires_grad
+            logps = token_logps(logits, inputs["labels"], inplace_backward=inplace, backend=self.args.backend)
+        return logps.squeeze(0) if "cu_seqlens" in inputs else logps
 
     def _start_record(self) -> None:
         self._train_sums = zero_sums(self.args.device)

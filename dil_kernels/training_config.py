@@ -103,6 +103,13 @@ class DILConfig(TrainingArguments):
             "dil_kernels/reference_log_probs in $HF_HOME if not given."
         },
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the sequences of a batch one after another in one row, without padding; an error where the "
+            "model would attend from one to another."
+        },
+    )
     dataset_num_proc: int | None = field(
         default=None,
         metadata={"help": "Processes that tokenise the data; the main process alone if not given."},
@@ -127,6 +134,8 @@ class DILConfig(TrainingArguments):
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} was given, but no DIL loss has one")
+        if self.padding_free and self.torch_compile:
+            raise ValueError("padding_free=True was given, but with torch_compile=True every batch would be compiled")
         if self.truncation_mode == "drop":
             self._check_drop()
         elif self.max_length is not None:

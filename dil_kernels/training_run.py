@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerContro
 from transformers.trainer_callback import ProgressCallback
 
 from dil_kernels.functional import sequence_logps
+from dil_kernels.packed_batches import model_inputs
 from dil_kernels.plots import plot_training_curves
 from dil_kernels.trainer import DILConfig, DILTrainer
 
@@ -78,8 +79,9 @@ def score_pairs(trainer: DILTrainer) -> PairScores:
     scores = []
     for batch in trainer.get_eval_dataloader():
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        logps = sequence_logps(logits, batch["labels"], average_log_prob=args.average_log_prob, backend=args.backend)
+            logits = model(**model_inputs(batch)).logits
+        packed, average = {"cu_seqlens": batch.get("cu_seqlens")}, args.average_log_prob
+        logps = sequence_logps(logits, batch["labels"], **packed, average_log_prob=average, backend=args.backend)
         scores.append(trainer.accelerator.gather_for_metrics(torch.stack(logps.chunk(2), dim=1)).cpu())
     model.train(training)
     chosen, rejected = torch.cat(scores).unbind(1)
