@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import TemplateError
 
 from dil_kernels.data import Pair, PreferenceDataError, response_columns
-from dil_kernels.messages import TEMPLATE_OPTIONS, TOOLS
+from dil_kernels.messages import TEMPLATE_OPTIONS, TOOLS, Messages
 
-# Of messages: a template that does not name these drops a part of what was said.
-SPOKEN_KEYS = ("tool_calls", "reasoning_content", "thinking")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names of the same thing
 
 
 def render_conversation(pair: Pair, tokenizer: Any, where: str) -> tuple[str, dict[str, str]]:
@@ -25,12 +25,15 @@ def render_conversation(pair: Pair, tokenizer: Any, where: str) -> tuple[str, di
         options[TOOLS] = pair[TOOLS]
     columns = response_columns(pair)
     try:
-        _refuse_unread(pair, tokenizer.get_chat_template(options.get("chat_template"), pair.get(TOOLS)), where)
+        template = tokenizer.get_chat_template(options.get("chat_template"), pair.get(TOOLS))
+        if TOOLS in pair and not _names(template, TOOLS):
+            raise PreferenceDataError(f"{where}, column {TOOLS!r}: the chat template has no place for tools")
+        parts = {name: _check_read(pair[name], template, f"{where}, column {name!r}") for name in ("prompt", *columns)}
         prompt = str(
-            tokenizer.apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True, **options)
+            tokenizer.apply_chat_template(parts["prompt"], tokenize=False, add_generation_prompt=True, **options)
         )
         texts = {
-            column: str(tokenizer.apply_chat_template(pair["prompt"] + pair[column], tokenize=False, **options))
+            column: str(tokenizer.apply_chat_template(parts["prompt"] + parts[column], tokenize=False, **options))
             for column in columns
         }
     except PreferenceDataError:
@@ -41,19 +44,30 @@ def render_conversation(pair: Pair, tokenizer: Any, where: str) -> tuple[str, di
         if not text.startswith(prompt):
             raise PreferenceDataError(
                 f"{where}, column {column!r}: the template renders the prompt alone, ending with {prompt[-40:]!r}, "
-                "differently from the prompt within the conversation: which tokens are the response is not known"
+                "differently from the prompt within the conversation: which tokens are the response is not known (an "
+                "option of the template may help: a column chat_template_kwargs, such as {'enable_thinking': false})"
             )
     return prompt, texts
 
 
-def _refuse_unread(pair: Pair, template: str, where: str) -> None:
-    """Refuse what the template never names, and so would silently leave out."""
-    if TOOLS in pair and TOOLS not in template:
-        raise PreferenceDataError(f"{where}, column {TOOLS!r}: the chat template has no place for tools")
-    for column in ("prompt", *response_columns(pair)):
-        for number, message in enumerate(pair[column], start=1):
-            for key in SPOKEN_KEYS:
-                if message.get(key) and key not in template:
-                    raise PreferenceDataError(
-                        f"{where}, column {column!r}, message {number}: the chat template has no place for {key}"
-                    )
+def _check_read(messages: Messages, template: str, where: str) -> Messages:
+    """The messages, with reasoning under the names that the template reads.
+
+    Raises:
+        PreferenceDataError: a message has tool calls or reasoning that the template never names, and so leaves out.
+    """
+    reasoning_keys = [key for key in REASONING_KEYS if _names(template, key)]
+    read = []
+    for number, message in enumerate(messages, start=1):
+        reasoning = next((key for key in REASONING_KEYS if message.get(key)), None)
+        lost = None if reasoning_keys else reasoning
+        if message.get("tool_calls") and not _names(template, "tool_calls"):
+            lost = "tool_calls"
+        if lost is not None:
+            raise PreferenceDataError(f"{where}, message {number}: the chat template has no place for {lost}")
+        read.append(message if reasoning is None else {**dict.fromkeys(reasoning_keys, message[reasoning]), **message})
+    return read
+
+
+def _names(template: str, word: str) -> bool:
+    return re.search(rf"\b{word}\b", template) is not None

@@ -25,12 +25,13 @@ def concatenate_stored(chunks: list[datasets.Dataset]) -> datasets.Dataset:
     """Data sets of `store_pairs` as one, of which some may lack what is optional."""
     parts = frozenset().union(*map(parts_of_columns, chunks))
     features = stored_features(chunks[0][0], parts)
-    missing = dict.fromkeys(parts & {*JSON_COLUMNS})
     return datasets.concatenate_datasets(
         [
             chunk
             if parts_of_columns(chunk) == parts
-            else datasets.Dataset.from_list([{**missing, **row} for row in chunk.to_list()], features=features)
+            else datasets.Dataset.from_list(
+                [{name: row.get(name) for name in features} for row in chunk.to_list()], features=features
+            )
             for chunk in chunks
         ]
     )
