@@ -6,7 +6,7 @@ losses stay on the device until something is logged.
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
 import itertools
 import logging
@@ -24,6 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
+from dil_kernels.adapters import with_adapter
 from dil_kernels.backends import resolve_backend
 from dil_kernels.checkpoints import check_weights, last_complete_checkpoint
 from dil_kernels.functional import DILOutput, token_logps
@@ -37,6 +38,8 @@ from dil_kernels.packed_batches import PackedCollator, has_scored_token, model_i
 from dil_kernels.precompute import ReferencePass, has_reference, open_ref_cache, ref_columns
 from dil_kernels.prepare import prepare_dataset
 from dil_kernels.ref_cache import ReferenceCache
+from dil_kernels.reference_policy import ReferencePolicy
+from dil_kernels.sharding import keep_outputs_exact
 from dil_kernels.tokenization import (
     IGNORE_INDEX,
     REF_COLUMNS,
@@ -74,9 +77,10 @@ class DILTrainer(Trainer):
     out, as a `DataReport`.
 
     Args:
-        model: the policy, a causal language model; it is trained in place.
-        ref_model: the reference; None for the policy as it is now, of which a frozen copy is kept. With precomputed
-            log-probs no reference is kept. Resuming from a checkpoint does not change the reference.
+        model: the policy, a causal language model or a `PeftModel`; it is trained in place.
+        ref_model: the reference; None for the policy as it is now. Of it a frozen copy is kept; of a `PeftModel`, a
+            copy of the adapter, or nothing where the adapter is new, and of `args.ref_adapter_name` nothing either.
+            With precomputed log-probs no reference is kept. Resuming from a checkpoint does not change the reference.
         args: the options.
         train_dataset: pairs in any form that `dil_kernels.data.load_preference_pairs` accepts, or tokenised ones; not
             a stream. Where precomputed reference log-probs are used, columns of them (ref_chosen_logps and
@@ -85,6 +89,7 @@ class DILTrainer(Trainer):
         processing_class: the tokenizer.
         data_collator: makes batches as `PreferenceCollator` does; that one if None.
         callbacks, optimizers: as of `transformers.Trainer`.
+        peft_config: a `peft.PeftConfig`; the model gets this adapter, which alone is trained.
 
     Raises:
         PreferenceDataError: a broken pair.
@@ -105,6 +110,7 @@ class DILTrainer(Trainer):
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: Any = None,
     ) -> None:
         args = DILConfig("dil_output") if args is None else args
         if not isinstance(args, DILConfig):
@@ -114,6 +120,7 @@ class DILTrainer(Trainer):
         if processing_class is None:
             raise ValueError("processing_class must be the tokenizer of the model, got None")
         self.data_report: dict[str, DataReport] = {}
+        model = with_adapter(model, peft_config, args)
         super().__init__(
             model=model,
             args=args,
@@ -125,21 +132,31 @@ class DILTrainer(Trainer):
             optimizers=optimizers,
         )
         self._refuse_inexact_setups()
+        keep_outputs_exact(self.accelerator)
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
         self.model_accepts_loss_kwargs = True
         if args.disable_dropout:
             disable_dropout(model)
-        self.uses_fused_head = self._install_fused_head(model, ref_model)
+        reference = ReferencePolicy(
+            model, ref_model, args.ref_adapter_name, self.accelerator, lasting=not args.precompute_ref_log_probs
+        )
+        self._reference: ReferencePolicy | None = reference
+        self.uses_fused_head = self._install_fused_head(model, reference.model)
         if args.padding_free:
-            self._pack_batches(data_collator, model, *([] if ref_model is None else [ref_model]))
-        self.ref_model: nn.Module | None = None
+            self._pack_batches(data_collator, model, *([] if reference.model is None else [reference.model]))
+        # Hashed while the weights are whole.
+        cache = self._open_ref_cache(reference.model or model) if args.precompute_ref_log_probs else ""
+        reference.place(self.accelerator)
         if args.precompute_ref_log_probs:
-            self._precompute_reference(model if ref_model is None else ref_model)
-        else:
-            self.ref_model = copy.deepcopy(model) if ref_model is None else ref_model
-            self.ref_model.requires_grad_(False).eval().to(args.device)
+            self._precompute_reference(model, cache)
+            self._reference = None
         self._start_record()
         self._eval_sums = zero_sums(args.device)
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference, where it has weights of its own and was not precomputed."""
+        return None if self._reference is None else self._reference.model
 
     def _refuse_inexact_setups(self) -> None:
         """Refuse set-ups in which the reference would be misplaced or the pairs of a step miscounted."""
@@ -148,10 +165,8 @@ class DILTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process would split a batch across its pairs; use torchrun, or make "
                 "one GPU visible with CUDA_VISIBLE_DEVICES"
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise NotImplementedError(
-                "DILTrainer runs on one process or with DDP; DeepSpeed and FSDP are not supported"
-            )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise NotImplementedError("FSDP 1 is not supported; set fsdp_version: 2 in the config of accelerate")
         if getattr(self.accelerator, "parallelism_config", None) is not None:
             raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
 
@@ -186,13 +201,8 @@ class DILTrainer(Trainer):
         paired, unpaired = (*TOKEN_COLUMNS, *REF_COLUMNS), (*UNPAIRED_TOKEN_COLUMNS, *UNPAIRED_REF_COLUMNS)
         self._signature_columns = [*paired, *unpaired[1:], "row", "length"]  # type: ignore[assignment]
 
-    def _precompute_reference(self, model: nn.Module) -> None:
-        """Add the reference log-probs to the data sets, under `model` as it is now."""
-        device, training = next(model.parameters()).device, model.training
-        cache: ReferenceCache | str = ""
-        if self.is_world_process_zero():
-            cache = open_ref_cache(self.args.ref_cache_dir, model, self.data_collator, self._reference_settings())
-        model.eval().to(self.args.device)
+    def _precompute_reference(self, model: nn.Module, cache: ReferenceCache | str) -> None:
+        """Add the reference log-probs to the data sets; `model` is the policy, as it is now."""
         reference = ReferencePass(
             accelerator=self.accelerator,
             data_collator=self.data_collator,
@@ -208,17 +218,21 @@ class DILTrainer(Trainer):
             self.eval_dataset = {name: reference.add(dataset, batch_size) for name, dataset in parts}
         elif self.eval_dataset is not None:
             self.eval_dataset = reference.add(self.eval_dataset, batch_size)
-        model.train(training).to(device)
 
-    def _reference_settings(self) -> dict[str, Any]:
-        """How reference log-probs are taken, where that changes them by more than the last bits."""
-        return {
+    def _open_ref_cache(self, model: nn.Module) -> ReferenceCache | str:
+        """The cache of the log-probs of `model`, on the main process; or why there is none."""
+        if not self.is_world_process_zero():
+            return ""
+        # How they are taken, where that changes them by more than the last bits.
+        settings = {
             "autocast": self.accelerator.mixed_precision,
             "fused_head": self.uses_fused_head,
             "device": self.args.device.type,
             "backend": self.args.backend,
             "matmul_precision": torch.get_float32_matmul_precision(),
+            "adapter": self.args.ref_adapter_name,
         }
+        return open_ref_cache(self.args.ref_cache_dir, model, self.data_collator, settings)
 
     def _reference_sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Log-probs [2B] of the responses under the reference, summed over their tokens."""
@@ -236,7 +250,7 @@ class DILTrainer(Trainer):
         if dataset is None or isinstance(dataset, str):
             return dataset
         dataset = prepare_dataset(dataset, self.processing_class, self.args, "eval", self.data_report)
-        if self.ref_model is None and not has_reference(dataset):
+        if self._reference is None and not has_reference(dataset):
             raise ValueError(
                 "the reference log-probs were precomputed, and the reference model is gone: give every evaluation set "
                 "to the constructor, or set precompute_ref_log_probs=False"
@@ -315,8 +329,8 @@ class DILTrainer(Trainer):
             **self.args.loss_options(),
         )
         ref_token_logps = ref_logps = None
-        if self.ref_model is not None:
-            ref_token_logps = self._reference_token_logps(self.ref_model, inputs)
+        if self._reference is not None:
+            ref_token_logps = self._reference_token_logps(model, inputs)
         else:
             columns = {name: inputs[name] for name in ref_columns(inputs)}
             sums = {"ref_chosen_logps": None, "ref_rejected_logps": None, **columns}
@@ -343,9 +357,15 @@ class DILTrainer(Trainer):
         )
 
     def _reference_token_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Log-probs [2B, T - 1] or packed [N - 1] of the labels under the reference, without gradients."""
-        with torch.no_grad(), self.accelerator.autocast():
-            return self._token_logps(model, inputs)
+        """Log-probs [2B, T - 1] or packed [N - 1] of the labels under the reference, without gradients.
+
+        `model` is the policy as it is wrapped.
+        """
+        assert self._reference is not None
+        # FSDP2 computes in the precision of its own policy instead.
+        autocast = contextlib.nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
+        with torch.no_grad(), autocast, self._reference.module(model) as module:
+            return self._token_logps(module, inputs)
 
     def _token_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Log-probs [2B, T - 1], or packed [N - 1], of the labels, from the fused head or from logits.
@@ -386,6 +406,10 @@ class DILTrainer(Trainer):
             logs |= {name: value for name, value in batch_means(sums).items() if name != "loss"}
             self._train_sums = zero_sums(self.args.device)
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with contextlib.nullcontext() if self._reference is None else self._reference.left_out_of_saving():
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._non_finite.check(self.accelerator.gather, self.args.output_dir)

@@ -110,6 +110,13 @@ class DILConfig(TrainingArguments):
             "model would attend from one to another."
         },
     )
+    ref_adapter_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "The adapter of a PeftModel with which it is the reference, beside the one that is trained; if not "
+            "given, the model as it is before training."
+        },
+    )
     dataset_num_proc: int | None = field(
         default=None,
         metadata={"help": "Processes that tokenise the data; the main process alone if not given."},

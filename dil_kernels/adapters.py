@@ -1,0 +1,224 @@
+"""Adapters of PEFT in training: adding one, telling what it changes, and looking past it; only this knows PEFT."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers import TrainingArguments, set_seed
+except ImportError as error:
+    raise ImportError(f"training needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
+
+REFERENCE_COPY = "dil_reference"  # the frozen copy of an adapter that came trained
+ZERO_AT_FIRST = ("lora_B", "lora_embedding_A")  # the factors that peft initialises with zeros
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model is a `PeftModel`; peft is not imported for it."""
+    return "peft.peft_model" in sys.modules and isinstance(model, sys.modules["peft.peft_model"].PeftModel)
+
+
+def with_adapter(model: Any, peft_config: Any, args: TrainingArguments) -> Any:
+    """The model with a new adapter if one is asked for; ready for recomputing activations if it has one.
+
+    Args:
+        model: changed in place; loaded in 4 or 8 bits, it is prepared for a new adapter as peft asks for it.
+        peft_config: a `peft.PeftConfig`, or None for the model as it is.
+        args: seed and activation checkpointing.
+
+    Raises:
+        ImportError: peft is not installed.
+        TypeError: another kind of configuration.
+        ValueError: the model has an adapter already.
+    """
+    if peft_config is not None:
+        model = _with_new_adapter(model, peft_config, args)
+    if has_adapters(model) and args.activation_checkpointing:
+        # Reentrant checkpoints pass gradients on only if an input, here that of frozen embeddings, needs one.
+        model.enable_input_require_grads()
+    return model
+
+
+def _with_new_adapter(model: Any, peft_config: Any, args: TrainingArguments) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("peft_config needs peft: pip install peft") from error
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise TypeError(f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
+    if has_adapters(model):
+        raise ValueError("peft_config was given, but model has an adapter already: give the one or the other")
+    set_seed(args.seed)  # the adapter starts from random numbers
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = peft.prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=bool(args.activation_checkpointing),
+            gradient_checkpointing_kwargs=args.activation_checkpointing_kwargs,
+        )
+    return peft.get_peft_model(model, peft_config)
+
+
+def trained_adapter(model: Any) -> str:
+    """The name of the adapter that training changes.
+
+    Raises:
+        NotImplementedError: a kind of adapter that changes the sequence, or several adapters at once.
+        ValueError: no parameter is trainable.
+    """
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise NotImplementedError(f"one adapter must be active, got {active}; call model.set_adapter(name)")
+    config = model.peft_config[active[0]]
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise NotImplementedError(
+            f"adapter {active[0]!r} is of peft_type {config.peft_type.value}: its virtual tokens are no part of the "
+            "labels; train LoRA or another adapter of weights"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model has no trainable parameter; load its adapter with is_trainable=True")
+    return active[0]
+
+
+def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter, by names that do not contain the adapter's."""
+    found = {}
+    for path, module in model.named_modules():
+        for kind in getattr(module, "adapter_layer_names", ()):
+            held = getattr(module, kind, {})
+            if adapter not in held:
+                continue
+            part = held[adapter]
+            named = part.named_parameters() if isinstance(part, nn.Module) else [("", part)]
+            found.update({f"{path}.{kind}.{name}": parameter for name, parameter in named})
+    return found
+
+
+def trains_base_weights(model: nn.Module, adapter: str) -> bool:
+    """Whether training changes more than the adapter, so that the base is not the reference for long."""
+    own = {id(parameter) for parameter in parameters_of(model, adapter).values()}
+    return any(parameter.requires_grad and id(parameter) not in own for parameter in model.parameters())
+
+
+def changes_nothing(model: Any, adapter: str) -> bool:
+    """Whether the model computes what its base computes: LoRA as initialised, all products B A zero.
+
+    Adapters other than LoRA, and those initialised out of the base weights (PiSSA, OLoRA), count as changing.
+    """
+    if not _is_lora(model, adapter):
+        return False
+    for module in model.modules():
+        if adapter in getattr(module, "modules_to_save", {}):
+            if not _equal(module.original_module, module.modules_to_save[adapter]):
+                return False
+        elif hasattr(module, "lora_B"):
+            zero = [getattr(module, kind)[adapter] for kind in ZERO_AT_FIRST if adapter in getattr(module, kind)]
+            if any(bool(value.any()) for part in zero for value in _values(part)):
+                return False
+        elif any(adapter in getattr(module, kind, {}) for kind in getattr(module, "adapter_layer_names", ())):
+            return False
+    return True
+
+
+def can_be_copied(model: Any, adapter: str) -> bool:
+    """Whether `freeze_copy` holds for the adapter: LoRA without a variant such as DoRA."""
+    variants = (getattr(module, "lora_variant", {}) for module in model.modules())
+    return _is_lora(model, adapter) and not any(adapter in variant for variant in variants)
+
+
+def freeze_copy(model: Any, adapter: str) -> str:
+    """Add a frozen copy of an adapter, as it is now, to the model; the active adapter stays active.
+
+    Returns:
+        The name of the copy.
+    """
+    config = copy.deepcopy(model.peft_config[adapter])
+    config.init_lora_weights = True  # any other way may change the base weights a second time
+    config.inference_mode = True
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.add_adapter(REFERENCE_COPY, config)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    originals, copies = parameters_of(model, adapter), parameters_of(model, REFERENCE_COPY)
+    assert originals.keys() == copies.keys()
+    for name, parameter in copies.items():
+        parameter.data = originals[name].data.clone()
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if adapter in getattr(module, "scaling", {}):
+            module.scaling[REFERENCE_COPY] = module.scaling[adapter]
+    return REFERENCE_COPY
+
+
+def freeze_adapter(model: Any, adapter: str, trained: str) -> None:
+    """Check that the reference adapter exists, and freeze it.
+
+    Raises:
+        ValueError: it is not there, or is the one that is trained.
+    """
+    if adapter not in model.peft_config:
+        raise ValueError(
+            f"ref_adapter_name={adapter!r} is not an adapter of model, which has {list(model.peft_config)}"
+        )
+    if adapter == trained:
+        raise ValueError(f"ref_adapter_name={adapter!r} is the adapter that training changes")
+    for parameter in parameters_of(model, adapter).values():
+        parameter.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def switched(model: Any, adapter: str | None) -> Iterator[None]:
+    """Let the model compute with another adapter, or with none, and then as before.
+
+    Which parameters require gradients does not change, also within: wrappers such as FSDP read it there.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = model.active_adapter
+    if adapter is None:
+        model.base_model.disable_adapter_layers()
+    else:
+        model.set_adapter(adapter)
+    _restore(flags)
+    try:
+        yield
+    finally:
+        if adapter is None:
+            model.base_model.enable_adapter_layers()
+        else:
+            model.set_adapter(active)
+        _restore(flags)
+
+
+@contextlib.contextmanager
+def hidden(model: Any, adapter: str) -> Iterator[None]:
+    """Keep an adapter out of what `save_pretrained` writes."""
+    config = model.peft_config.pop(adapter)
+    try:
+        yield
+    finally:
+        model.peft_config[adapter] = config
+
+
+def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, flag in flags:
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
+
+
+def _is_lora(model: Any, adapter: str) -> bool:
+    return model.peft_config[adapter].peft_type.value == "LORA"
+
+
+def _values(part: nn.Module | Tensor) -> list[Tensor]:
+    return list(part.parameters()) if isinstance(part, nn.Module) else [part]
+
+
+def _equal(first: nn.Module, second: nn.Module) -> bool:
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)

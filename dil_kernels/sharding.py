@@ -1,0 +1,98 @@
+"""Models without a trainer's optimizer under FSDP2 and DeepSpeed: copied, and sharded for forward passes only."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    from accelerate.utils import broadcast_object_list
+    from transformers.utils.quantization_config import QuantizationMethod
+except ImportError as error:
+    raise ImportError(f"training needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
+
+
+def zero_stage(accelerator: Any) -> int | None:
+    """The stage of DeepSpeed's ZeRO, None without DeepSpeed."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return None if plugin is None else int(plugin.zero_stage)
+
+
+def is_wrapped_late(accelerator: Any) -> bool:
+    """Whether a model cannot be called as it will be trained before its training begins, with an optimizer."""
+    return bool(accelerator.is_fsdp2) or zero_stage(accelerator) is not None
+
+
+def as_on_main_process(decide: Callable[..., bool], *args: Any) -> bool:
+    """What `decide(*args)` is on the main process, which may be the only one that has loaded the weights."""
+    if not torch.distributed.is_initialized():
+        return decide(*args)
+    decision = [decide(*args) if torch.distributed.get_rank() == 0 else None]
+    return bool(broadcast_object_list(decision)[0])
+
+
+def keep_outputs_exact(accelerator: Any) -> None:
+    """Stop FSDP2 from rounding what the model returns: log-probs in bf16 are 0.03 off at 8 nats."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def frozen_copy(model: nn.Module, accelerator: Any) -> nn.Module:
+    """A copy of a model, without gradients and in evaluation mode; sharded where the model was loaded sharded."""
+    memo: dict[int, Any] = {}
+    if zero_stage(accelerator) == 3:
+        for parameter in model.parameters():
+            if hasattr(parameter, "ds_id"):
+                memo[id(parameter)] = _copied_partition(parameter, accelerator)
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+
+
+def _copied_partition(parameter: nn.Parameter, accelerator: Any) -> nn.Parameter:
+    """A copy of a parameter that DeepSpeed has partitioned, partitioned likewise; one is whole at a time."""
+    import deepspeed
+
+    holder = nn.Module()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        holder.weight = nn.Parameter(parameter.data.clone(), requires_grad=False)
+    deepspeed.zero.Init(module=holder, config_dict_or_path=accelerator.state.deepspeed_plugin.deepspeed_config)
+    return holder.weight
+
+
+def place_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
+    """The model, frozen, in evaluation mode, ready to be called; sharded as the accelerator shards what it trains."""
+    model.requires_grad_(False).eval()
+    if accelerator.is_fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    if zero_stage(accelerator) is not None:
+        return _inference_engine(model, accelerator)
+    move(model, accelerator.device)
+    return model
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Move a model to a device, unless it was quantised to one."""
+    if getattr(model, "quantization_method", None) != QuantizationMethod.BITS_AND_BYTES:
+        model.to(device)
+
+
+def _inference_engine(model: nn.Module, accelerator: Any) -> nn.Module:
+    """A DeepSpeed engine without an optimizer: in the policy's precision, partitioned under ZeRO-3 only."""
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    for training_only in ("optimizer", "scheduler"):
+        config.pop(training_only, None)
+    zero = config["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    if zero["stage"] != 3:
+        zero["stage"] = 0
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine.eval()
