@@ -91,10 +91,9 @@ def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     found = {}
     for path, module in model.named_modules():
         for kind in getattr(module, "adapter_layer_names", ()):
-            held = getattr(module, kind, {})
-            if adapter not in held:
+            if not _holds(module, kind, adapter):
                 continue
-            part = held[adapter]
+            part = getattr(module, kind)[adapter]
             named = part.named_parameters() if isinstance(part, nn.Module) else [("", part)]
             found.update({f"{path}.{kind}.{name}": parameter for name, parameter in named})
     return found
@@ -114,22 +113,21 @@ def changes_nothing(model: Any, adapter: str) -> bool:
     if not _is_lora(model, adapter):
         return False
     for module in model.modules():
-        if adapter in getattr(module, "modules_to_save", {}):
+        if _holds(module, "modules_to_save", adapter):
             if not _equal(module.original_module, module.modules_to_save[adapter]):
                 return False
         elif hasattr(module, "lora_B"):
-            zero = [getattr(module, kind)[adapter] for kind in ZERO_AT_FIRST if adapter in getattr(module, kind)]
+            zero = [getattr(module, kind)[adapter] for kind in ZERO_AT_FIRST if _holds(module, kind, adapter)]
             if any(bool(value.any()) for part in zero for value in _values(part)):
                 return False
-        elif any(adapter in getattr(module, kind, {}) for kind in getattr(module, "adapter_layer_names", ())):
+        elif any(_holds(module, kind, adapter) for kind in getattr(module, "adapter_layer_names", ())):
             return False
     return True
 
 
 def can_be_copied(model: Any, adapter: str) -> bool:
     """Whether `freeze_copy` holds for the adapter: LoRA without a variant such as DoRA."""
-    variants = (getattr(module, "lora_variant", {}) for module in model.modules())
-    return _is_lora(model, adapter) and not any(adapter in variant for variant in variants)
+    return _is_lora(model, adapter) and not any(_holds(module, "lora_variant", adapter) for module in model.modules())
 
 
 def freeze_copy(model: Any, adapter: str) -> str:
@@ -151,7 +149,7 @@ def freeze_copy(model: Any, adapter: str) -> str:
         parameter.data = originals[name].data.clone()
         parameter.requires_grad_(False)
     for module in model.modules():
-        if adapter in getattr(module, "scaling", {}):
+        if _holds(module, "scaling", adapter):
             module.scaling[REFERENCE_COPY] = module.scaling[adapter]
     return REFERENCE_COPY
 
@@ -213,6 +211,12 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
 
 def _is_lora(model: Any, adapter: str) -> bool:
     return model.peft_config[adapter].peft_type.value == "LORA"
+
+
+def _holds(module: nn.Module, kind: str, adapter: str) -> bool:
+    """Whether the module has something of the kind for the adapter."""
+    held = getattr(module, kind, None)
+    return hasattr(held, "keys") and adapter in held
 
 
 def _values(part: nn.Module | Tensor) -> list[Tensor]:

@@ -40,7 +40,16 @@ ON_GPU = pytest.param(
 def make_trainer(output_dir: Path, **options: Any) -> DILTrainer:
     arguments = {
         name: options.pop(name)
-        for name in ("model", "ref_model", "train_dataset", "eval_dataset", "data_collator", "callbacks", "optimizers")
+        for name in (
+            "model",
+            "ref_model",
+            "train_dataset",
+            "eval_dataset",
+            "data_collator",
+            "callbacks",
+            "optimizers",
+            "peft_config",
+        )
         if name in options
     }
     config = {
