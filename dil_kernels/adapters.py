@@ -215,7 +215,7 @@ def _is_lora(model: Any, adapter: str) -> bool:
 
 def _holds(module: nn.Module, kind: str, adapter: str) -> bool:
     """Whether the module has something of the kind for the adapter."""
-    held = getattr(module, kind, None)
+    held: Any = getattr(module, kind, None)
     return hasattr(held, "keys") and adapter in held
 
 

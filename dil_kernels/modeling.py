@@ -201,7 +201,7 @@ class _After(torch.autograd.Function):
     def forward(ctx: Any, token_logps: Tensor, logits: Tensor) -> Tensor:
         """The log-probs."""
         ctx.logits = logits.new_empty(0), logits.shape
-        return token_logps.view_as(token_logps)
+        return token_logps.clone()  # a view makes FSDP warn of in-place changes
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,16 +98,18 @@ class ReferencePolicy:
             policy: the policy as it is wrapped; it must be called where its weights serve, so that a wrapper that
                 gathers them does.
         """
-        module = policy if self.model is None else self.model
-        training = module.training
+        if self.model is not None:
+            yield self.model
+            return
+        training = self._policy.training  # of the model itself; wrappers do not keep theirs
         if training:
-            module.eval()
+            self._policy.eval()
         try:
             with switched(self._policy, self._adapter) if self._switches else contextlib.nullcontext():
-                yield module
+                yield policy
         finally:
             if training:
-                module.train()
+                self._policy.train()
 
     def left_out_of_saving(self) -> contextlib.AbstractContextManager[None]:
         """While this is entered, `save_pretrained` writes the trained adapter alone."""

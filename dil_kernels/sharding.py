@@ -95,4 +95,5 @@ def _inference_engine(model: nn.Module, accelerator: Any) -> nn.Module:
     if zero["stage"] != 3:
         zero["stage"] = 0
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine.eval()
+    engine.eval()  # which returns nothing
+    return engine
