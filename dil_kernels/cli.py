@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,18 @@ def train(options: RunOptions, config: DILConfig) -> None:
         eval_dataset,
         ref_model=None if options.ref_model is None else _load_model(options.ref_model, options),
         resume_from_checkpoint=checkpoint,
+        sources=_sources(options),
     )
+
+
+def _sources(options: RunOptions) -> dict[str, Any]:
+    """The options beside `DILConfig` that the model card states: those that were given."""
+    kept = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value != field.default and field.name not in ("resume_from_checkpoint", "import_modules"):
+            kept[field.name] = list(value) if isinstance(value, tuple) else value
+    return kept
 
 
 def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | bool:

@@ -20,6 +20,15 @@ METRICS = (
     "logps/rejected",
 )
 SIDE_METRICS = ("loss", "rewards", "logps")
+# What `DILTrainer.predict` returns of every pair or unpaired response: fields of `DILOutput`.
+PREDICTIONS = (
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_rewards",
+    "rejected_rewards",
+    "chosen_lengths",
+    "rejected_lengths",
+)
 
 
 def counted_pairs(output: DILOutput) -> Tensor:
@@ -42,6 +51,11 @@ def pair_metrics(output: DILOutput) -> Tensor:
     )
     values = torch.stack([metric.detach().to(accumulation_dtype(counted.device)) for metric in metrics], dim=1)
     return torch.where(counted.unsqueeze(1), values, 0)
+
+
+def predictions(output: DILOutput) -> Tensor:
+    """PREDICTIONS of every pair or unpaired response, [B, len(PREDICTIONS)] fp32."""
+    return torch.stack([getattr(output, name).detach().float() for name in PREDICTIONS], dim=1)
 
 
 def means(sums: Tensor) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import logging
 from collections.abc import Iterator
@@ -30,8 +31,10 @@ from dil_kernels.checkpoints import check_weights, last_complete_checkpoint
 from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options, resolve_ref_logps
+from dil_kernels.generations import SampleGenerations
 from dil_kernels.loss_watch import LogRatioRange, NonFinitePairs
-from dil_kernels.metrics import batch_means, batch_metrics, zero_sums
+from dil_kernels.metrics import batch_means, batch_metrics, predictions, zero_sums
+from dil_kernels.model_card import CardNotes, write_model_card
 from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.packed_attention import UnsupportedPackingError, install_packed_attention
 from dil_kernels.packed_batches import PackedCollator, has_scored_token, model_inputs, sequence_labels, sequence_sums
@@ -152,6 +155,9 @@ class DILTrainer(Trainer):
             self._reference = None
         self._start_record()
         self._eval_sums = zero_sums(args.device)
+        self.card_notes = CardNotes()
+        if args.num_generations_at_eval:
+            self.add_callback(SampleGenerations(self))
 
     @property
     def ref_model(self) -> nn.Module | None:
@@ -416,6 +422,13 @@ class DILTrainer(Trainer):
         check_weights(model, self.state.global_step, self.accelerator.gather)
         super()._save_checkpoint(model, trial)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card, and the training curves, into the output directory; as `transformers.Trainer` does."""
+        if self.is_world_process_zero():
+            given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
+            given.pop("self")
+            write_model_card(self, self.card_notes, **given)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
@@ -426,7 +439,7 @@ class DILTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate; the metrics are means over all pairs of the data set, whatever the batches."""
         self._eval_sums = zero_sums(self.args.device)
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in batch_means(self._eval_sums).items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 
@@ -436,14 +449,14 @@ class DILTrainer(Trainer):
         inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """The mean loss of a batch; its logits are not kept."""
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """The mean loss of a batch and, unless only the loss is asked for, `metrics.PREDICTIONS` of its pairs."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = self._run_batch(model, inputs)
         metrics = batch_metrics(output, "is_chosen" in inputs)
         self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
-        return output.share(output.counts), None, None
+        return output.share(output.counts), None if prediction_loss_only else predictions(output), None
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -117,6 +117,17 @@ class DILConfig(TrainingArguments):
             "given, the model as it is before training."
         },
     )
+    num_generations_at_eval: int = field(
+        default=0,
+        metadata={
+            "help": "How many held-out prompts the model answers greedily before training and at each evaluation, into "
+            "generations.md and the integrations of report_to; none if 0."
+        },
+    )
+    generate_max_new_tokens: int = field(
+        default=64,
+        metadata={"help": "Tokens that such an answer may have."},
+    )
     dataset_num_proc: int | None = field(
         default=None,
         metadata={"help": "Processes that tokenise the data; the main process alone if not given."},
@@ -139,6 +150,9 @@ class DILConfig(TrainingArguments):
         resolve_options(**self.loss_options())
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
+        for name, least in (("num_generations_at_eval", 0), ("generate_max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} was given, but no DIL loss has one")
         if self.padding_free and self.torch_compile:

@@ -1,0 +1,157 @@
+"""Answers of the policy to held-out prompts, before training and at each evaluation."""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+GENERATIONS_NAME, RECORD_NAME = "generations.md", "generations.jsonl"
+COLUMNS = ("step", "prompt", "completion")
+
+
+class SampleGenerations(TrainerCallback):
+    """Answers the first prompts of the evaluation data greedily: when training begins, at each evaluation, at its end.
+
+    Every answer is a line of generations.jsonl in the output directory, and in generations.md; TensorBoard and
+    Weights & Biases get them as a table, where the trainer reports to them. Random numbers drawn afterwards, and with
+    them the training, are those of a run without answers.
+
+    Args:
+        trainer: a `DILTrainer`.
+
+    Raises:
+        ValueError: the trainer has no evaluation data.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        datasets: Any = trainer.eval_dataset
+        dataset = next(iter(datasets.values()), None) if isinstance(datasets, dict) else datasets
+        args: Any = trainer.args
+        if dataset is None:
+            raise ValueError(
+                f"num_generations_at_eval={args.num_generations_at_eval} was given, but there is no eval_dataset to "
+                "take the prompts from"
+            )
+        self._trainer = trainer
+        self._prompts: list[list[int]] = dataset[: args.num_generations_at_eval]["prompt_ids"]
+        self._last_step: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop the answers of another run, or those after the step from which this one is resumed; then answer."""
+        self._last_step = None
+        if state.is_world_process_zero:
+            path = Path(str(args.output_dir)) / RECORD_NAME
+            kept = [row for row in _read(path) if row["step"] < state.global_step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._answer(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Answer, within training."""
+        if self._trainer.is_in_train:
+            self._answer(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Answer, if the last step was not evaluated."""
+        self._answer(state)
+
+    def _answer(self, state: TrainerState) -> None:
+        """Once a step, on every process that the model needs."""
+        if state.global_step == self._last_step:
+            return
+        self._last_step = state.global_step
+        answers = _generate(self._trainer, self._prompts)
+        if not state.is_world_process_zero:
+            return
+        tokenizer: Any = self._trainer.processing_class
+        prompts = [tokenizer.decode(prompt) for prompt in self._prompts]
+        rows = [
+            dict(zip(COLUMNS, (state.global_step, *texts), strict=True)) for texts in zip(prompts, answers, strict=True)
+        ]
+        directory = Path(str(self._trainer.args.output_dir))
+        with (directory / RECORD_NAME).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (directory / GENERATIONS_NAME).write_text(_as_markdown(_read(directory / RECORD_NAME)), encoding="utf-8")
+        _report(self._trainer, rows)
+
+
+def _generate(trainer: Any, prompts: Sequence[list[int]]) -> list[str]:
+    """The greedy answer to each prompt; nothing on a process whose copy of the model is not needed for it."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not sharded and not trainer.is_world_process_zero():
+        return []
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    training = model.training
+    model.eval()
+    size = trainer.args.per_device_eval_batch_size
+    answers = []
+    with torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
+        for start in range(0, len(prompts), size):
+            answers += _generate_batch(trainer, model, prompts[start : start + size], sharded)
+    model.train(training)
+    return answers
+
+
+def _generate_batch(trainer: Any, model: Any, prompts: Sequence[list[int]], sharded: bool) -> list[str]:
+    tokenizer = trainer.processing_class
+    options = copy.deepcopy(model.generation_config)
+    # An answer is the likeliest, and of this length, whatever the model's own settings for sampling.
+    options.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, min_p=None, max_length=None)
+    options.update(max_new_tokens=trainer.args.generate_max_new_tokens, use_cache=True)
+    if options.eos_token_id is None:
+        options.eos_token_id = tokenizer.eos_token_id
+    ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
+    options.pad_token_id = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    width = max(map(len, prompts))
+    device = trainer.args.device
+    padded = [[options.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    output = model.generate(
+        input_ids=torch.tensor(padded, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        generation_config=options,
+        synced_gpus=sharded,  # a process that is done must go on gathering weights with the others
+    )
+    answers: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return answers
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A section a prompt, in it a line a step."""
+    parts = ["# Greedy answers to held-out prompts"]
+    for number, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows), start=1):
+        lines = [f"| {row['step']} | {_cell(row['completion'])} |" for row in rows if row["prompt"] == prompt]
+        table = "\n".join(["| step | answer |", "|---:|---|", *lines])
+        parts.append(f"## Prompt {number}\n\n> {_cell(prompt)}\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", "<br>")
+
+
+def _report(trainer: Any, rows: list[dict[str, Any]]) -> None:
+    """Hand the answers to TensorBoard and Weights & Biases, where the trainer reports to them."""
+    for callback in trainer.callback_handler.callbacks:
+        writer = getattr(callback, "tb_writer", None)
+        if writer is not None:
+            writer.add_text("generations", _as_markdown(rows), rows[0]["step"])
+        wandb = getattr(callback, "_wandb", None)
+        if wandb is not None:
+            table = wandb.Table(columns=list(COLUMNS), data=[[row[name] for name in COLUMNS] for row in rows])
+            wandb.log({"generations": table, "train/global_step": rows[0]["step"]})

@@ -1,0 +1,252 @@
+"""The model card of a trained model: what it is, its recipe, what training changed, how to do it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib.metadata
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dil_kernels.held_out import BeforeAfter
+from dil_kernels.plots import plot_training_curves
+
+CARD_NAME, PLOT_NAME = "README.md", "training_curves.png"
+TAGS = ("dil", "preference-learning", "generated_from_trainer")
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft")
+ALWAYS_SAID = ("loss_type", "average_log_prob", "max_length", "max_prompt_length", "truncation_mode", "learning_rate")
+# Where it ran and what it wrote, not what was trained; tokens are secret.
+NOT_THE_RECIPE = re.compile(r"output_dir|.*token.*|hub_.*|push_to_hub|run_name|.*log.*dir|local_rank|disable_tqdm|_.*")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+CITATION = """@inproceedings{xiao2025connection,
+  title     = {On a Connection Between Imitation Learning and {RLHF}},
+  author    = {Teng Xiao and Yige Yuan and Mingxiao Li and Zhengyu Chen and Vasant G. Honavar},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2503.05079},
+}"""
+
+
+@dataclass(frozen=True)
+class CardNotes:
+    """What a model card says that the trainer does not know.
+
+    Attributes:
+        sources: where model and data came from: options of `dil-train` by name.
+        results: what training changed on held-out responses.
+    """
+
+    sources: Mapping[str, Any] = field(default_factory=dict)
+    results: BeforeAfter | None = None
+
+
+def write_model_card(trainer: Any, notes: CardNotes, **given: Any) -> Path:
+    """Write README.md and, if training steps were logged, training_curves.png into the output directory.
+
+    Args:
+        trainer: a `DILTrainer`.
+        notes: what it does not know.
+        given: as of `Trainer.create_model_card`; these win over what is known otherwise.
+
+    Returns:
+        The path of the card.
+    """
+    directory = Path(trainer.args.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    has_plot = plot_training_curves(trainer.state.log_history, directory / PLOT_NAME)
+    given = {name: value for name, value in given.items() if value}
+    header = yaml.safe_dump(_metadata(trainer, notes, given), sort_keys=False)
+    title = given.get("model_name") or directory.resolve().name
+    sections = [
+        f"---\n{header}---",
+        f"# {title}",
+        _introduction(trainer, notes, given),
+        "## Results\n\n" + _results(trainer, notes, has_plot),
+        "## Data\n\n" + _data(trainer, notes),
+        "## Training\n\n" + _training(trainer),
+        "## How to reproduce\n\n" + _reproduction(trainer, notes),
+        f"## Citation\n\n```bibtex\n{CITATION}\n```",
+    ]
+    path = directory / CARD_NAME
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return path
+
+
+def _metadata(trainer: Any, notes: CardNotes, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The header that the hub reads; what is not known is left out, the licence above all."""
+    tags = [*TAGS, *_listed(given.get("tags"))]
+    sources = (notes.sources.get("train_file"), notes.sources.get("eval_file"))
+    data = [name for name in dict.fromkeys(sources) if _is_on_hub(name)]
+    values = {
+        "library_name": "peft" if hasattr(trainer.model, "peft_config") else "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": given.get("finetuned_from") or _base_model(trainer, notes),
+        "datasets": _listed(given.get("dataset_tags")) or _listed(given.get("dataset")) or data,
+        "language": given.get("language"),
+        "license": given.get("license"),
+        "tags": list(dict.fromkeys(tags)),
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _listed(value: str | Iterable[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _base_model(trainer: Any, notes: CardNotes) -> str | None:
+    """The name on the hub of the model that was trained; None for a local one."""
+    candidates = (notes.sources.get("model"), getattr(trainer.model.config, "_name_or_path", None))
+    return next((name for name in candidates if _is_on_hub(name)), None)
+
+
+def _is_on_hub(name: Any) -> bool:
+    return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _introduction(trainer: Any, notes: CardNotes, given: Mapping[str, Any]) -> str:
+    base = given.get("finetuned_from") or _base_model(trainer, notes)
+    model = f"[{base}](https://huggingface.co/{base})" if base else "A language model"
+    if base is None and "model" in notes.sources:
+        model = f"The local model `{Path(notes.sources['model']).name}`"
+    return (
+        f"{model}, trained on preference data by Direct Imitation Learning "
+        f"([arXiv 2503.05079](https://arxiv.org/abs/2503.05079)) with the loss `{trainer.args.loss_type}` and "
+        f"`dil_kernels` {_version('dil-kernels')}."
+    )
+
+
+def _results(trainer: Any, notes: CardNotes, has_plot: bool) -> str:
+    parts = []
+    if notes.results is not None:
+        head, *rows = notes.results.rows()
+        parts.append(_table([head, *rows]))
+        parts.append("Log-probs in nats, over the scored tokens of the responses.")
+    history = trainer.state.log_history
+    logged: list[tuple[str, str, dict[str, Any]]] = [
+        ("training", "", next((log for log in reversed(history) if "loss" in log), {})),
+        ("held out", "eval_", next((log for log in reversed(history) if "eval_loss" in log), {})),
+    ]
+    names = [
+        name
+        for name in dict.fromkeys(key.removeprefix(prefix) for _, prefix, log in logged for key in log)
+        if name == "loss" or name.startswith(("loss/", "rewards/", "logps/"))
+    ]
+    sides = [(title, prefix, log) for title, prefix, log in logged if log]
+    if sides:
+        head = ("last logged", *(f"{title}, step {log['step']}" for title, _, log in sides))
+        rows = [(f"`{name}`", *(_number(log.get(prefix + name)) for _, prefix, log in sides)) for name in names]
+        parts.append(_table([head, *rows]))
+        parts.append("Rewards are log ratios of policy and reference.")
+    if has_plot:
+        parts.append(f"![training curves]({PLOT_NAME})")
+    return "\n\n".join(parts) or "Nothing was logged."
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float | int) else "-"
+
+
+def _data(trainer: Any, notes: CardNotes) -> str:
+    lines = []
+    for title, key, dataset in (
+        ("Training", "train", trainer.train_dataset),
+        ("Held out", "eval", trainer.eval_dataset),
+    ):
+        for name, part in (dataset if isinstance(dataset, dict) else {"": dataset}).items():
+            if part is None:
+                continue
+            rows = f"{len(part):,} {'responses' if 'label' in part.column_names else 'pairs'}"
+            source, split = notes.sources.get(f"{key}_file"), notes.sources.get(f"{key}_split")
+            where = "" if source is None else f" of `{source if _is_on_hub(source) else Path(source).name}`"
+            where += "" if split is None or source is None else f", split `{split}`"
+            lines.append(f"- {title}{f' ({name})' if name else ''}: {rows}{where}.")
+    report = getattr(trainer, "data_report", None)
+    return "\n".join(lines or ["Not known."]) + ("" if report is None else f"\n\n```\n{report}\n```")
+
+
+def _training(trainer: Any) -> str:
+    args, state = trainer.args, trainer.state
+    processes = trainer.accelerator.num_processes
+    batch = args.per_device_train_batch_size, args.gradient_accumulation_steps, processes
+    options = ", ".join(f"{name}={value}" for name, value in args.loss_options().items() if value is not None)
+    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+    trained = sum(count for count, requires_grad in parameters if requires_grad)
+    rows = [
+        ("", ""),
+        ("loss", options + f", average_log_prob={args.average_log_prob}"),
+        ("lengths", f"{args.max_length} tokens, prompt {args.max_prompt_length}, {args.truncation_mode}"),
+        (
+            "global batch",
+            f"{batch[0] * batch[1] * batch[2]} = {batch[0]} x {batch[1]} accumulated x {batch[2]} processes",
+        ),
+        ("steps, epochs", f"{state.global_step}, {state.epoch or 0:.4g}"),
+        ("learning rate", f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}, warm-up {args.warmup_steps:g}"),
+        ("optimizer", f"{_plain(args.optim)}, weight decay {args.weight_decay:g}"),
+        (
+            "precision",
+            "bf16" if args.bf16 else "fp16" if args.fp16 else str(next(trainer.model.parameters()).dtype)[6:],
+        ),
+        ("trained parameters", f"{trained:,} of {sum(count for count, _ in parameters):,}"),
+        ("seed", str(args.seed)),
+        ("log-probs", "from the fused output head" if trainer.uses_fused_head else "from logits"),
+        ("device", _device(trainer)),
+        ("versions", ", ".join(f"{name} {_version(name)}" for name in ("dil-kernels", *PACKAGES) if _version(name))),
+    ]
+    return _table(rows)
+
+
+def _device(trainer: Any) -> str:
+    if trainer.args.device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(trainer.args.device)
+    return f"{trainer.args.device.type} ({platform.machine()})"
+
+
+def _reproduction(trainer: Any, notes: CardNotes) -> str:
+    sources = {
+        name: value if _is_on_hub(value) or not name.endswith(("model", "file")) else Path(value).name
+        for name, value in notes.sources.items()
+    }
+    recipe = yaml.safe_dump({**sources, **recipe_of(trainer.args)}, sort_keys=False)
+    processes = trainer.accelerator.num_processes
+    launch = "" if processes == 1 else f"accelerate launch --num_processes {processes} -m dil_kernels.cli "
+    command = (launch or "dil-train ") + "--config recipe.yaml --output-dir out"
+    return f"```\n{command}\n```\n\nwith this `recipe.yaml`:\n\n```yaml\n{recipe}```"
+
+
+def recipe_of(args: Any) -> dict[str, Any]:
+    """The options of a `DILConfig` that are not the defaults, and those that a recipe should always say."""
+    recipe = {}
+    for option in dataclasses.fields(args):
+        if not option.init or NOT_THE_RECIPE.fullmatch(option.name):
+            continue
+        value, default = _plain(getattr(args, option.name)), _plain(option.default)
+        changed = value != default and not (default is None and not value)
+        if (changed or option.name in ALWAYS_SAID) and isinstance(value, str | int | float | list) and value != []:
+            recipe[option.name] = value
+    if "activation_checkpointing" in recipe:
+        recipe.pop("gradient_checkpointing", None)  # the same under its former name
+    return recipe
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
