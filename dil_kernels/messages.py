@@ -125,17 +125,20 @@ def check_json_columns(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         PreferenceDataError: they are not a list of JSON schemas and an object, or JSON text of such.
     """
     checked: dict[str, Any] = {}
-    if record.get(TOOLS) is not None:
-        checked[TOOLS] = _check_objects(record[TOOLS], f"{where}, column {TOOLS!r}", TOOLS)
-    if record.get(TEMPLATE_OPTIONS) is not None:
-        place = f"{where}, column {TEMPLATE_OPTIONS!r}"
-        options = _parsed(record[TEMPLATE_OPTIONS], place, TEMPLATE_OPTIONS)
-        if not isinstance(options, Mapping):
-            raise PreferenceDataError(f"{place}: expected an object, got {type(options).__name__}")
-        if reserved := sorted(RESERVED_OPTIONS & options.keys()):
-            raise PreferenceDataError(f"{place}: {', '.join(reserved)} cannot be set for a row")
-        checked[TEMPLATE_OPTIONS] = dict(options)
+    for name in JSON_COLUMNS:
+        place = f"{where}, column {name!r}"
+        value = _parsed(record.get(name), place, name)
+        if value is not None:
+            checked[name] = _check_objects(value, place, name) if name == TOOLS else _check_options(value, place)
     return {name: value for name, value in checked.items() if value}
+
+
+def _check_options(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PreferenceDataError(f"{where}: expected an object, got {type(value).__name__}")
+    if reserved := sorted(RESERVED_OPTIONS & value.keys()):
+        raise PreferenceDataError(f"{where}: {', '.join(reserved)} cannot be set for a row")
+    return dict(value)
 
 
 def split_conversations(prompt: str | None, responses: Mapping[str, Messages], where: str) -> dict[str, Messages]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import datasets
 
 from dil_kernels.divergences import get_divergence
+from dil_kernels.precompute import has_reference
 from dil_kernels.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS, tokenize_and_report
 from dil_kernels.training_config import DILConfig
 from dil_kernels.truncation import DataReport
+
+logger = logging.getLogger(__name__)
 
 STREAMS = (datasets.IterableDataset, datasets.IterableDatasetDict)
 
@@ -59,4 +63,10 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: DILConfig, name: str, re
         )
     if args.process_index == 0:
         print(f"{name} data: {reports[name]}")
+        if has_reference(dataset) and (reports[name].prompts_cut or reports[name].responses_cut):
+            logger.warning(
+                "the %s data set has reference log-probs of its own, and rows that are cut here: they must be those of "
+                "the rows as they are cut",
+                name,
+            )
     return dataset

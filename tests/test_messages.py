@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -129,7 +130,7 @@ def test_rows_with_and_without_tools_meet_across_chunks(tmp_path: Path) -> None:
 def test_tools_may_be_text_and_none() -> None:
     expected = tokenize_pair(check_pair(CALLED, "row 1"), tokenizer(), "row 1")
     assert tokenize_pair(check_pair({**CALLED, "tools": json.dumps(TOOLS)}, "row 1"), tokenizer(), "row 1") == expected
-    for nothing in (None, [], "[]"):
+    for nothing in (None, [], "[]", "null"):
         pair = check_pair({**PLAIN, "tools": nothing}, "row 1")
         assert pair == PLAIN
 
@@ -239,6 +240,26 @@ def test_a_response_of_several_turns_is_all_that_follows_the_prompt() -> None:
     longer = [*whole["rejected"], said("user", "w8"), said("assistant", "w9")]
     pair = check_pair({"chosen": longer, "rejected": whole["rejected"]}, "row 1")
     assert (pair["prompt"], len(pair["chosen"]), len(pair["rejected"])) == (ASKED, 3, 1)
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["prompt", "no prompt"])
+def test_token_ids_are_those_of_trl(implicit: bool) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    second = {**PLAIN, "prompt": ASKED, "rejected": CALLED["chosen"], "tools": None}
+    rows = [CALLED, second, {**second, "rejected": PLAIN["rejected"]}]
+    if implicit:
+        rows = [
+            {"tools": row["tools"]} | {column: row["prompt"] + row[column] for column in ("chosen", "rejected")}
+            for row in rows
+        ]
+    text = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
+    dataset = datasets.Dataset.from_list([{**row, "chat_template_kwargs": {"style": "terse"}} for row in text])
+    trainer = SimpleNamespace(_tokenizer=tokenizer())
+    theirs = DPOTrainer._prepare_dataset(trainer, dataset, tokenizer(), DPOConfig(report_to=[], use_cpu=True), "train")
+    ours = tokenize_dataset(dataset, tokenizer(), **OPTIONS)
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert ours[column][:] == theirs[column][:], column
 
 
 def test_a_single_completion_may_have_several_turns_beside_its_prompt() -> None:

@@ -116,6 +116,15 @@ def test_a_trainer_has_a_report_of_each_data_set(tmp_path: Path, capsys: pytest.
     assert tokenized.data_report == {}, "what was cut before is not known"
 
 
+def test_references_of_rows_that_are_cut_are_questioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for rows, messages in ((ROWS[:1], 0), (ROWS[:2], 1)):
+        given = datasets.Dataset.from_list(
+            [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in rows]
+        )
+        make_trainer(tmp_path, train_dataset=given, precompute_ref_log_probs=True, max_length=10)
+        assert sum("must be those of the rows as they are cut" in message for message in caplog.messages) == messages
+
+
 def test_dropping_needs_a_length_and_cuts_no_prompt(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_length=None leaves nothing out"):
         DILConfig(str(tmp_path), truncation_mode="drop", max_length=None)
