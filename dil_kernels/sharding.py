@@ -70,7 +70,9 @@ def place_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
     if accelerator.is_fsdp2:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-        return fsdp2_prepare_model(accelerator, model)
+        sharded: Any = fsdp2_prepare_model(accelerator, model)
+        sharded.set_reshard_after_forward(True)  # the backward that would shard the head again never comes
+        return sharded
     if zero_stage(accelerator) is not None:
         return _inference_engine(model, accelerator)
     move(model, accelerator.device)
