@@ -1,0 +1,420 @@
+"""Batches without padding against padded ones and the fp64 oracle; what must be refused, since it would leak."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_trainer import (
+    RELATIVE,
+    ROOT,
+    GradientRecorder,
+    assert_bitwise_equal,
+    assert_gradients_close,
+    distributed_run,
+    make_trainer,
+    plain_gradients,
+    plain_pairs,
+    resumable_run,
+    tokenized,
+    trained_weights,
+)
+from test_unpaired_training import make_responses
+from tiny_model import make_model, make_pairs, make_tokenizer
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+from dil_kernels.metrics import METRICS
+from dil_kernels.packed_attention import (
+    PackedMask,
+    UnsupportedPackingError,
+    install_packed_attention,
+    packed_inputs,
+    packing_problem,
+)
+from dil_kernels.packed_batches import PackedCollator, has_scored_token, model_inputs, sequence_sums
+from dil_kernels.tokenization import PreferenceCollator
+from dil_kernels.trainer import DILConfig, DILTrainer
+from dil_kernels.training_run import score_pairs
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def row_of(lengths: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor], dict[str, Any]]:
+    """Sequences [1, T] of these lengths, and what a model takes for all of them in one row."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = [torch.randint(2, 160, (1, length), generator=generator) for length in lengths]
+    boundaries = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    return sequences, packed_inputs(torch.cat(sequences, dim=1), positions, boundaries, max(lengths))
+
+
+def test_a_packed_batch_is_the_padded_one_without_padding() -> None:
+    pairs = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9], "row": 4, "ref_chosen_logps": -1.5},
+        {"prompt_ids": [5], "chosen_ids": [], "rejected_ids": [6], "row": 9, "ref_chosen_logps": -2.5},
+    ]
+    batch = PackedCollator()(pairs)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 5, 5, 6, 8, 9, 5, 6]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, -100, -100, -100, 8, 9, -100, 6]]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 4, 8, 10]
+    assert batch["cu_seqlens"].dtype == torch.int32
+    assert (batch["max_seqlen"], batch["num_scored"]) == (4, 4)
+    assert batch["rows"].tolist() == [4, 9]
+    assert batch["ref_chosen_logps"].tolist() == [-1.5, -2.5]
+    assert "attention_mask" not in batch  # whoever runs a packed row as a padded one must fail
+    assert has_scored_token(batch).tolist() == has_scored_token(PreferenceCollator(0)(pairs)).tolist()
+    assert has_scored_token(batch).tolist() == [True, False, True, True]
+    values = torch.arange(1.0, 10.0)  # of the labels 2 to 10
+    assert sequence_sums(values, batch).tolist() == [1.0 + 2 + 3, 4.0, 5.0 + 6 + 7 + 8, 9.0]
+
+
+def test_a_response_without_a_prompt_has_no_first_label() -> None:
+    batch = PackedCollator()([{"prompt_ids": [], "completion_ids": [7, 8], "label": True}] * 2)
+    assert batch["labels"].tolist() == [[-100, 8, -100, 8]]
+    assert batch["is_chosen"].tolist() == [True, True]
+
+
+def in_pairs(draw: Any, rng: random.Random, precomputed: bool) -> dict[str, Any]:
+    ids = {name: [rng.randrange(2, 288) for _ in range(draw(st.integers(low, 12)))] for name, low in SIDES.items()}
+    return {**ids, **(REFERENCES if precomputed else {})}
+
+
+def unpaired(draw: Any, rng: random.Random, precomputed: bool) -> dict[str, Any]:
+    prompt, completion = ([rng.randrange(2, 288) for _ in range(draw(st.integers(low, 12)))] for low in (2, 0))
+    reference = {"ref_logps": -20.0} if precomputed else {}
+    return {"prompt_ids": prompt, "completion_ids": completion, "label": draw(st.booleans()), **reference}
+
+
+SIDES = {"prompt_ids": 2, "chosen_ids": 0, "rejected_ids": 0}
+REFERENCES = {"ref_chosen_logps": -20.0, "ref_rejected_logps": -30.0}
+KINDS = {
+    "pairs": ({}, in_pairs, False),
+    "pairs, precomputed": ({"precompute_ref_log_probs": True}, in_pairs, True),
+    "unpaired": ({"loss_type": "ukl"}, unpaired, False),
+    "unpaired, precomputed": ({"loss_type": "bce", "precompute_ref_log_probs": True}, unpaired, True),
+    "dpo, from logits": ({"loss_type": "dpo", "average_log_prob": False, "fused_head": False}, in_pairs, False),
+    "eager, interleaved lengths": ({"backend": "eager", "alpha": 0.5, "max_log_ratio": 2.0}, in_pairs, False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_those_of_the_padded_batch(tmp_path: Path, kind: str) -> None:
+    options, make_row, precomputed = KINDS[kind]
+    policy, ref = make_model(0).double(), make_model(1).double()
+    trainers = [
+        make_trainer(tmp_path, model=copy.deepcopy(policy), ref_model=copy.deepcopy(ref), padding_free=free, **options)
+        for free in (False, True)
+    ]
+
+    @settings(max_examples=10)
+    @given(data=st.data(), count=st.integers(1, 4), seed=st.integers(0, 2**16))
+    def check(data: Any, count: int, seed: int) -> None:
+        rng = random.Random(seed)
+        rows = [make_row(data.draw, rng, precomputed) for _ in range(count)]
+        results = []
+        for trainer in trainers:
+            trainer.model.zero_grad()
+            loss, output = trainer.compute_loss(trainer.model, trainer.data_collator(rows), return_outputs=True)
+            loss.backward()
+            gradients = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+            results.append(({"loss": loss.detach(), **output._asdict()}, gradients))
+        (padded, padded_gradients), (packed, packed_gradients) = results
+        for name, value in padded.items():
+            torch.testing.assert_close(
+                packed[name], value, rtol=1e-9, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+            )
+        for name, gradient in padded_gradients.items():
+            scale = max(1.0, gradient.abs().max().item())
+            assert (packed_gradients[name] - gradient).abs().max() <= 1e-9 * scale, name
+
+    check()
+
+
+TRAINING = {
+    "frozen copy": {},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "from logits": {"fused_head": False},
+    "checkpointing": {"gradient_checkpointing": True},
+    "reentrant checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+}
+
+
+@pytest.mark.parametrize("options", TRAINING.values(), ids=TRAINING)
+def test_a_step_is_that_of_plain_pytorch(tmp_path: Path, options: dict[str, Any]) -> None:
+    policy, ref, pairs, recorder = make_model(0), make_model(1), make_pairs(7), GradientRecorder()
+    trainer = make_trainer(
+        tmp_path,
+        model=copy.deepcopy(policy),
+        ref_model=copy.deepcopy(ref),
+        train_dataset=pairs,
+        eval_dataset=make_pairs(5, seed=4),
+        callbacks=[recorder],
+        padding_free=True,
+        max_steps=1,
+        max_grad_norm=0.0,
+        include_num_input_tokens_seen="all",
+        **{"per_device_train_batch_size": 7, **options},
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    padded = PreferenceCollator(0)(tokenized(pairs).to_list())
+    truth = plain_pairs(policy.double(), ref.double(), padded)
+    for metric in METRICS:
+        assert trainer.state.log_history[0][metric] == pytest.approx(truth[metric].mean().item(), rel=RELATIVE), metric
+    assert_gradients_close(recorder.steps[0], plain_gradients(truth["loss"].mean(), policy))
+    assert trainer.state.num_input_tokens_seen == padded["attention_mask"].sum()
+    evaluated = plain_pairs(policy, ref, PreferenceCollator(0)(tokenized(make_pairs(5, seed=4)).to_list()))
+    for metric in METRICS:
+        assert before[f"eval_{metric}"] == pytest.approx(evaluated[metric].mean().item(), rel=RELATIVE), metric
+
+
+def test_training_on_unpaired_responses_is_that_of_padded_batches(tmp_path: Path) -> None:
+    weights = []
+    for free in (False, True):
+        trainer = make_trainer(
+            tmp_path, train_dataset=make_responses(9), padding_free=free, max_steps=4, optim="sgd", loss_type="ukl"
+        )
+        trainer.train()
+        weights.append((trained_weights(trainer), trainer.state.log_history))
+    for name, value in weights[0][0].items():
+        torch.testing.assert_close(weights[1][0][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for padded, packed in zip(weights[0][1][:4], weights[1][1][:4], strict=True):
+        assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-4)
+        assert packed["rewards/margins"] == pytest.approx(padded["rewards/margins"], rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+def test_mixed_precision_is_as_near_as_bf16_allows(tmp_path: Path) -> None:
+    losses = []
+    for free in (False, True):
+        trainer = make_trainer(tmp_path, ref_model=make_model(1), padding_free=free, bf16=True, max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
+    whole = resumable_run(tmp_path / "whole", padding_free=True)
+    whole.train()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+    resumed = resumable_run(tmp_path, padding_free=True, save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    assert_bitwise_equal(trained_weights(resumed), trained_weights(whole))
+
+
+DISTRIBUTED = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads(1)
+from test_trainer import distributed_run
+distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="gloo", padding_free=True)
+"""
+
+
+def test_two_processes_train_as_one_with_padding(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    result = subprocess.run(
+        [*command, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    weights, history = torch.load(tmp_path / "result.pt")
+    (tmp_path / "one").mkdir()
+    one = distributed_run(tmp_path / "one", per_device_train_batch_size=4)
+    for name, value in trained_weights(one).items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for actual, expected in zip(history, one.state.log_history, strict=True):
+        for key in expected.keys() & {"loss", "eval_loss", *METRICS, *(f"eval_{metric}" for metric in METRICS)}:
+            assert actual[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+
+
+def test_scores_before_and_after_are_those_of_padded_batches(tmp_path: Path) -> None:
+    scores = [
+        score_pairs(make_trainer(tmp_path, eval_dataset=make_pairs(5), padding_free=free)) for free in (False, True)
+    ]
+    torch.testing.assert_close(scores[1].chosen, scores[0].chosen, rtol=RELATIVE, atol=0)
+    torch.testing.assert_close(scores[1].rejected, scores[0].rejected, rtol=RELATIVE, atol=0)
+
+
+SMALL = {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 3},
+    "gemma3_text": {"sliding_window": 3, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+def make_family(name: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SMALL, **FAMILIES[name])).eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_sequence_in_a_row_is_as_alone(name: str) -> None:
+    """Longer than the sliding windows; one of a single token."""
+    model = make_family(name)
+    sequences, row = row_of((9, 1, 13, 4))
+    alone = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in sequences], dim=1)
+    install_packed_attention(model)
+    torch.testing.assert_close(model(**row).logits, alone, rtol=0, atol=RELATIVE * alone.abs().max().item())
+    again = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in sequences], dim=1)
+    assert torch.equal(again, alone)
+
+
+def test_no_other_sequence_changes_a_bit() -> None:
+    model = make_model().eval()
+    install_packed_attention(model)
+    _, row = row_of((6, 8, 5))
+    logits = model(**row).logits
+    other = row["input_ids"].clone()
+    other[:, :6] = other[:, :6].flip(1)
+    other[:, 14:] = 3
+    changed = model(**{**row, "input_ids": other}).logits
+    assert torch.equal(changed[:, 6:14], logits[:, 6:14])
+    assert not torch.equal(changed[:, :6], logits[:, :6])
+
+
+def test_attention_runs_without_a_mask_of_all_pairs() -> None:
+    model, seen = make_model().eval(), []
+    install_packed_attention(model)
+    layer = model.model.layers[1].self_attn
+    layer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    model(**row_of((6, 8, 5))[1])
+    assert seen == [PackedMask((6, 8, 5), (None, None, None))]
+
+
+def test_generation_and_checkpoints_stay_as_they_were(tmp_path: Path) -> None:
+    model = make_model().eval()
+    inputs = {"input_ids": torch.tensor([[0, 5, 6, 7], [5, 6, 7, 8]]), "pad_token_id": 0, "max_new_tokens": 6}
+    inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
+    before = model.generate(**inputs, do_sample=False)
+    install_packed_attention(model)
+    assert torch.equal(model.generate(**inputs, do_sample=False), before)
+    model.save_pretrained(tmp_path)
+    assert "dil" not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+class PositionsIgnored(LlamaForCausalLM):
+    """Takes position_ids, and does not use them."""
+
+    def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids=input_ids, use_cache=False)
+
+
+class Shifted(GPT2LMHeadModel):
+    """Keeps sequences apart, but its learned positions go on from one to the next."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.transformer.wpe.register_forward_pre_hook(lambda _m, args: (torch.arange(args[0].numel()).unsqueeze(0),))
+
+
+def leaking() -> nn.Module:
+    return PositionsIgnored(make_model().config)
+
+
+def shifted() -> nn.Module:
+    return Shifted(AutoConfig.for_model("gpt2", **SMALL, **FAMILIES["gpt2"]))
+
+
+def recurrent() -> nn.Module:
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+
+
+def eager() -> nn.Module:
+    return make_model(attn_implementation="eager")
+
+
+def without_weights() -> nn.Module:
+    with torch.device("meta"):
+        return LlamaForCausalLM(make_model().config)
+
+
+REFUSED = {
+    leaking: "PositionsIgnored lets a sequence depend on the one before it",
+    shifted: "Shifted computes other logits for a sequence in a row with others",
+    recurrent: "MambaForCausalLM lets a sequence depend on the one before it",
+    eager: "LlamaForCausalLM attends with 'eager'",
+    without_weights: "LlamaForCausalLM does not have its weights whole",
+}
+
+
+@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+def test_a_model_that_would_not_be_exact_is_refused(make: Any) -> None:
+    refused, good = make(), make_model()
+    attention = refused.config._attn_implementation
+    with pytest.raises(UnsupportedPackingError, match=REFUSED[make]):
+        install_packed_attention(good, refused)
+    assert (good.config._attn_implementation, refused.config._attn_implementation) == ("sdpa", attention)
+
+
+def test_the_check_leaves_no_trace() -> None:
+    model = make_model().train()
+    assert packing_problem(model) is None
+    install_packed_attention(model)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_cannot_be_packed_is_refused_by_the_trainer(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedPackingError, match="padding_free=True was given, but LlamaForCausalLM attends with"):
+        make_trainer(tmp_path, model=eager(), padding_free=True)
+    with pytest.raises(ValueError, match="padding_free=True packs batches itself; give no data_collator"):
+        DILTrainer(
+            make_model(),
+            args=DILConfig(str(tmp_path), padding_free=True, use_cpu=True, report_to=[]),
+            processing_class=make_tokenizer(),
+            data_collator=PreferenceCollator(0),
+        )
+    with pytest.raises(ValueError, match="padding_free=True was given, but with torch_compile=True"):
+        DILConfig(str(tmp_path), padding_free=True, torch_compile=True)
+
+
+def test_a_padded_batch_names_no_boundaries() -> None:
+    batch = PreferenceCollator(0)(tokenized(make_pairs(2)).to_list())
+    assert model_inputs(batch).keys() == {"input_ids", "attention_mask", "use_cache"}
