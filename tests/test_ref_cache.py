@@ -298,7 +298,9 @@ def test_a_data_set_is_known_by_its_tokens_however_they_are_stored() -> None:
     for same in (parts, narrow, picked, whole.remove_columns("length"), whole.with_format("torch")):
         assert dataset_fingerprint(same) == expected
         np.testing.assert_array_equal(scored_lengths(same), scored_lengths(whole))
-    rows[3]["prompt_ids"], rows[3]["chosen_ids"] = rows[3]["prompt_ids"][:-1], [*rows[3]["chosen_ids"], 7]
+    moved = [*rows[3]["chosen_ids"], *rows[4]["chosen_ids"]]  # the same tokens, another end of the row
+    rows[3]["chosen_ids"], rows[4]["chosen_ids"] = moved[:1], moved[1:]
+    assert len(moved) > 2
     assert dataset_fingerprint(datasets.Dataset.from_list(rows)) != expected
     rows[0]["prompt_ids"] = []
     counts = [max(len(rows[0][name]) - 1, 0) for name in ("chosen_ids", "rejected_ids")]
