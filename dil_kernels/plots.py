@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,22 +11,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CHOSEN, REJECTED, NEUTRAL = "#1b7837", "#b2182b", "#2166ac"
-# Title, y label, and of each curve the metric, the name in the legend and the colour.
-PANELS = (
-    ("Loss", "mean over pairs", (("loss", "", NEUTRAL),)),
-    ("Reward margin", "log ratio, chosen - rejected", (("rewards/margins", "", NEUTRAL),)),
+Curves = tuple[tuple[str, str, str], ...]  # of each curve the metric, the name in the legend and the colour
+
+
+def _sides(metric: str) -> Curves:
+    return (f"{metric}/chosen", "chosen", CHOSEN), (f"{metric}/rejected", "rejected", REJECTED)
+
+
+# Title, y label and curves; what was not logged is left out, as pairs have no loss of a side and sides no accuracy.
+PANELS: tuple[tuple[str, str, Curves], ...] = (
+    ("Loss", "mean", (("loss", "", NEUTRAL),)),
+    ("Loss of a side", "mean over its responses", _sides("loss")),
     ("Reward accuracy", "share of pairs", (("rewards/accuracies", "", NEUTRAL),)),
-    (
-        "Log-probability of a response",
-        "sum over its tokens",
-        (("logps/chosen", "chosen", CHOSEN), ("logps/rejected", "rejected", REJECTED)),
-    ),
+    ("Reward margin", "log ratio, chosen - rejected", (("rewards/margins", "", NEUTRAL),)),
+    ("Rewards", "log ratio", _sides("rewards")),
+    ("Log-probability of a response", "sum over its tokens", _sides("logps")),
 )
 Logs = Sequence[Mapping[str, Any]]
 
 
 def plot_training_curves(log_history: Logs, path: str | os.PathLike[str]) -> bool:
-    """Draw loss, margin, accuracy and log-probs over the optimizer steps of a run.
+    """Draw loss, accuracy, margin, rewards and log-probs over the optimizer steps of a run.
 
     Args:
         log_history: what `transformers.Trainer` logged: mappings with "step" and the metrics of `DILTrainer`, those of
@@ -40,17 +46,28 @@ def plot_training_curves(log_history: Logs, path: str | os.PathLike[str]) -> boo
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    panels = drawn_panels(log_history)
+    last_step = max(entry["step"] for entry in log_history)
     # Apart from pyplot, which would change the backend of the process.
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    figure = Figure(figsize=(3.9 * -(-len(panels) // 2), 6.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, label, curves) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    places = list(figure.subplots(2, -(-len(panels) // 2), squeeze=False).flat)
+    for axes, (title, label, curves) in zip(places, panels, strict=False):
         for metric, name, color in curves:
             _draw_curve(axes, log_history, metric, name, color)
         _finish_panel(axes, title, label)
+        axes.set_xlim(0, 1.02 * last_step)
         if title == "Reward accuracy":
             axes.set_ylim(-0.04, 1.04)
+    for axes in places[len(panels) :]:
+        axes.remove()
     figure.savefig(path, dpi=150)
     return True
+
+
+def drawn_panels(log_history: Logs) -> list[tuple[str, str, Curves]]:
+    """Those of PANELS that have something to show."""
+    return [panel for panel in PANELS if any(_series(log_history, metric)[0] for metric, _, _ in panel[2])]
 
 
 def _draw_curve(axes: Axes, log_history: Logs, metric: str, name: str, color: str) -> None:
@@ -63,7 +80,8 @@ def _draw_curve(axes: Axes, log_history: Logs, metric: str, name: str, color: st
 
 
 def _series(log_history: Logs, metric: str) -> tuple[list[int], list[float]]:
-    entries = [entry for entry in log_history if metric in entry]
+    # A log without a response of one side has NaN for it, which would cut the curve.
+    entries = [entry for entry in log_history if math.isfinite(entry.get(metric, math.nan))]
     return [entry["step"] for entry in entries], [entry[metric] for entry in entries]
 
 
