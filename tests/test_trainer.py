@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
 
 from dil_kernels import DILOutput
+from dil_kernels.checkpoints import where_to_resume
 from dil_kernels.loss_watch import LogRatioRange, NonFinitePairs, safe_log_ratios
 from dil_kernels.metrics import METRICS, batch_metrics, pair_metrics
 from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
@@ -556,6 +557,14 @@ def test_the_last_good_checkpoint_is_kept_and_named(tmp_path: Path) -> None:
     assert "checkpoint-3" in kept
     assert "checkpoint-4" not in kept
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-3"
+
+
+def test_a_checkpoint_of_a_later_step_is_not_the_last_good_one(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
+    assert where_to_resume(tmp_path, step=6).endswith("checkpoint-4")
+    assert where_to_resume(tmp_path, step=2) == "no checkpoint had been written before it"
 
 
 def test_weights_that_an_overflowing_gradient_spoils_are_not_saved(tmp_path: Path) -> None:
