@@ -166,8 +166,9 @@ def _data(trainer: Any, notes: CardNotes) -> str:
             where = "" if source is None else f" of `{source if _is_on_hub(source) else Path(source).name}`"
             where += "" if split is None or source is None else f", split `{split}`"
             lines.append(f"- {title}{f' ({name})' if name else ''}: {rows}{where}.")
-    report = getattr(trainer, "data_report", None)
-    return "\n".join(lines or ["Not known."]) + ("" if report is None else f"\n\n```\n{report}\n```")
+    reports = getattr(trainer, "data_report", {})  # what truncation did to each data set, where that was counted
+    lines += [f"- Tokenised (`{name}`): {report}." for name, report in reports.items()]
+    return "\n".join(lines or ["Not known."])
 
 
 def _training(trainer: Any) -> str:
@@ -175,7 +176,8 @@ def _training(trainer: Any) -> str:
     processes = trainer.accelerator.num_processes
     batch = args.per_device_train_batch_size, args.gradient_accumulation_steps, processes
     options = ", ".join(f"{name}={value}" for name, value in args.loss_options().items() if value is not None)
-    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+    # ZeRO-3 keeps the whole size of a parameter beside it.
+    parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
     trained = sum(count for count, requires_grad in parameters if requires_grad)
     rows = [
         ("", ""),

@@ -184,6 +184,19 @@ def test_a_local_base_and_lora_are_named_as_such(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+def test_what_truncation_did_is_reported(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eval_dataset=make_pairs(3))
+    trainer.data_report = {"train": "7 rows; none truncated", "eval": "3 rows; prompts cut: 2"}
+    trainer.create_model_card(model_name="Named", license="mit", tags="mine", dataset=["a/b"])
+    text = (tmp_path / "README.md").read_text()
+    assert "- Tokenised (`eval`): 3 rows; prompts cut: 2." in text
+    assert "# Named" in text
+    header = ModelCard(text).data.to_dict()
+    assert (header["license"], header["datasets"], header["tags"][-1]) == ("mit", ["a/b"], "mine")
+    assert "Nothing was logged." in text
+    assert not (tmp_path / "training_curves.png").exists()
+
+
 def test_what_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uploads: list[dict[str, Any]] = []
 
