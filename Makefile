@@ -54,6 +54,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench_logprob.py --device cpu $(ARGS)
 	$(BIN)/python benchmarks/bench_loss.py --device cpu $(ARGS)
 	$(BIN)/python benchmarks/bench_linear.py --device cpu $(ARGS)
+	$(BIN)/python benchmarks/bench_train.py --device cpu $(ARGS)
 
 # On a GPU machine with its own PyTorch: make gpu-check BIN=/path/to/bin, after `pip install -e . --no-build-isolation` there.
 # Each command has a limit, so that all of it ends within 10 minutes.
@@ -67,7 +68,7 @@ gpu-check:
 # Every benchmark stops at its share of 10 minutes and exits with 3 if cases are left; called again it goes on with those.
 gpu-bench:
 	@worst=0; \
-	for run in "bench_loss.py 1" "bench_linear.py 4" "bench_logprob.py 4"; do set -- $$run; \
+	for run in "bench_loss.py 1" "bench_train.py 2" "bench_linear.py 3" "bench_logprob.py 3"; do set -- $$run; \
 	  $(BIN)/python benchmarks/$$1 --device cuda --resume --minutes $$2 $(ARGS) || worst=$$?; \
 	done; exit $$worst
 

@@ -53,6 +53,11 @@ COLUMNS = {
     ),
     "GB/s": Column(8, lambda r: _number(r.gbps, ".1f"), "bytes counted, said above each table, over the median"),
     "TFLOP/s": Column(8, lambda r: _number(r.tflops, ".2f"), "FLOPs counted, said above each table, over the median"),
+    "tokens/s": Column(
+        10,
+        lambda r: _number(r.p50_ms and int(r.columns["tokens"]) / r.p50_ms * 1e3, ".0f"),
+        "tokens of prompts and responses, padding not counted, over the median",
+    ),
     "of floor": Column(
         9,
         lambda r: _number(r.share_of_floor, ".0%"),
