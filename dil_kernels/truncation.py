@@ -22,8 +22,7 @@ def truncate(
 ) -> tuple[list[int], ...]:
     """Cut a pair that is longer than `max_length`: first its prompt, then the ends of its responses.
 
-    A response is cut where the prompt leaves no room for it, and only then. The authors' code cuts both responses of
-    such a pair to ``max_length - max_prompt_length``, also beside a shorter prompt.
+    A response is cut where the prompt leaves no room for it, and only then.
 
     Args:
         max_length: tokens of prompt and response; None cuts nothing.

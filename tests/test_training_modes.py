@@ -53,7 +53,9 @@ def test_recomputing_really_recomputes(tmp_path: Path) -> None:
     calls = {"policy": 0, "reference": 0}
     policy, ref = make_model(), make_model(1)
     for name, model in (("policy", policy), ("reference", ref)):
-        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+        model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)
+        )
     make_trainer(tmp_path, model=policy, ref_model=ref, max_steps=1, activation_checkpointing=True).train()
     assert calls == {"policy": 2, "reference": 1}
 
