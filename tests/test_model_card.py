@@ -208,7 +208,9 @@ def test_what_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()}
             uploads.append({**kwargs, "files": files})
 
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: Hub())
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub, raising=False)
+    for name in ("create_repo", "upload_folder"):  # as earlier versions call them
+        monkeypatch.setattr(f"transformers.trainer.{name}", getattr(Hub(), name), raising=False)
     config = config_of(tmp_path / "out", push_to_hub=True, hub_model_id="my-dil", hub_strategy="end")
     run_training(make_model(), make_tokenizer(), config, make_pairs(9), make_pairs(5, seed=1))
     (upload,) = uploads
