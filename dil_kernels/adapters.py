@@ -174,7 +174,7 @@ def freeze_adapter(model: Any, adapter: str, trained: str) -> None:
 def switched(model: Any, adapter: str | None) -> Iterator[None]:
     """Let the model compute with another adapter, or with none, and then as before.
 
-    Which parameters require gradients does not change, also within: wrappers such as FSDP read it there.
+    Which parameters require gradients stays as it is, within, too: peft changes it, and wrappers go by it.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = model.active_adapter

@@ -78,6 +78,7 @@ class RunOptions:
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_target_modules: tuple[str, ...] = ("all-linear",)
+    load_in_4bit: bool = False
     resume_from_checkpoint: str | bool = False
     import_modules: tuple[str, ...] = ()
 
@@ -123,6 +124,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
     run_fields = {field.name for field in dataclasses.fields(RunOptions)}
     if values.get("lora_rank") is None and {"lora_alpha", "lora_target_modules"} & values.keys():
         parser.error("--lora-alpha and --lora-target-modules need --lora-rank")
+    if values.get("lora_rank") is None and values.get("load_in_4bit"):
+        parser.error("--load-in-4bit needs --lora-rank: weights in 4 bits cannot be trained")
     values["lora_target_modules"] = tuple(values.get("lora_target_modules", RunOptions.lora_target_modules))
     run = RunOptions(
         **{**{name: value for name, value in values.items() if name in run_fields}, "import_modules": modules}
@@ -299,6 +302,14 @@ def _add_run_options(parser: Parser) -> None:
         metavar="NAME",
         nargs="+",
         help="layers that LoRA adapts (default: all-linear, every linear layer but the output head)",
+    )
+    group.add_argument(
+        "--load-in-4bit",
+        metavar="BOOL",
+        type=_boolean,
+        nargs="?",
+        const=True,
+        help="hold the base weights in 4 bits, in NF4 of bitsandbytes, under LoRA",
     )
     group.add_argument(
         "--resume-from-checkpoint",

@@ -141,11 +141,16 @@ def _load_tokenizer(name: str) -> Any:
 
 
 def _load_model(name: str, options: RunOptions) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    quantization = {}
+    if options.load_in_4bit:
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options.dtype
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=options.dtype, attn_implementation=options.attn_implementation
+            name, dtype=options.dtype, attn_implementation=options.attn_implementation, **quantization
         )
     except (OSError, ValueError, ImportError) as error:
         problem = " ".join(str(error).split())
@@ -162,11 +167,10 @@ def _with_lora(model: Any, options: RunOptions, config: DILConfig) -> Any:
         import peft
     except ImportError as error:
         raise InputError(f"--lora-rank needs peft: pip install peft ({error})") from error
-    from transformers import set_seed
+    from dil_kernels.adapters import with_adapter
 
     modules = list(options.lora_target_modules)
     alpha = 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
-    set_seed(config.seed)  # the adapters start from random numbers
     try:
         lora = peft.LoraConfig(
             r=options.lora_rank,
@@ -174,7 +178,7 @@ def _with_lora(model: Any, options: RunOptions, config: DILConfig) -> Any:
             target_modules=modules[0] if modules == ["all-linear"] else modules,
             task_type="CAUSAL_LM",
         )
-        return peft.get_peft_model(model, lora)
+        return with_adapter(model, lora, config)
     except ValueError as error:
         raise InputError(f"--lora-rank {options.lora_rank}: {error}") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 try:
     from accelerate.utils import broadcast_object_list
@@ -26,6 +27,11 @@ def zero_stage(accelerator: Any) -> int | None:
 def is_wrapped_late(accelerator: Any) -> bool:
     """Whether a model cannot be called as it will be trained before its training begins, with an optimizer."""
     return bool(accelerator.is_fsdp2) or zero_stage(accelerator) is not None
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether FSDP2 has taken the model over."""
+    return isinstance(model, FSDPModule)
 
 
 def as_on_main_process(decide: Callable[..., bool], *args: Any) -> bool:

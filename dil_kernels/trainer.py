@@ -42,7 +42,7 @@ from dil_kernels.precompute import ReferencePass, has_reference, open_ref_cache,
 from dil_kernels.prepare import prepare_dataset
 from dil_kernels.ref_cache import ReferenceCache
 from dil_kernels.reference_policy import ReferencePolicy
-from dil_kernels.sharding import keep_outputs_exact
+from dil_kernels.sharding import is_sharded, keep_outputs_exact
 from dil_kernels.tokenization import (
     IGNORE_INDEX,
     REF_COLUMNS,
@@ -437,7 +437,15 @@ class DILTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate; the metrics are means over all pairs of the data set, whatever the batches."""
+        """Evaluate; the metrics are means over all pairs of the data set, whatever the batches.
+
+        Raises:
+            NotImplementedError: FSDP2 has not sharded the model yet.
+        """
+        if self.accelerator.is_fsdp2 and not is_sharded(self.model):
+            raise NotImplementedError(
+                "FSDP2 shards the model when training begins: evaluate then (eval_on_start=True), or afterwards"
+            )
         self._eval_sums = zero_sums(self.args.device)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in batch_means(self._eval_sums).items()}

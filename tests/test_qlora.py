@@ -1,0 +1,92 @@
+"""LoRA on a base in 4 bits: the same adapters, gradients and reference as on the base that the 4 bits stand for."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_peft_training import assert_reference_is, lora_config
+from test_trainer import make_trainer
+from tiny_model import make_model, make_pairs, make_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from dil_kernels import cli
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    make_model(tie_word_embeddings=False, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture(autouse=True)
+def same_kernels_in_training_and_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes repacks weights at the first evaluation and has no gradients after it."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
+def load_in_4bit(model_dir: Path) -> Any:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=config)
+
+
+def dequantized(model_dir: Path) -> Any:
+    """The model in fp32 with the weights that the 4 bits stand for."""
+    import bitsandbytes
+
+    whole, quantized = AutoModelForCausalLM.from_pretrained(model_dir), load_in_4bit(model_dir)
+    replaced = 0
+    for name, module in quantized.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            whole.get_submodule(name).weight = nn.Parameter(weight.float())
+            replaced += 1
+    assert replaced == 14
+    return whole
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_four_bits_train_as_the_weights_they_stand_for(tmp_path: Path, model_dir: Path, checkpointing: bool) -> None:
+    trainers = []
+    for base in (load_in_4bit(model_dir), dequantized(model_dir)):
+        trainer = make_trainer(
+            tmp_path,
+            model=base,
+            peft_config=lora_config(),
+            train_sampling_strategy="sequential",
+            activation_checkpointing=checkpointing,
+            optim="sgd",
+            max_steps=3,
+        )
+        trainer.train()
+        trainers.append(trainer)
+    quantized, whole = trainers
+    assert quantized.ref_model is None
+    assert quantized.uses_fused_head
+    assert_reference_is(quantized, copy.deepcopy(dequantized(model_dir)))
+    expected = {name: value for name, value in whole.model.state_dict().items() if "lora_" in name}
+    assert any(value.abs().max() > 1e-3 for name, value in expected.items() if "lora_B" in name)
+    for name, value in expected.items():
+        torch.testing.assert_close(quantized.model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_dil_train_loads_in_4bit(tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    make_pairs(4).to_json(pairs)
+    argv = ["--model", str(model_dir), "--train-file", str(pairs), "--output-dir", str(tmp_path / "out"), "--use-cpu"]
+    argv += ["--load-in-4bit", "--max-steps", "2", "--report-to", "none", "--disable-tqdm"]
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    assert "--load-in-4bit needs --lora-rank" in capsys.readouterr().err
+    assert cli.main([*argv, "--lora-rank", "4"]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
