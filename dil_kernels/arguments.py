@@ -22,7 +22,7 @@ from dil_kernels.backends import BACKENDS
 from dil_kernels.divergences import divergence_names
 from dil_kernels.recipes import find_recipe, packaged_recipes
 from dil_kernels.tokenization import TRUNCATION_MODES
-from dil_kernels.training_config import DILConfig
+from dil_kernels.training.config import DILConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 MAX_LISTED = 4  # choices that --help lists

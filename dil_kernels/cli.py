@@ -68,7 +68,7 @@ def train(options: RunOptions, config: DILConfig) -> None:
     """
     checkpoint = _resolve_checkpoint(options, config)
     train_dataset, eval_dataset = _load_data(options)
-    from dil_kernels.training_run import run_training
+    from dil_kernels.training.run import run_training
 
     tokenizer = _load_tokenizer(options.model)
     run_training(
@@ -167,7 +167,7 @@ def _with_lora(model: Any, options: RunOptions, config: DILConfig) -> Any:
         import peft
     except ImportError as error:
         raise InputError(f"--lora-rank needs peft: pip install peft ({error})") from error
-    from dil_kernels.adapters import with_adapter
+    from dil_kernels.training.adapters import with_adapter
 
     modules = list(options.lora_target_modules)
     alpha = 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha

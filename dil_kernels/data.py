@@ -19,7 +19,7 @@ except ImportError as error:
         f"dil_kernels.data needs the extra [train]: pip install 'dil-kernels[train]' ({error})"
     ) from error
 
-from dil_kernels.messages import (
+from dil_kernels.pairs.messages import (
     JSON_COLUMNS,
     Messages,
     PreferenceDataError,
@@ -30,7 +30,7 @@ from dil_kernels.messages import (
     split_strings,
     without_nulls,
 )
-from dil_kernels.pair_storage import (
+from dil_kernels.pairs.pair_storage import (
     GIVEN_REFERENCE,
     concatenate_stored,
     parts_of_columns,
@@ -59,8 +59,8 @@ def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train
 
     Messages may have other keys, such as ``tool_calls``, and pairs of messages the columns ``tools`` (JSON schemas) and
     ``chat_template_kwargs``: the chat template gets them. In the data set they are JSON text, see
-    `dil_kernels.messages`. ``ref_chosen_logps`` and ``ref_rejected_logps`` (``ref_logps``) are sums over the tokens of
-    a response, which `DILTrainer` uses with precomputed references.
+    `dil_kernels.pairs.messages`. ``ref_chosen_logps`` and ``ref_rejected_logps`` (``ref_logps``) are sums over the
+    tokens of a response, which `DILTrainer` uses with precomputed references.
 
     Responses that do not come in pairs have the columns ``prompt``, ``completion`` and ``label`` instead, as TRL's KTO
     has them: a completion is what chosen and rejected are above, its label true where it is to be imitated.

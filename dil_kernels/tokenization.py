@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import dil_kernels
-from dil_kernels.chat_template import render_conversation
 from dil_kernels.data import Pair, PreferenceDataError, check_pair, is_conversational, response_columns
-from dil_kernels.messages import without_nulls
-from dil_kernels.truncation import TRUNCATION_MODES, DataReport, is_too_long, truncate
+from dil_kernels.pairs.chat_template import render_conversation
+from dil_kernels.pairs.messages import without_nulls
+from dil_kernels.pairs.truncation import TRUNCATION_MODES, DataReport, is_too_long, truncate
 
 __all__ = [
     "IGNORE_INDEX",

@@ -25,24 +25,12 @@ try:
 except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
-from dil_kernels.adapters import with_adapter
 from dil_kernels.backends import resolve_backend
-from dil_kernels.checkpoints import check_weights, last_complete_checkpoint
 from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options, resolve_ref_logps
-from dil_kernels.generations import SampleGenerations
-from dil_kernels.loss_watch import LogRatioRange, NonFinitePairs
-from dil_kernels.metrics import batch_means, batch_metrics, predictions, zero_sums
-from dil_kernels.model_card import CardNotes, write_model_card
 from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
-from dil_kernels.packed_attention import UnsupportedPackingError, install_packed_attention
-from dil_kernels.packed_batches import PackedCollator, has_scored_token, model_inputs, sequence_labels, sequence_sums
-from dil_kernels.precompute import ReferencePass, has_reference, open_ref_cache, ref_columns
-from dil_kernels.prepare import prepare_dataset
-from dil_kernels.ref_cache import ReferenceCache
-from dil_kernels.reference_policy import ReferencePolicy
-from dil_kernels.sharding import is_sharded, keep_outputs_exact
+from dil_kernels.pairs.truncation import DataReport
 from dil_kernels.tokenization import (
     IGNORE_INDEX,
     REF_COLUMNS,
@@ -51,8 +39,26 @@ from dil_kernels.tokenization import (
     UNPAIRED_TOKEN_COLUMNS,
     PreferenceCollator,
 )
-from dil_kernels.training_config import DILConfig
-from dil_kernels.truncation import DataReport
+from dil_kernels.training.adapters import with_adapter
+from dil_kernels.training.checkpoints import check_weights, last_complete_checkpoint
+from dil_kernels.training.config import DILConfig
+from dil_kernels.training.generations import SampleGenerations
+from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs
+from dil_kernels.training.metrics import batch_means, batch_metrics, predictions, zero_sums
+from dil_kernels.training.model_card import CardNotes, write_model_card
+from dil_kernels.training.packed_attention import UnsupportedPackingError, install_packed_attention
+from dil_kernels.training.packed_batches import (
+    PackedCollator,
+    has_scored_token,
+    model_inputs,
+    sequence_labels,
+    sequence_sums,
+)
+from dil_kernels.training.precompute import ReferencePass, has_reference, open_ref_cache, ref_columns
+from dil_kernels.training.prepare import prepare_dataset
+from dil_kernels.training.ref_cache import ReferenceCache
+from dil_kernels.training.reference_policy import ReferencePolicy
+from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
 
 __all__ = ["DILConfig", "DILTrainer", "disable_dropout", "last_complete_checkpoint"]
 

@@ -122,7 +122,7 @@ def test_a_run_that_fails_says_why_on_one_line(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr("dil_kernels.training_run.run_training", fail)
+    monkeypatch.setattr("dil_kernels.training.run.run_training", fail)
     argv = ["--model", str(model_dir), "--train-file", str(pairs_file), "--output-dir", str(tmp_path / "out")]
     assert cli.main(argv) == status
     assert capsys.readouterr().err.strip().splitlines()[-1] == f"dil-train: error: {error}"

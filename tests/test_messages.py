@@ -13,7 +13,7 @@ from tiny_model import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs
-from dil_kernels.messages import split_strings
+from dil_kernels.pairs.messages import split_strings
 from dil_kernels.tokenization import tokenize_dataset, tokenize_pair
 
 TEMPLATE = (

@@ -17,10 +17,10 @@ from test_unpaired_training import make_responses
 from tiny_model import make_model, make_pairs, make_tokenizer
 
 from dil_kernels.arguments import parse_arguments
-from dil_kernels.held_out import BEFORE_NAME
 from dil_kernels.tokenization import PreferenceCollator
 from dil_kernels.trainer import DILConfig
-from dil_kernels.training_run import run_training
+from dil_kernels.training.held_out import BEFORE_NAME
+from dil_kernels.training.run import run_training
 
 
 def config_of(output_dir: Path, **options: Any) -> DILConfig:

@@ -41,18 +41,18 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from dil_kernels.metrics import METRICS
-from dil_kernels.packed_attention import (
+from dil_kernels.tokenization import PreferenceCollator
+from dil_kernels.trainer import DILConfig, DILTrainer
+from dil_kernels.training.metrics import METRICS
+from dil_kernels.training.packed_attention import (
     PackedMask,
     UnsupportedPackingError,
     install_packed_attention,
     packed_inputs,
     packing_problem,
 )
-from dil_kernels.packed_batches import PackedCollator, has_scored_token, model_inputs, sequence_sums
-from dil_kernels.tokenization import PreferenceCollator
-from dil_kernels.trainer import DILConfig, DILTrainer
-from dil_kernels.training_run import score_pairs
+from dil_kernels.training.packed_batches import PackedCollator, has_scored_token, model_inputs, sequence_sums
+from dil_kernels.training.run import score_pairs
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dil_kernels.plots import drawn_panels, plot_training_curves
+from dil_kernels.training.plots import drawn_panels, plot_training_curves
 
 PAIRS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
 SIDES = (

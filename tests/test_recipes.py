@@ -22,7 +22,7 @@ from dil_kernels.functional import linear_memory_bytes
 from dil_kernels.modeling import fused_head_problem, install_fused_head
 from dil_kernels.recipes import packaged_recipes
 from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
-from dil_kernels.training_config import DILConfig
+from dil_kernels.training.config import DILConfig
 
 TRAIN_PREFS = 61_135  # rows of HuggingFaceH4/ultrafeedback_binarized, split train_prefs
 # The configurations of the two models, as published.

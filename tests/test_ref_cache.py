@@ -21,8 +21,10 @@ from test_trainer import RELATIVE, ROOT, batch_of, make_trainer, plain_logps, to
 from tiny_model import make_model, make_pairs
 from torch import nn
 
-from dil_kernels import ref_cache
-from dil_kernels.ref_cache import (
+from dil_kernels.tokenization import PreferenceCollator
+from dil_kernels.trainer import DILTrainer
+from dil_kernels.training import ref_cache
+from dil_kernels.training.ref_cache import (
     CacheEntry,
     ReferenceCache,
     dataset_fingerprint,
@@ -30,8 +32,6 @@ from dil_kernels.ref_cache import (
     model_fingerprint,
     scored_lengths,
 )
-from dil_kernels.tokenization import PreferenceCollator
-from dil_kernels.trainer import DILTrainer
 
 
 def precomputed(directory: Path, **options: Any) -> tuple[DILTrainer, int]:
@@ -242,7 +242,7 @@ def test_readers_beside_writers_see_nothing_or_all(tmp_path: Path) -> None:
             loaded = entry.load()
             problems.append(None if loaded is None or np.array_equal(loaded, LOGPS) else "torn")
 
-    logging.getLogger("dil_kernels.ref_cache").addHandler(handler := Recorder())
+    logging.getLogger("dil_kernels.training.ref_cache").addHandler(handler := Recorder())
     writers, readers = ([threading.Thread(target=target) for _ in range(4)] for target in (write, read))
     for thread in (*writers, *readers):
         thread.start()
@@ -251,7 +251,7 @@ def test_readers_beside_writers_see_nothing_or_all(tmp_path: Path) -> None:
     done.set()
     for thread in readers:
         thread.join()
-    logging.getLogger("dil_kernels.ref_cache").removeHandler(handler)
+    logging.getLogger("dil_kernels.training.ref_cache").removeHandler(handler)
     assert set(problems) == {None}
     assert handler.messages == [], "a reader met a damaged file"
     assert [path.name for path in tmp_path.iterdir()] == [entry.path.name]

@@ -25,11 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
 
 from dil_kernels import DILOutput
-from dil_kernels.checkpoints import where_to_resume
-from dil_kernels.loss_watch import LogRatioRange, NonFinitePairs, safe_log_ratios
-from dil_kernels.metrics import METRICS, batch_metrics, pair_metrics
 from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
 from dil_kernels.trainer import DILConfig, DILTrainer, last_complete_checkpoint
+from dil_kernels.training.checkpoints import where_to_resume
+from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs, safe_log_ratios
+from dil_kernels.training.metrics import METRICS, batch_metrics, pair_metrics
 
 ROOT = Path(__file__).parents[1]
 RELATIVE = 1e-5  # fp32 against fp64, of the largest entry: two layers, a few hundred terms a sum

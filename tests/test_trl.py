@@ -32,7 +32,7 @@ from packaging.version import Version  # noqa: E402
 
 from dil_kernels.integrations.trl import DILConfig, DILTrainer  # noqa: E402
 from dil_kernels.integrations.trl_config import UNUSED_OPTIONS  # noqa: E402
-from dil_kernels.metrics import METRICS  # noqa: E402
+from dil_kernels.training.metrics import METRICS  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 RELATIVE = 1e-5  # fp32 against fp64, of the largest entry: two layers, a few hundred terms a sum

@@ -14,9 +14,9 @@ from test_trainer import ROOT, make_trainer
 from tiny_model import make_pairs, make_tokenizer
 
 from dil_kernels.data import PreferenceDataError
+from dil_kernels.pairs.truncation import DataReport
 from dil_kernels.tokenization import tokenize_and_report, tokenize_dataset
 from dil_kernels.trainer import DILConfig
-from dil_kernels.truncation import DataReport
 
 
 def words(count: int) -> str:

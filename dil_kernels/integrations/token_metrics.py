@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dil_kernels.functional import DILOutput
 from dil_kernels.functional.logps import LogitStatistics
-from dil_kernels.metrics import counted_pairs
 from dil_kernels.reference import accumulation_dtype
+from dil_kernels.training.metrics import counted_pairs
 
 COLUMNS = ("chosen_tokens", "rejected_tokens", "entropy", "chosen_logits", "rejected_logits", "chosen_hits")
 

@@ -33,10 +33,10 @@ from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options
 from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_sums
 from dil_kernels.integrations.trl_config import DILConfig
-from dil_kernels.loss_watch import NonFinitePairs
-from dil_kernels.metrics import METRICS, counted_pairs, means, pair_metrics
 from dil_kernels.modeling import UnsupportedHeadError, install_fused_head
 from dil_kernels.reference import accumulation_dtype
+from dil_kernels.training.loss_watch import NonFinitePairs
+from dil_kernels.training.metrics import METRICS, counted_pairs, means, pair_metrics
 
 __all__ = ["DILConfig", "DILTrainer"]
 

@@ -11,10 +11,10 @@ import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from dil_kernels.generations import GENERATIONS_NAME
-from dil_kernels.held_out import BeforeAfter, HeldOutBefore, score_held_out
-from dil_kernels.model_card import CARD_NAME, PLOT_NAME, CardNotes
 from dil_kernels.trainer import DILConfig, DILTrainer
+from dil_kernels.training.generations import GENERATIONS_NAME
+from dil_kernels.training.held_out import BeforeAfter, HeldOutBefore, score_held_out
+from dil_kernels.training.model_card import CARD_NAME, PLOT_NAME, CardNotes
 
 RESULTS_NAME = "before_after.json"
 LIVE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")

@@ -8,10 +8,10 @@ from typing import Any
 import datasets
 
 from dil_kernels.divergences import get_divergence
-from dil_kernels.precompute import has_reference
+from dil_kernels.pairs.truncation import DataReport
 from dil_kernels.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS, tokenize_and_report
-from dil_kernels.training_config import DILConfig
-from dil_kernels.truncation import DataReport
+from dil_kernels.training.config import DILConfig
+from dil_kernels.training.precompute import has_reference
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from dil_kernels.messages import EXTRA, JSON_COLUMNS, has_extra, storable_messages
+from dil_kernels.pairs.messages import EXTRA, JSON_COLUMNS, has_extra, storable_messages
 
 GIVEN_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps")
 OPTIONAL = frozenset({*JSON_COLUMNS, EXTRA})  # what only some pairs of a data set may have

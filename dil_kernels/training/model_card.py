@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from dil_kernels.held_out import BeforeAfter
-from dil_kernels.plots import plot_training_curves
+from dil_kernels.training.held_out import BeforeAfter
+from dil_kernels.training.plots import plot_training_curves
 
 CARD_NAME, PLOT_NAME = "README.md", "training_curves.png"
 TAGS = ("dil", "preference-learning", "generated_from_trainer")

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers.utils.logging import tqdm
 
-from dil_kernels.ref_cache import (
+from dil_kernels.tokenization import REF_COLUMNS, UNPAIRED_REF_COLUMNS
+from dil_kernels.training.ref_cache import (
     ReferenceCache,
     default_ref_cache_dir,
     model_fingerprint,
     response_id_columns,
     token_counts,
 )
-from dil_kernels.tokenization import REF_COLUMNS, UNPAIRED_REF_COLUMNS
 
 NO_CACHE = "none"
 

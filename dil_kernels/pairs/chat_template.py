@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from dil_kernels.data import Pair, PreferenceDataError, response_columns
-from dil_kernels.messages import TEMPLATE_OPTIONS, TOOLS, Messages
+from dil_kernels.pairs.messages import TEMPLATE_OPTIONS, TOOLS, Messages
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names of the same thing
 

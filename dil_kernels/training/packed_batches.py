@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dil_kernels import reference
-from dil_kernels.packed_attention import packed_inputs
 from dil_kernels.tokenization import IGNORE_INDEX, pair_columns, responses_of
+from dil_kernels.training.packed_attention import packed_inputs
 
 
 class PackedCollator:

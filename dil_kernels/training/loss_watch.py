@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dil_kernels.checkpoints import where_to_resume
 from dil_kernels.functional import DILOutput, dil_loss
+from dil_kernels.training.checkpoints import where_to_resume
 
 Gather = Callable[[Tensor], Tensor]
 

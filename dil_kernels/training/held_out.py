@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dil_kernels.metrics import PREDICTIONS
+from dil_kernels.training.metrics import PREDICTIONS
 
 BEFORE_NAME = "held_out_before.json"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from dil_kernels.adapters import (
+from dil_kernels.training.adapters import (
     can_be_copied,
     changes_nothing,
     freeze_adapter,
@@ -23,7 +23,7 @@ from dil_kernels.adapters import (
     trained_adapter,
     trains_base_weights,
 )
-from dil_kernels.sharding import as_on_main_process, frozen_copy, is_wrapped_late, move, place_frozen
+from dil_kernels.training.sharding import as_on_main_process, frozen_copy, is_wrapped_late, move, place_frozen
 
 
 class ReferencePolicy:

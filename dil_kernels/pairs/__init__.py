@@ -1,0 +1,1 @@
+"""What `dil_kernels.data` and `dil_kernels.tokenization` are made of."""

@@ -1,0 +1,1 @@
+"""What `dil_kernels.trainer` is made of."""
