@@ -50,6 +50,7 @@ def plot_training_curves(log_history: Logs, path: str | os.PathLike[str]) -> boo
     last_step = max(entry["step"] for entry in log_history)
     # Apart from pyplot, which would change the backend of the process.
     figure = Figure(figsize=(3.9 * -(-len(panels) // 2), 6.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)  # type: ignore[union-attr, call-arg]
     FigureCanvasAgg(figure)
     places = list(figure.subplots(2, -(-len(panels) // 2), squeeze=False).flat)
     for axes, (title, label, curves) in zip(places, panels, strict=False):
@@ -96,4 +97,4 @@ def _finish_panel(axes: Axes, title: str, label: str) -> None:
     axes.grid(color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if len(axes.get_lines()) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(framealpha=0.8, edgecolor="none", fontsize=8)
