@@ -40,7 +40,7 @@ def with_adapter(model: Any, peft_config: Any, args: TrainingArguments) -> Any:
     """
     if peft_config is not None:
         model = _with_new_adapter(model, peft_config, args)
-    if has_adapters(model) and args.activation_checkpointing:
+    if has_adapters(model) and _checkpointing(args)[0]:
         # Reentrant checkpoints pass gradients on only if an input, here that of frozen embeddings, needs one.
         model.enable_input_require_grads()
     return model
@@ -57,12 +57,17 @@ def _with_new_adapter(model: Any, peft_config: Any, args: TrainingArguments) -> 
         raise ValueError("peft_config was given, but model has an adapter already: give the one or the other")
     set_seed(args.seed)  # the adapter starts from random numbers
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        wanted, options = _checkpointing(args)
         model = peft.prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=bool(args.activation_checkpointing),
-            gradient_checkpointing_kwargs=args.activation_checkpointing_kwargs,
+            model, use_gradient_checkpointing=wanted, gradient_checkpointing_kwargs=options
         )
     return peft.get_peft_model(model, peft_config)
+
+
+def _checkpointing(args: TrainingArguments) -> tuple[bool, dict[str, Any] | None]:
+    """Whether activations are recomputed, and how; the first versions of transformers 5 name it after gradients."""
+    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    return bool(getattr(args, name)), getattr(args, f"{name}_kwargs")
 
 
 def trained_adapter(model: Any) -> str:
