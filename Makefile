@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help install quickstart test lint format bench gpu-check gpu-bench gpu-train aot-report env clean
+.PHONY: help install quickstart test lint format bench gpu-check gpu-bench gpu-profile gpu-train aot-report env clean
 
 help:
 	@echo "make quickstart   train SmolLM2-135M with the fused DIL loss and show what it learned"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench        the CPU benchmarks, into benchmarks/results/"
 	@echo "make gpu-check    on an NVIDIA GPU: the GPU tests, then compute-sanitizer on small cases"
 	@echo "make gpu-bench    on an NVIDIA GPU: the benchmarks; called again it goes on where it stopped"
+	@echo "make gpu-profile  on an NVIDIA GPU: bytes moved, bandwidth and pipe use of the kernels, by Nsight Compute"
 	@echo "make gpu-train    on an NVIDIA GPU: training to convergence beside TRL (needs trl), and a 1B-class model for speed"
 	@echo "make aot-report   what the compilers make of every Triton kernel, without a GPU"
 	@echo "make lint         ruff, mypy, import-linter, clang-format; make format applies the formatters"
@@ -71,6 +72,14 @@ gpu-bench:
 	for run in "bench_loss.py 1" "bench_train.py 2" "bench_linear.py 3" "bench_logprob.py 3"; do set -- $$run; \
 	  $(BIN)/python benchmarks/$$1 --device cuda --resume --minutes $$2 $(ARGS) || worst=$$?; \
 	done; exit $$worst
+
+# A few launches of every kernel at the sizes of the targets; the figures of interest are those of SpeedOfLight.
+NCU := ncu --clock-control none --kernel-name "regex:^_logps|^_head|gemm|nvjet" --launch-count 16 --section SpeedOfLight \
+  --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis
+gpu-profile:
+	timeout 150 $(NCU) $(BIN)/python benchmarks/bench_logprob.py --device cuda --providers dil_kernels --cases 4x2048-v128256-bf16-50pct $(ARGS)
+	timeout 150 $(NCU) $(BIN)/python benchmarks/bench_logprob.py --device cuda --providers dil_kernels --cases 4x16-v128256-bf16-100pct $(ARGS)
+	timeout 200 $(NCU) $(BIN)/python benchmarks/bench_linear.py --device cuda --providers dil_kernels --cases policy-4x2048-d4096-v128256 $(ARGS)
 
 # PAIRS is a file of preference pairs; the embedded ones are short.
 gpu-train:
