@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -172,6 +173,12 @@ class DILTrainer(Trainer):
 
     def _refuse_inexact_setups(self) -> None:
         """Refuse set-ups in which the reference would be misplaced or the pairs of a step miscounted."""
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.accelerator.num_processes < launched:
+            raise NotImplementedError(
+                f"{launched} processes were launched, but each would train alone, on all of the data: give "
+                "use_cpu=True (--use-cpu) if they are to train together on CPUs"
+            )
         if self.args.n_gpu > 1:
             raise NotImplementedError(
                 f"{self.args.n_gpu} GPUs in one process would split a batch across its pairs; use torchrun, or make "

@@ -765,6 +765,14 @@ def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: py
         make_trainer(tmp_path)
 
 
+def test_processes_that_would_train_apart_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CPUs without use_cpu: accelerate then starts no process group, and each process is the main one."""
+    args = DILConfig(str(tmp_path), use_cpu=True, report_to=[])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NotImplementedError, match="2 processes were launched, but each would train alone"):
+        DILTrainer(make_model(), args=args, train_dataset=make_pairs(2), processing_class=make_tokenizer())
+
+
 def test_the_package_alone_does_not_import_transformers() -> None:
     code = "import sys, dil_kernels; assert not {'transformers', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
