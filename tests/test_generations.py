@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from test_trainer import ROOT, assert_bitwise_equal, make_trainer, trained_weights
 from tiny_model import make_model, make_pairs, make_tokenizer
 from transformers import TrainerCallback
@@ -89,6 +90,20 @@ def test_answers_are_those_of_plain_greedy_decoding(tmp_path: Path, kind: str) -
         assert [row["completion"] for row in rows if row["step"] == step] == snapshots.answers[step]
     assert snapshots.answers[0] != snapshots.answers[3], "answers that never change prove nothing"
     assert rows[1]["prompt"] == make_tokenizer().decode(prompts[1])
+
+
+def test_every_prompt_is_answered_once(tmp_path: Path) -> None:
+    """Unpaired responses to one prompt are rows of their own."""
+    rows = make_pairs(6, seed=5).to_list()
+    responses = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in rows
+        for side in ("chosen", "rejected")
+    ]
+    trainer = make_trainer(tmp_path, eval_dataset=Dataset.from_list(responses), **OPTIONS)
+    trainer.train()
+    answered = [row["prompt"] for row in records(tmp_path) if row["step"] == 0]
+    assert answered == [row["prompt"].strip() for row in rows[:4]]
 
 
 def test_training_is_bit_for_bit_that_without_answers(tmp_path: Path) -> None:

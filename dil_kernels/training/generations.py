@@ -40,7 +40,7 @@ class SampleGenerations(TrainerCallback):
                 "take the prompts from"
             )
         self._trainer = trainer
-        self._prompts: list[list[int]] = dataset[: args.num_generations_at_eval]["prompt_ids"]
+        self._prompts = _first_different(dataset, args.num_generations_at_eval)
         self._last_step: int | None = None
 
     def on_train_begin(
@@ -84,6 +84,16 @@ class SampleGenerations(TrainerCallback):
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (directory / GENERATIONS_NAME).write_text(_as_markdown(_read(directory / RECORD_NAME)), encoding="utf-8")
         _report(self._trainer, rows)
+
+
+def _first_different(dataset: Any, count: int) -> list[list[int]]:
+    """Prompts in the order of the rows, each once: unpaired responses to one prompt are rows of their own."""
+    found: dict[tuple[int, ...], None] = {}
+    for row in dataset.select_columns(["prompt_ids"]):
+        if len(found) == count:
+            break
+        found[tuple(row["prompt_ids"])] = None
+    return [list(prompt) for prompt in found]
 
 
 def _generate(trainer: Any, prompts: Sequence[list[int]]) -> list[str]:
