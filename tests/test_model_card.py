@@ -20,6 +20,7 @@ from dil_kernels.arguments import parse_arguments
 from dil_kernels.tokenization import PreferenceCollator
 from dil_kernels.trainer import DILConfig
 from dil_kernels.training.held_out import BEFORE_NAME
+from dil_kernels.training.model_card import recipe_of
 from dil_kernels.training.run import run_training
 
 
@@ -112,6 +113,12 @@ def test_the_recipe_of_the_card_parses_to_the_same_options(run_dir: Path, tmp_pa
         if name not in ("disable_tqdm", "logging_dir", "run_name") and not name.startswith("_"):
             actual = getattr(config, name)
             assert actual == value or str(actual) == str(value), name  # some are objects without equality
+
+
+def test_the_recipe_of_the_card_has_options_of_options(tmp_path: Path) -> None:
+    kwargs = {"min_lr": 1e-7}
+    config = config_of(tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=kwargs)
+    assert recipe_of(config)["lr_scheduler_kwargs"] == kwargs
 
 
 def test_before_is_that_of_the_first_run_when_resumed(tmp_path: Path) -> None:

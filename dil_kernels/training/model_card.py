@@ -231,7 +231,11 @@ def recipe_of(args: Any) -> dict[str, Any]:
             continue
         value, default = _plain(getattr(args, option.name)), _plain(option.default)
         changed = value != default and not (default is None and not value)
-        if (changed or option.name in ALWAYS_SAID) and isinstance(value, str | int | float | list) and value != []:
+        if (
+            (changed or option.name in ALWAYS_SAID)
+            and isinstance(value, str | int | float | list | dict)
+            and value != []
+        ):
             recipe[option.name] = value
     if "activation_checkpointing" in recipe:
         recipe.pop("gradient_checkpointing", None)  # the same under its former name
