@@ -138,6 +138,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
         parser.error(
             f"--eval-strategy {getattr(config.eval_strategy, 'value', config.eval_strategy)} needs --eval-file"
         )
+    if run.eval_file is None and config.num_generations_at_eval:
+        parser.error("--num-generations-at-eval needs --eval-file")
     return run, config
 
 

@@ -61,26 +61,32 @@ def train(options: RunOptions, config: DILConfig) -> None:
     """Load data and models, check them, and train.
 
     Raises:
-        InputError: a checkpoint, model or tokenizer that cannot be used.
+        InputError: a checkpoint, model, tokenizer or integration that cannot be used, or options that do not fit these.
         PreferenceDataError: a broken preference pair.
         NotImplementedError: a set-up that `DILTrainer` refuses, such as several GPUs in one process.
         FloatingPointError: a loss was not finite.
     """
     checkpoint = _resolve_checkpoint(options, config)
+    _check_report_to(config)
     train_dataset, eval_dataset = _load_data(options)
-    from dil_kernels.training.run import run_training
+    from dil_kernels.training.run import SetupError, run_training
 
     tokenizer = _load_tokenizer(options.model)
-    run_training(
-        _with_lora(_load_model(options.model, options), options, config),
-        tokenizer,
-        config,
-        train_dataset,
-        eval_dataset,
-        ref_model=None if options.ref_model is None else _load_model(options.ref_model, options),
-        resume_from_checkpoint=checkpoint,
-        sources=_sources(options),
-    )
+    model = _with_lora(_load_model(options.model, options), options, config)
+    ref_model = None if options.ref_model is None else _load_model(options.ref_model, options)
+    try:
+        run_training(
+            model,
+            tokenizer,
+            config,
+            train_dataset,
+            eval_dataset,
+            ref_model=ref_model,
+            resume_from_checkpoint=checkpoint,
+            sources=_sources(options),
+        )
+    except SetupError as error:
+        raise InputError(str(error)) from error
 
 
 def _sources(options: RunOptions) -> dict[str, Any]:
@@ -117,6 +123,19 @@ def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | bool:
             "--resume-from-checkpoint, or name another directory"
         )
     return False
+
+
+def _check_report_to(config: DILConfig) -> None:
+    """Refuse integrations that are not there, before anything is loaded."""
+    from transformers.integrations import integration_utils
+
+    available = (*integration_utils.get_available_reporting_integrations(), "flyte")  # which that function leaves out
+    for name in config.report_to or ():
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
+            raise InputError(f"--report-to {name}: unknown; available: {known}")
+        if name not in available:
+            raise InputError(f"--report-to {name}: its package is not installed")
 
 
 def _load_data(options: RunOptions) -> tuple[datasets.Dataset, datasets.Dataset | None]:

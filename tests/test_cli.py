@@ -99,11 +99,33 @@ def test_options_that_do_not_fit(model_dir: Path, pairs_file: Path, tmp_path: Pa
         ([*base, "--loss-type", "kto"], "argument --loss-type: invalid choice: 'kto'"),
         ([*base, "--max-steps", "many"], "argument --max-steps: invalid int value: 'many'"),
         ([*base, "--eval-strategy", "steps"], "--eval-strategy steps needs --eval-file"),
+        ([*base, "--num-generations-at-eval", "2"], "--num-generations-at-eval needs --eval-file"),
+        ([*base, "--report-to", "tensorbord"], "--report-to tensorbord: unknown; available: "),
         ([*base, "--resume-from-checkpoint"], "no complete checkpoint to resume from"),
         (["--model", str(tmp_path / "no"), *base[2:]], f"--model {tmp_path / 'no'}: no tokenizer could be loaded"),
     ):
         assert message in refused(argv, capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_integration_is_said_first(
+    model_dir: Path, pairs_file: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", list)
+    argv = ["--model", str(model_dir), "--train-file", str(pairs_file), "--output-dir", str(tmp_path / "out")]
+    assert refused([*argv, "--report-to", "wandb"], capsys) == "--report-to wandb: its package is not installed"
+
+
+def test_what_the_trainer_refuses_is_one_line(model_dir: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:
+    argv = ["--model", str(model_dir), "--train-file", str(pairs_file), "--output-dir", str(tmp_path / "out")]
+    for options, message in (
+        (["--padding-free", "--attn-implementation", "eager"], "padding_free=True was given, but LlamaForCausalLM"),
+        (["--ref-adapter-name", "a"], "ref_adapter_name='a' was given, but model is not a PeftModel"),
+    ):
+        assert cli.main([*argv, "--disable-tqdm", "--use-cpu", *options]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"dil-train: error: {message}")
 
 
 def test_an_earlier_run_is_not_mixed_up(model_dir: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:

@@ -20,6 +20,10 @@ RESULTS_NAME = "before_after.json"
 LIVE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
 
+class SetupError(Exception):
+    """Options, data and model that do not make a trainer; the message says why."""
+
+
 class LiveProgress(ProgressCallback):
     """A progress bar with the last logged loss, margin and accuracy at its end."""
 
@@ -73,15 +77,21 @@ def run_training(
     Returns:
         The scores of the held-out responses before and after training; None without any, and where a run that was
         resumed does not know those from before.
+
+    Raises:
+        SetupError: they do not fit each other, a package is missing, or the hub refuses the repository.
     """
-    trainer = DILTrainer(
-        model=model,
-        ref_model=ref_model,
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-    )
+    try:
+        trainer = DILTrainer(
+            model=model,
+            ref_model=ref_model,
+            args=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+        )
+    except (ValueError, ImportError, OSError) as error:
+        raise SetupError(str(error)) from error
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LiveProgress)
