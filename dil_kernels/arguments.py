@@ -144,14 +144,16 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
 
 
 def import_modules(argv: Sequence[str]) -> tuple[str, ...]:
-    """Import the modules that ``--import`` names, before the choices of the other options are known.
+    """Import the modules that ``--import`` or a recipe names, before the choices of the other options are known.
 
     Raises:
         SystemExit: with status 2: one cannot be imported.
     """
     parser = Parser(prog="dil-train", add_help=False, allow_abbrev=False)
     parser.add_argument("--import", dest="modules", action="append", default=[])
-    names = parser.parse_known_args(list(argv))[0].modules
+    parser.add_argument("--config")
+    given = parser.parse_known_args(list(argv))[0]
+    names = [*_imports_of_recipe(given.config), *given.modules]
     sys.path.insert(0, "")  # as `python -m` has it: a module beside the caller
     try:
         for name in names:
@@ -163,6 +165,17 @@ def import_modules(argv: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _imports_of_recipe(name: str | None) -> list[str]:
+    """What a recipe imports; what is wrong with the recipe is for `read_recipe` to say."""
+    try:
+        recipe = None if name is None else yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    names = recipe.get("import") if isinstance(recipe, dict) else None
+    names = names if isinstance(names, list) else [] if names is None else [names]
+    return [str(name) for name in names]
+
+
 def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     """The options in a YAML file, checked and converted as the command line's.
 
@@ -172,12 +185,11 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
         parser: as of `build_parser`.
 
     Returns:
-        Values by name, of those options that the file sets.
+        Values by name, of those options that the file sets, but for ``import``: see `import_modules`.
 
     Raises:
         SystemExit: with status 2: the file cannot be read, or an option in it is unknown or bad.
     """
-
     parser.source = f"recipe {name}: "
     try:
         recipe = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
@@ -187,6 +199,7 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
         parser.error(f"broken YAML: {error}")
     if not isinstance(recipe, dict):
         parser.error(f"must be a mapping of options to values, got {type(recipe).__name__}")
+    recipe.pop("import", None)
     # By every name that the command line has for them.
     actions = {
         option.removeprefix("--").replace("-", "_"): action
@@ -197,18 +210,18 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     values: dict[str, Any] = {}
     tokens: list[str] = []
     for key, value in recipe.items():
-        name = str(key).replace("-", "_")
-        if name not in actions:
-            nearest = difflib.get_close_matches(name, actions, n=1)
+        option = str(key).replace("-", "_")
+        if option not in actions:
+            nearest = difflib.get_close_matches(option, actions, n=1)
             parser.error(f"unknown option {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
         if value is None:
-            values[actions[name].dest] = None
-        elif isinstance(value, list) and actions[name].nargs != "+":
+            values[actions[option].dest] = None
+        elif isinstance(value, list) and actions[option].nargs != "+":
             parser.error(f"option {key!r} takes one value, got a list")
         else:
             # An unquoted `no` is a boolean in YAML.
-            is_no = value is False and "no" in (actions[name].choices or ())
-            tokens += _as_tokens(name, "no" if is_no else value)
+            is_no = value is False and "no" in (actions[option].choices or ())
+            tokens += _as_tokens(option, "no" if is_no else value)
     values.update(vars(parser.parse_args(tokens)))
     parser.source = ""
     return values

@@ -94,8 +94,9 @@ def _sources(options: RunOptions) -> dict[str, Any]:
     kept = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if value != field.default and field.name not in ("resume_from_checkpoint", "import_modules"):
-            kept[field.name] = list(value) if isinstance(value, tuple) else value
+        if value != field.default and field.name != "resume_from_checkpoint":
+            name = "import" if field.name == "import_modules" else field.name
+            kept[name] = list(value) if isinstance(value, tuple) else value
     return kept
 
 

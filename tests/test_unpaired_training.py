@@ -28,6 +28,7 @@ from tiny_model import make_model, make_pairs, make_tokenizer
 from torch import Tensor
 
 from dil_kernels import cli
+from dil_kernels.arguments import parse_arguments
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
 from dil_kernels.divergences import _REGISTRY
 from dil_kernels.tokenization import PreferenceCollator
@@ -235,6 +236,12 @@ def test_the_command_line_with_a_registered_loss(tmp_path: Path, monkeypatch: py
     assert "--import no_such_module: ModuleNotFoundError" in capsys.readouterr().err
     try:
         assert cli.main([*arguments, "--import", "my_losses"]) == 0
+        _REGISTRY.pop("cubic", None)
+        del sys.modules["my_losses"]
+        card = (tmp_path / "out" / "README.md").read_text()
+        (tmp_path / "recipe.yaml").write_text(card.split("```yaml\n")[1].split("```")[0])
+        options, config = parse_arguments(["--config", "recipe.yaml", "--output-dir", "again"])
+        assert (options.import_modules, config.loss_type) == (("my_losses",), "cubic")
     finally:
         _REGISTRY.pop("cubic", None)
         sys.modules.pop("my_losses", None)
