@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import enum
 import importlib
 import json
@@ -20,6 +19,7 @@ from transformers import TrainingArguments
 
 from dil_kernels.backends import BACKENDS
 from dil_kernels.divergences import divergence_names
+from dil_kernels.option_names import did_you_mean
 from dil_kernels.recipes import find_recipe, packaged_recipes
 from dil_kernels.tokenization import TRUNCATION_MODES
 from dil_kernels.training.config import DILConfig
@@ -101,8 +101,8 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args([_dashed_option(token) for token in argv])
         if unknown:
             option = next((token for token in unknown if token.startswith("-")), unknown[0]).split("=")[0]
-            nearest = difflib.get_close_matches(option, self._option_string_actions, n=1)
-            self.error(f"unknown option {option}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+            nearest = did_you_mean(_underscored(option), map(_underscored, self._option_string_actions))
+            self.error(f"unknown option {option}" + (f"; did you mean {_option(nearest)}?" if nearest else ""))
         return namespace
 
 
@@ -202,7 +202,7 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     recipe.pop("import", None)
     # By every name that the command line has for them.
     actions = {
-        option.removeprefix("--").replace("-", "_"): action
+        _underscored(option): action
         for action in parser._actions
         if action.dest not in ("help", "config")
         for option in action.option_strings
@@ -210,10 +210,10 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     values: dict[str, Any] = {}
     tokens: list[str] = []
     for key, value in recipe.items():
-        option = str(key).replace("-", "_")
+        option = _underscored(str(key))
         if option not in actions:
-            nearest = difflib.get_close_matches(option, actions, n=1)
-            parser.error(f"unknown option {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
+            nearest = did_you_mean(option, actions)
+            parser.error(f"unknown option {key!r}" + (f"; did you mean {nearest!r}?" if nearest else ""))
         if value is None:
             values[actions[option].dest] = None
         elif isinstance(value, list) and actions[option].nargs != "+":
@@ -412,6 +412,10 @@ def _checkpoint(text: str) -> str | bool:
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _underscored(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 def _dashed_option(token: str) -> str:

@@ -9,7 +9,9 @@ import pytest
 from tiny_model import make_model, make_pairs, make_tokenizer
 
 from dil_kernels import backends, cli
+from dil_kernels.arguments import _option, build_parser
 from dil_kernels.divergences import divergence_names
+from dil_kernels.option_names import ELSEWHERE
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,15 @@ def test_bad_data_starts_nothing(model_dir: Path, tmp_path: Path, capsys) -> Non
 
 def test_options_that_do_not_exist(tmp_path: Path, capsys) -> None:
     assert refused(["--lerning-rate", "1"], capsys) == "unknown option --lerning-rate; did you mean --learning-rate?"
+    for name in ELSEWHERE:
+        message = refused([_option(name), "1"], capsys)
+        assert message == f"unknown option {_option(name)}; did you mean {_option(ELSEWHERE[name])}?"
+    assert {*map(_option, ELSEWHERE.values())} <= {*build_parser()._option_string_actions}
     recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: m\ncutoff_len: 8\n")
+    assert refused(["--config", str(recipe)], capsys).endswith(
+        "unknown option 'cutoff_len'; did you mean 'max_length'?"
+    )
     recipe.write_text("model: m\nloss_typ: lsif\n")
     message = refused(["--config", str(recipe)], capsys)
     assert message == f"recipe {recipe}: unknown option 'loss_typ'; did you mean 'loss_type'?"
