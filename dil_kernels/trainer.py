@@ -417,10 +417,11 @@ class DILTrainer(Trainer):
         """Log, in training with the means of the metrics since the last log, which waits for the device."""
         if self.is_in_train:
             self._non_finite.check(self.accelerator.gather, self.args.output_dir)
-        if "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:  # in training, and at its end
             warning = self._log_ratios.warning(self.accelerator.gather)
             if warning is not None and self.is_world_process_zero():
                 logger.warning(warning)
+        if "loss" in logs:
             sums = self.accelerator.reduce(self._train_sums, reduction="sum")
             logs |= {name: value for name, value in batch_means(sums).items() if name != "loss"}
             self._train_sums = zero_sums(self.args.device)

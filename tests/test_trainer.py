@@ -643,6 +643,14 @@ def test_large_log_ratios_are_warned_of_once(tmp_path: Path, average: bool, prob
     assert re.search(problem, warning)
 
 
+def test_large_log_ratios_after_the_last_log_are_warned_of(tmp_path: Path, caplog: Any) -> None:
+    options = {"precompute_ref_log_probs": True, "learning_rate": 0.0, "loss_type": "bce", "logging_steps": 100}
+    rows = make_trainer(tmp_path, train_dataset=make_pairs(8), **options).train_dataset
+    rows = rows.map(lambda row: {"ref_rejected_logps": row["ref_rejected_logps"] - 6 * len(row["rejected_ids"])})
+    make_trainer(tmp_path, train_dataset=rows, **options).train()
+    assert len([record for record in caplog.records if "log ratio reached" in record.message]) == 1
+
+
 class NoHostRead(TorchDispatchMode):
     """Fails where a value of a tensor would be read by the host."""
 
