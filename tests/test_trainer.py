@@ -651,6 +651,12 @@ def test_large_log_ratios_after_the_last_log_are_warned_of(tmp_path: Path, caplo
     assert len([record for record in caplog.records if "log ratio reached" in record.message]) == 1
 
 
+def test_pairs_may_have_a_column_called_label(tmp_path: Path) -> None:
+    pairs = make_pairs(4).add_column("label", [1] * 4)
+    trainer = make_trainer(tmp_path, train_dataset=pairs, loss_type="dpo")
+    assert trainer.train_dataset["chosen_ids"][:] == tokenized(make_pairs(4))["chosen_ids"][:]
+
+
 class NoHostRead(TorchDispatchMode):
     """Fails where a value of a tensor would be read by the host."""
 

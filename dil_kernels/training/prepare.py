@@ -45,7 +45,8 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: DILConfig, name: str, re
         return {key: prepare_dataset(part, tokenizer, args, f"{name}_{key}", reports) for key, part in dataset.items()}
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(f"preference pairs must come as a datasets.Dataset, got {type(dataset).__name__}")
-    if "label" in dataset.column_names and not get_divergence(args.loss_type).separable:
+    unpaired = "label" in dataset.column_names and not {"chosen", "chosen_ids"} & {*dataset.column_names}
+    if unpaired and not get_divergence(args.loss_type).separable:
         raise ValueError(
             f"loss_type={args.loss_type!r} couples the chosen and the rejected response of a pair: it cannot be "
             "trained on unpaired responses (a data set with the column 'label')"
