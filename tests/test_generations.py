@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from test_trainer import ROOT, assert_bitwise_equal, make_trainer, trained_weights
 from tiny_model import make_model, make_pairs, make_tokenizer
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from dil_kernels.trainer import DILConfig
 
@@ -120,6 +120,26 @@ def test_training_is_bit_for_bit_that_without_answers(tmp_path: Path) -> None:
         runs.append(trained_weights(trainer))
     assert not (tmp_path / "0" / "generations.md").exists()
     assert_bitwise_equal(runs[1], runs[0])
+
+
+def test_no_text_and_no_torn_line_breaks_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = PreTrainedTokenizerFast.decode
+
+    def with_separators(*args: Any, **kwargs: Any) -> Any:
+        decoded = decode(*args, **kwargs)
+        return f"a\u2028b\x85{decoded}" if isinstance(decoded, str) else [f"a\u2028b\x85{text}" for text in decoded]
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "decode", with_separators)
+    options = {**OPTIONS, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, eval_dataset=make_pairs(6, seed=5), **options).train()
+    record = tmp_path / "generations.jsonl"
+    rows = [json.loads(line) for line in record.read_text().strip().split("\n")]
+    assert [row["step"] for row in rows] == [0] * 4 + [2] * 4 + [3] * 4
+    assert "a\u2028b\x85" in rows[0]["prompt"]
+    record.write_text(record.read_text()[:-9])  # as a killed run leaves it
+    resumed = make_trainer(tmp_path, eval_dataset=make_pairs(6, seed=5), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [json.loads(line) for line in record.read_text().strip().split("\n")] == rows
 
 
 def test_a_resumed_run_goes_on_with_the_record(tmp_path: Path) -> None:

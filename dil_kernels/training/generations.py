@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import html
 import json
@@ -138,7 +139,12 @@ def _generate_batch(trainer: Any, model: Any, prompts: Sequence[list[int]], shar
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    rows = []
+    # Text has other ends of lines than those of the record.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run left without its end
+            rows.append(json.loads(line))
+    return rows
 
 
 def _as_markdown(rows: Sequence[dict[str, Any]]) -> str:
