@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import save
 from test_trainer import RELATIVE, ROOT, batch_of, make_trainer, plain_logps, tokenized
 from tiny_model import make_model, make_pairs
@@ -141,6 +142,26 @@ def test_whatever_changes_the_numbers_computes_them_again(
     fresh, _ = precomputed(tmp_path / "fresh", **change())
     assert sums_of(changed.train_dataset) == sums_of(fresh.train_dataset)
     assert precomputed(tmp_path)[1] == 0, "the first entry is still there"
+
+
+def two_adapters(active: str = "default", lora_alpha: int = 8) -> PeftModel:
+    config = LoraConfig(r=4, lora_alpha=lora_alpha, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(), config)
+    model.add_adapter("other", config)
+    model.set_adapter(active)
+    return model
+
+
+@pytest.mark.parametrize("change", [{"active": "other"}, {"lora_alpha": 64}], ids=["another adapter", "its scaling"])
+def test_adapters_of_the_same_weights_compute_again(tmp_path: Path, change: dict[str, Any]) -> None:
+    options = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "refs")}
+    make_trainer(tmp_path, model=two_adapters(), **options)
+    changed = make_trainer(tmp_path, model=two_adapters(**change), **options)
+    fresh = make_trainer(tmp_path, model=two_adapters(**change), **{**options, "ref_cache_dir": "none"})
+    assert sums_of(changed.train_dataset) == sums_of(fresh.train_dataset)
+    make_trainer(tmp_path, model=two_adapters(), **options)
+    assert len(list((tmp_path / "refs").iterdir())) == 2
 
 
 def test_other_versions_compute_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

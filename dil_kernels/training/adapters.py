@@ -104,6 +104,26 @@ def parameters_of(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     return found
 
 
+def adapters_in_use(model: nn.Module) -> list[tuple[str, bool, list[str], dict[str, Any], list[str]]]:
+    """What the state of a model does not say of its adapters: in each layer, which are active, and how they count.
+
+    Returns:
+        Of every layer with adapters: its path, whether they are switched off, those that are active, their scalings,
+        and those that are merged into its weight.
+    """
+    return [
+        (
+            path,
+            bool(module.disable_adapters),
+            list(module.active_adapters),
+            dict(getattr(module, "scaling", {})),
+            list(getattr(module, "merged_adapters", [])),
+        )
+        for path, module in model.named_modules()
+        if hasattr(module, "adapter_layer_names")
+    ]
+
+
 def trains_base_weights(model: nn.Module, adapter: str) -> bool:
     """Whether training changes more than the adapter, so that the base is not the reference for long."""
     own = {id(parameter) for parameter in parameters_of(model, adapter).values()}

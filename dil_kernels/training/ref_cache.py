@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import dil_kernels
 from dil_kernels.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
+from dil_kernels.training.adapters import adapters_in_use
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def _int64(values: pa.Array) -> NDArray[np.int64]:
 
 
 def model_fingerprint(module: nn.Module) -> str:
-    """A hash of all that a model's log-probs depend on: weights, buffers, classes of its modules, configuration.
+    """A hash of all that a model's log-probs depend on: weights, buffers, modules, configuration, active adapters.
 
     Every byte of every weight is read, once where weights are tied: 0.02 s for 135M fp32 parameters in memory, and of
     the order of a second for 7B in bf16, beside the copy from their device.
@@ -217,6 +218,7 @@ def model_fingerprint(module: nn.Module) -> str:
         "classes": [(name, type(part).__module__, type(part).__qualname__) for name, part in module.named_modules()],
         "config": _lasting(config.to_dict()) if hasattr(config, "to_dict") else None,
         "attention": getattr(config, "_attn_implementation", None),
+        "adapters": adapters_in_use(module),
     }
     digest = xxhash.xxh3_128(json.dumps(description, sort_keys=True, default=str).encode())
     hashed: dict[tuple[Any, ...], str] = {}
