@@ -229,6 +229,21 @@ def test_a_reference_model_goes_before_the_adapter(tmp_path: Path) -> None:
     assert_reference_is(trainer, make_model(1))
 
 
+def test_a_second_stage_starts_where_the_first_ended(tmp_path: Path) -> None:
+    model = trained_lora()
+    first = make_trainer(tmp_path / "first", model=model, max_steps=2)
+    start = copy.deepcopy(model)
+    first.train()
+    middle = copy.deepcopy(model)
+    second = make_trainer(tmp_path / "second", model=model, max_steps=2)
+    assert_reference_is(second, middle)
+    second.train()
+    assert_reference_is(second, middle)
+    assert_reference_is(first, start)
+    second.save_model()
+    assert [path.name for path in (tmp_path / "second").iterdir() if path.is_dir()] == []
+
+
 PROMPTS = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError(f"training needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
-REFERENCE_COPY = "dil_reference"  # the frozen copy of an adapter that came trained
+REFERENCE_COPY = "dil_reference"  # how names of frozen copies of adapters that came trained begin
 ZERO_AT_FIRST = ("lora_B", "lora_embedding_A")  # the factors that peft initialises with zeros
 
 
@@ -165,18 +166,20 @@ def freeze_copy(model: Any, adapter: str) -> str:
     config.init_lora_weights = True  # any other way may change the base weights a second time
     config.inference_mode = True
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.add_adapter(REFERENCE_COPY, config)
+    names = (f"{REFERENCE_COPY}{number or ''}" for number in itertools.count())  # those of earlier trainers stay
+    copied = next(name for name in names if name not in model.peft_config)
+    model.add_adapter(copied, config)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
-    originals, copies = parameters_of(model, adapter), parameters_of(model, REFERENCE_COPY)
+    originals, copies = parameters_of(model, adapter), parameters_of(model, copied)
     assert originals.keys() == copies.keys()
     for name, parameter in copies.items():
         parameter.data = originals[name].data.clone()
         parameter.requires_grad_(False)
     for module in model.modules():
         if _holds(module, "scaling", adapter):
-            module.scaling[REFERENCE_COPY] = module.scaling[adapter]
-    return REFERENCE_COPY
+            module.scaling[copied] = module.scaling[adapter]
+    return copied
 
 
 def freeze_adapter(model: Any, adapter: str, trained: str) -> None:
@@ -220,12 +223,13 @@ def switched(model: Any, adapter: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden(model: Any, adapter: str) -> Iterator[None]:
-    """Keep an adapter out of what `save_pretrained` writes."""
-    config = model.peft_config.pop(adapter)
+    """Keep an adapter, and copies that earlier trainers left, out of what `save_pretrained` writes."""
+    names = [name for name in model.peft_config if name == adapter or name.startswith(REFERENCE_COPY)]
+    configs = {name: model.peft_config.pop(name) for name in names}
     try:
         yield
     finally:
-        model.peft_config[adapter] = config
+        model.peft_config.update(configs)
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
