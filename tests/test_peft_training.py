@@ -229,6 +229,22 @@ def test_a_reference_model_goes_before_the_adapter(tmp_path: Path) -> None:
     assert_reference_is(trainer, make_model(1))
 
 
+@pytest.mark.parametrize("trained", ["biases", "norms"])
+def test_a_reference_adapter_does_not_follow_base_weights_that_are_trained(tmp_path: Path, trained: str) -> None:
+    model = new_lora(make_model(attention_bias=True), bias="all" if trained == "biases" else "none")
+    model.add_adapter("reference", lora_config(r=2, init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        if trained == "norms" and "norm" in name:
+            parameter.requires_grad_(True)
+    truth = copy.deepcopy(model)
+    truth.set_adapter("reference")
+    options = {"ref_adapter_name": "reference", "learning_rate": 0.05, "max_steps": 3}
+    trainer = make_trainer(tmp_path, model=model, **options)
+    assert_reference_is(trainer, truth)
+    trainer.train()
+    assert_reference_is(trainer, truth)
+
+
 def test_a_second_stage_starts_where_the_first_ended(tmp_path: Path) -> None:
     model = trained_lora()
     first = make_trainer(tmp_path / "first", model=model, max_steps=2)

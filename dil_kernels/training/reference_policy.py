@@ -61,6 +61,8 @@ class ReferencePolicy:
             if trained is None:
                 raise ValueError(f"ref_adapter_name={adapter!r} was given, but model is not a PeftModel")
             freeze_adapter(policy, adapter, trained)
+            if lasting and trains_base_weights(policy, trained):
+                self._own_copy(accelerator)
         elif ref_model is None and lasting:
             self._keep_initial_policy(trained, accelerator)
         if self.model is None and not lasting and is_wrapped_late(accelerator):
