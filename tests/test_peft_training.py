@@ -245,6 +245,19 @@ def test_a_reference_adapter_does_not_follow_base_weights_that_are_trained(tmp_p
     assert_reference_is(trainer, truth)
 
 
+def test_a_reference_that_training_would_change_is_refused(tmp_path: Path) -> None:
+    base = make_model()
+    with pytest.raises(ValueError, match="ref_model shares weights with the model that training changes: base_model"):
+        make_trainer(tmp_path, model=new_lora(base), ref_model=base)
+    model, ref_model = make_model(), make_model(1)
+    ref_model.set_input_embeddings(model.get_input_embeddings())
+    with pytest.raises(ValueError, match=r"training changes: model\.embed_tokens\.weight; leave it None"):
+        make_trainer(tmp_path, model=model, ref_model=ref_model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.get_input_embeddings().requires_grad_(False)
+    make_trainer(tmp_path, model=model, ref_model=ref_model, max_steps=1).train()
+
+
 def test_a_second_stage_starts_where_the_first_ended(tmp_path: Path) -> None:
     model = trained_lora()
     first = make_trainer(tmp_path / "first", model=model, max_steps=2)

@@ -38,7 +38,8 @@ class ReferencePolicy:
 
     Raises:
         NotImplementedError: an adapter of a kind that cannot be trained.
-        ValueError: adapter is no other adapter of the policy, or is given beside ref_model.
+        ValueError: adapter is no other adapter of the policy, or is given beside ref_model; or training would
+            change ref_model.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class ReferencePolicy:
         self._policy: Any = policy
         self._switches, self._adapter = adapter is not None, adapter  # to this one, or with None to the base
         self.model = ref_model  # with weights of its own; None where those of the policy serve
+        if ref_model is not None:
+            _refuse_shared_weights(policy, ref_model)
         trained = trained_adapter(policy) if has_adapters(policy) else None
         if adapter is not None:
             if ref_model is not None:
@@ -118,3 +121,14 @@ class ReferencePolicy:
         if self._switches and self._adapter is not None:
             return hidden(self._policy, self._adapter)
         return contextlib.nullcontext()
+
+
+def _refuse_shared_weights(policy: nn.Module, ref_model: nn.Module) -> None:
+    """Refuse a reference that would change with the policy, such as the model into which peft put the adapter."""
+    own = {id(parameter) for parameter in ref_model.parameters()}
+    shared = [name for name, value in policy.named_parameters() if id(value) in own and value.requires_grad]
+    if shared:
+        raise ValueError(
+            f"ref_model shares weights with the model that training changes: {shared[0]}{', ...' * (len(shared) > 1)}; "
+            "leave it None for the policy as it is now"
+        )
