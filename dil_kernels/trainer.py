@@ -11,7 +11,6 @@ import functools
 import inspect
 import itertools
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +29,6 @@ from dil_kernels.backends import resolve_backend
 from dil_kernels.functional import DILOutput, token_logps
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options, resolve_ref_logps
-from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.pairs.truncation import DataReport
 from dil_kernels.tokenization import (
     IGNORE_INDEX,
@@ -59,6 +57,7 @@ from dil_kernels.training.precompute import ReferencePass, has_reference, open_r
 from dil_kernels.training.prepare import prepare_dataset
 from dil_kernels.training.ref_cache import ReferenceCache
 from dil_kernels.training.reference_policy import ReferencePolicy
+from dil_kernels.training.set_up import disable_dropout, install_fused_heads, pad_token_id, refuse_inexact_setups
 from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
 
 __all__ = ["DILConfig", "DILTrainer", "disable_dropout", "last_complete_checkpoint"]
@@ -136,12 +135,12 @@ class DILTrainer(Trainer):
             args=args,
             train_dataset=prepare_dataset(train_dataset, processing_class, args, "train", self.data_report),
             eval_dataset=prepare_dataset(eval_dataset, processing_class, args, "eval", self.data_report),
-            data_collator=data_collator or PreferenceCollator(_pad_token_id(processing_class)),
+            data_collator=data_collator or PreferenceCollator(pad_token_id(processing_class)),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._refuse_inexact_setups()
+        refuse_inexact_setups(self)
         keep_outputs_exact(self.accelerator)
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
         self.model_accepts_loss_kwargs = True
@@ -151,11 +150,12 @@ class DILTrainer(Trainer):
             model, ref_model, args.ref_adapter_name, self.accelerator, lasting=not args.precompute_ref_log_probs
         )
         self._reference: ReferencePolicy | None = reference
-        self.uses_fused_head = self._install_fused_head(model, reference.model)
+        models = [model] if reference.model is None else [model, reference.model]
+        self.uses_fused_head = install_fused_heads(models, args.fused_head, tell=self.is_world_process_zero())
         if args.padding_free:
-            self._pack_batches(data_collator, model, *([] if reference.model is None else [reference.model]))
+            self._pack_batches(data_collator, models)
         # Hashed while the weights are whole.
-        cache = self._open_ref_cache(reference.model or model) if args.precompute_ref_log_probs else ""
+        cache = self._open_ref_cache(models[-1]) if args.precompute_ref_log_probs else ""
         reference.place(self.accelerator)
         if args.precompute_ref_log_probs:
             self._precompute_reference(model, cache)
@@ -171,41 +171,7 @@ class DILTrainer(Trainer):
         """The reference, where it has weights of its own and was not precomputed."""
         return None if self._reference is None else self._reference.model
 
-    def _refuse_inexact_setups(self) -> None:
-        """Refuse set-ups in which the reference would be misplaced or the pairs of a step miscounted."""
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.accelerator.num_processes < launched:
-            raise NotImplementedError(
-                f"{launched} processes were launched, but each would train alone, on all of the data: give "
-                "use_cpu=True (--use-cpu) if they are to train together on CPUs"
-            )
-        if self.args.n_gpu > 1:
-            raise NotImplementedError(
-                f"{self.args.n_gpu} GPUs in one process would split a batch across its pairs; use torchrun, or make "
-                "one GPU visible with CUDA_VISIBLE_DEVICES"
-            )
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise NotImplementedError("FSDP 1 is not supported; set fsdp_version: 2 in the config of accelerate")
-        if getattr(self.accelerator, "parallelism_config", None) is not None:
-            raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
-
-    def _install_fused_head(self, *models: nn.Module | None) -> bool:
-        """Teach policy and reference to return log-probs without logits, where that is wanted and possible; say so."""
-        problem: str | None = "fused_head is false"
-        if self.args.fused_head is not False:
-            problem = next(filter(None, (fused_head_problem(model) for model in models if model is not None)), None)
-        if problem is not None and self.args.fused_head:
-            raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")
-        if problem is None:
-            for model in models:
-                if model is not None:
-                    install_fused_head(model)
-        if self.is_world_process_zero():
-            how = "from the fused head, without logits" if problem is None else f"from logits, since {problem}"
-            print(f"DILTrainer takes log-probs {how}.")
-        return problem is None
-
-    def _pack_batches(self, data_collator: Any, *models: nn.Module) -> None:
+    def _pack_batches(self, data_collator: Any, models: list[nn.Module]) -> None:
         """Make batches without padding, if the models compute the same on them."""
         if data_collator is not None:
             raise ValueError("padding_free=True packs batches itself; give no data_collator, or padding_free=False")
@@ -229,14 +195,9 @@ class DILTrainer(Trainer):
             cache=cache,
             progress=not self.args.disable_tqdm,
         )
-        if self.train_dataset is not None:
-            self.train_dataset = reference.add(self.train_dataset, self.args.per_device_train_batch_size)
         batch_size = self.args.per_device_eval_batch_size
-        if isinstance(self.eval_dataset, dict):
-            parts = self.eval_dataset.items()
-            self.eval_dataset = {name: reference.add(dataset, batch_size) for name, dataset in parts}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = reference.add(self.eval_dataset, batch_size)
+        self.train_dataset = reference.add_to_all(self.train_dataset, self.args.per_device_train_batch_size)
+        self.eval_dataset = reference.add_to_all(self.eval_dataset, batch_size)
 
     def _open_ref_cache(self, model: nn.Module) -> ReferenceCache | str:
         """The cache of the log-probs of `model`, on the main process; or why there is none."""
@@ -479,18 +440,3 @@ class DILTrainer(Trainer):
         metrics = batch_metrics(output, "is_chosen" in inputs)
         self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
         return output.share(output.counts), None if prediction_loss_only else predictions(output), None
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to 0: the modules, and the rates that modules hand to functions."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    """Any valid id serves: padding is masked out of attention and labels."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)

@@ -88,6 +88,14 @@ class ReferencePass:
     cache: ReferenceCache | str
     progress: bool = True
 
+    def add_to_all(self, data: Any, batch_size: int) -> Any:
+        """As `add`, of a data set, of each of several by name, or of none."""
+        if data is None:
+            return None
+        if isinstance(data, dict):
+            return {name: self.add(dataset, batch_size) for name, dataset in data.items()}
+        return self.add(data, batch_size)
+
     def add(self, dataset: datasets.Dataset, batch_size: int) -> datasets.Dataset:
         """The data set with ref_chosen_logps and ref_rejected_logps (unpaired, ref_logps), fp32 sums over tokens.
 
