@@ -1,0 +1,79 @@
+"""What a trainer does once, before it trains: refuse what would be inexact, switch off dropout, install fused heads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
+
+
+def refuse_inexact_setups(trainer: Trainer) -> None:
+    """Refuse set-ups in which the reference would be misplaced or the pairs of a step miscounted.
+
+    Raises:
+        NotImplementedError: the message is the reason.
+    """
+    accelerator: Any = trainer.accelerator
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes < launched:
+        raise NotImplementedError(
+            f"{launched} processes were launched, but each would train alone, on all of the data: give "
+            "use_cpu=True (--use-cpu) if they are to train together on CPUs"
+        )
+    if trainer.args.n_gpu > 1:
+        raise NotImplementedError(
+            f"{trainer.args.n_gpu} GPUs in one process would split a batch across its pairs; use torchrun, or make "
+            "one GPU visible with CUDA_VISIBLE_DEVICES"
+        )
+    if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
+        raise NotImplementedError("FSDP 1 is not supported; set fsdp_version: 2 in the config of accelerate")
+    if getattr(accelerator, "parallelism_config", None) is not None:
+        raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
+
+
+def install_fused_heads(models: Sequence[nn.Module], wanted: bool | None, *, tell: bool) -> bool:
+    """Teach policy and reference to return log-probs without logits, where that is wanted and possible.
+
+    Args:
+        models: the policy and, if it is another model, the reference.
+        wanted: where it is possible if None; true for an error where it is not.
+        tell: print which way log-probs are taken, and why.
+
+    Returns:
+        Whether all of them do.
+
+    Raises:
+        UnsupportedHeadError: it was wanted, but is not possible.
+    """
+    problem: str | None = "fused_head is false"
+    if wanted is not False:
+        problem = next(filter(None, map(fused_head_problem, models)), None)
+    if problem is not None and wanted:
+        raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")
+    if problem is None:
+        for model in models:
+            install_fused_head(model)
+    if tell:
+        how = "from the fused head, without logits" if problem is None else f"from logits, since {problem}"
+        print(f"DILTrainer takes log-probs {how}.")
+    return problem is None
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0: the modules, and the rates that modules hand to functions."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """Any valid id serves: padding is masked out of attention and labels."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
