@@ -397,6 +397,17 @@ class DILTrainer(Trainer):
         check_weights(model, self.state.global_step, self.accelerator.gather)
         super()._save_checkpoint(model, trial)
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make the repository of `push_to_hub`; see `transformers.Trainer.init_hf_repo`.
+
+        Raises:
+            OSError: the hub cannot be reached, or refuses it.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of whatever HTTP client the hub's library stands on
+            raise OSError(f"push_to_hub=True was given, but the hub could not make the repository: {error}") from error
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card, and the training curves, into the output directory; as `transformers.Trainer` does."""
         if self.is_world_process_zero():

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "configs" / "accelerate"
+CONFIGS = ROOT / "dil_kernels" / "recipes" / "accelerate"
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 ENGINES = ["ddp", "fsdp2", pytest.param("deepspeed_zero3", marks=NEEDS_DEEPSPEED)]
 

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCard
 from test_trainer import batch_of, make_trainer, plain_logps, tokenized
@@ -18,7 +19,7 @@ from tiny_model import make_model, make_pairs, make_tokenizer
 
 from dil_kernels.arguments import parse_arguments
 from dil_kernels.tokenization import PreferenceCollator
-from dil_kernels.trainer import DILConfig
+from dil_kernels.trainer import DILConfig, DILTrainer
 from dil_kernels.training.held_out import BEFORE_NAME
 from dil_kernels.training.model_card import recipe_of
 from dil_kernels.training.run import run_training
@@ -202,6 +203,15 @@ def test_what_truncation_did_is_reported(tmp_path: Path) -> None:
     assert (header["license"], header["datasets"], header["tags"][-1]) == ("mit", ["a/b"], "mine")
     assert "Nothing was logged." in text
     assert not (tmp_path / "training_curves.png").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Name or service not known")
+
+    monkeypatch.setattr(transformers.trainer.Trainer, "init_hf_repo", unreachable)
+    with pytest.raises(OSError, match="the hub could not make the repository: Name or service not known"):
+        DILTrainer(make_model(), args=config_of(tmp_path, push_to_hub=True), processing_class=make_tokenizer())
 
 
 def test_what_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

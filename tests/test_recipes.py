@@ -239,3 +239,17 @@ def test_either_name_of_a_renamed_option_serves(tmp_path: Path, recwarn) -> None
         _, config = parsed("smollm2-135m-dil", "--train-file", "x", option)
         assert config.activation_checkpointing is True
     assert not [warning for warning in recwarn if "activation_checkpointing" in str(warning.message)]
+
+
+def test_the_paths_of_recipes_and_configs_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    from dil_kernels.recipes.__main__ import main
+
+    assert main(["fsdp2"]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path.name == "fsdp2.yaml"
+    assert "fsdp_version: 2" in path.read_text()
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*packaged_recipes(), "ddp", "deepspeed_zero3"))
+    assert main(["fsdp3"]) == 2
+    assert "no file is called fsdp3; there are" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The recipes that come with the package, for ``dil-train --config NAME``."""
+"""The recipes that come with the package, for ``dil-train --config NAME``, and configs for ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 def packaged_recipes() -> dict[str, Path]:
     """Each recipe's file, by its name."""
     return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+
+
+def accelerate_configs() -> dict[str, Path]:
+    """The files for ``accelerate launch --config_file``, by name: ddp, fsdp2, deepspeed_zero3."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "accelerate").glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:

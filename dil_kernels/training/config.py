@@ -11,6 +11,13 @@ from dil_kernels.backends import BACKENDS
 from dil_kernels.divergences import resolve_options
 from dil_kernels.tokenization import TRUNCATION_MODES
 
+LEAST = {
+    "num_generations_at_eval": 0,
+    "generate_max_new_tokens": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+}
+
 
 @dataclass
 class DILConfig(TrainingArguments):
@@ -150,7 +157,7 @@ class DILConfig(TrainingArguments):
         resolve_options(**self.loss_options())
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
-        for name, least in (("num_generations_at_eval", 0), ("generate_max_new_tokens", 1)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.label_smoothing_factor:

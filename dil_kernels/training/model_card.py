@@ -175,17 +175,23 @@ def _training(trainer: Any) -> str:
     args, state = trainer.args, trainer.state
     processes = trainer.accelerator.num_processes
     batch = args.per_device_train_batch_size, args.gradient_accumulation_steps, processes
-    options = ", ".join(f"{name}={value}" for name, value in args.loss_options().items() if value is not None)
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    options = ", ".join(
+        f"{name}={value}"
+        for name, value in args.loss_options().items()
+        if name == "loss_type" or value != defaults[name]
+    )
     # ZeRO-3 keeps the whole size of a parameter beside it.
     parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
     trained = sum(count for count, requires_grad in parameters if requires_grad)
     rows = [
-        ("", ""),
+        ("option", "value"),
         ("loss", options + f", average_log_prob={args.average_log_prob}"),
         ("lengths", f"{args.max_length} tokens, prompt {args.max_prompt_length}, {args.truncation_mode}"),
         (
             "global batch",
-            f"{batch[0] * batch[1] * batch[2]} = {batch[0]} x {batch[1]} accumulated x {batch[2]} processes",
+            f"{batch[0] * batch[1] * batch[2]} = {batch[0]} x {batch[1]} accumulated x {batch[2]} "
+            + ("process" if batch[2] == 1 else "processes"),
         ),
         ("steps, epochs", f"{state.global_step}, {state.epoch or 0:.4g}"),
         ("learning rate", f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}, warm-up {args.warmup_steps:g}"),
