@@ -78,7 +78,7 @@ def test_the_card_states_what_was_done(run_dir: Path) -> None:
     assert "@inproceedings{xiao2025connection" in text
     assert "- Training: 9 pairs of `org/pairs`, split `train_prefs`." in text
     assert "- Held out: 5 pairs of `h.jsonl`." in text
-    assert "4 = 2 x 2 accumulated x 1 processes" in text
+    assert "4 = 2 x 2 accumulated x 1 process |" in text
     assert "![training curves](training_curves.png)" in text
     assert (run_dir / "training_curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -211,7 +211,11 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(transformers.trainer.Trainer, "init_hf_repo", unreachable)
     with pytest.raises(OSError, match="the hub could not make the repository: Name or service not known"):
-        DILTrainer(make_model(), args=config_of(tmp_path, push_to_hub=True), processing_class=make_tokenizer())
+        DILTrainer(
+            make_model(),
+            args=config_of(tmp_path, push_to_hub=True, eval_strategy="no"),
+            processing_class=make_tokenizer(),
+        )
 
 
 def test_what_is_pushed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

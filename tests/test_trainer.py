@@ -790,3 +790,22 @@ def test_processes_that_would_train_apart_are_refused(tmp_path: Path, monkeypatc
 def test_the_package_alone_does_not_import_transformers() -> None:
     code = "import sys, dil_kernels; assert not {'transformers', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+def with_router(model: Any) -> Any:
+    model.config.output_router_logits = True
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches or split_batches cuts batches apart"),
+        ({"accelerator_config": {"split_batches": True}}, "dispatch_batches or split_batches cuts batches apart"),
+        ({"model": with_router(make_model())}, "DILTrainer adds no router_aux_loss"),
+    ],
+    ids=["dispatch", "split", "router"],
+)
+def test_a_loss_that_would_be_another_one_is_refused(tmp_path: Path, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(NotImplementedError, match=problem):
+        make_trainer(tmp_path, **options)

@@ -13,7 +13,7 @@ from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, insta
 
 
 def refuse_inexact_setups(trainer: Trainer) -> None:
-    """Refuse set-ups in which the reference would be misplaced or the pairs of a step miscounted.
+    """Refuse set-ups in which the loss would not be the one that is stated, or the pairs of a step be miscounted.
 
     Raises:
         NotImplementedError: the message is the reason.
@@ -32,6 +32,17 @@ def refuse_inexact_setups(trainer: Trainer) -> None:
         )
     if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
         raise NotImplementedError("FSDP 1 is not supported; set fsdp_version: 2 in the config of accelerate")
+    loading: Any = trainer.args.accelerator_config
+    if loading.dispatch_batches or loading.split_batches:
+        raise NotImplementedError(
+            "accelerator_config with dispatch_batches or split_batches cuts batches apart, in which the rejected "
+            "responses follow the chosen ones; leave both out: every process loads batches of its own"
+        )
+    if getattr(getattr(trainer.model, "config", None), "output_router_logits", False):
+        raise NotImplementedError(
+            "model.config.output_router_logits is true, but DILTrainer adds no router_aux_loss to its loss: set it to "
+            "False, or take the trainer of dil_kernels.integrations.trl, which adds it"
+        )
     if getattr(accelerator, "parallelism_config", None) is not None:
         raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
 
