@@ -386,7 +386,9 @@ def test_fused_loss_equals_the_loss_of_the_logits(
             a.cpu().double(), t.double(), rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
     for g, t in zip(grads, torch.autograd.grad(truth.loss, exact), strict=True):
-        torch.testing.assert_close(g.cpu().double(), t, rtol=1e-4, atol=1e-5)
+        # Terms cancel; LSIF's are as large as e^(2u), 1e6 and more for a single token far from the reference.
+        atol = 1e-5 * max(1.0, t.abs().max().item())
+        torch.testing.assert_close(g.cpu().double(), t, rtol=1e-4, atol=atol)
 
 
 @every_kernel
