@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,10 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import ROOT, assert_bitwise_equal, make_trainer, trained_weights
+from test_trainer import assert_bitwise_equal, make_trainer, trained_weights
 from tiny_model import make_model, make_pairs, make_tokenizer
 from transformers import PreTrainedTokenizerFast, TrainerCallback
+from two_processes import run_on_two_processes
 
 from dil_kernels.trainer import DILConfig
 
@@ -213,12 +211,7 @@ trainer.train()
 
 
 def test_two_processes_answer_once(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=300, env=env)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path / "two")
     assert [row["step"] for row in records(tmp_path / "two")] == [0] * 4 + [2] * 4 + [3] * 4
 
 

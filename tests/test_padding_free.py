@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer import (
     RELATIVE,
-    ROOT,
     GradientRecorder,
     assert_bitwise_equal,
     assert_gradients_close,
@@ -40,6 +36,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from two_processes import run_on_two_processes
 
 from dil_kernels.tokenization import PreferenceCollator
 from dil_kernels.trainer import DILConfig, DILTrainer
@@ -240,17 +237,7 @@ distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="g
 
 
 def test_two_processes_train_as_one_with_padding(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = subprocess.run(
-        [*command, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path)
     weights, history = torch.load(tmp_path / "result.pt")
     (tmp_path / "one").mkdir()
     one = distributed_run(tmp_path / "one", per_device_train_batch_size=4)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +15,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import save
-from test_trainer import RELATIVE, ROOT, batch_of, make_trainer, plain_logps, tokenized
+from test_trainer import RELATIVE, batch_of, make_trainer, plain_logps, tokenized
 from tiny_model import make_model, make_pairs
 from torch import nn
+from two_processes import run_on_two_processes
 
 from dil_kernels.tokenization import PreferenceCollator
 from dil_kernels.trainer import DILTrainer
@@ -380,17 +378,7 @@ for _ in range(2):
 
 
 def test_two_processes_share_one_file(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = subprocess.run(
-        [*command, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path)
     assert result.stdout.count("computed; kept in ") == result.stdout.count("rows read from ") == 1
     assert len(list((tmp_path / "refs").iterdir())) == 1
     (first, again), other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import os
 import re
 import shutil
 import signal
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
+from two_processes import run_on_two_processes
 
 from dil_kernels import DILOutput
 from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
@@ -273,18 +273,8 @@ def distributed_run(output_dir: Path, **options: Any) -> DILTrainer:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests")))
     (tmp_path / "two").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = subprocess.run(
-        [*command, str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path / "two")
     weights, history = torch.load(tmp_path / "two" / "result.pt")
     (tmp_path / "one").mkdir()
     one = distributed_run(tmp_path / "one", per_device_train_batch_size=4)

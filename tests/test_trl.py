@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
+from two_processes import run_on_two_processes
 
 trl = pytest.importorskip("trl", reason="needs the extra [trl]")
 peft = pytest.importorskip("peft", reason="needs peft")
@@ -34,7 +32,6 @@ from dil_kernels.integrations.trl import DILConfig, DILTrainer  # noqa: E402
 from dil_kernels.integrations.trl_config import UNUSED_OPTIONS  # noqa: E402
 from dil_kernels.training.metrics import METRICS  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 RELATIVE = 1e-5  # fp32 against fp64, of the largest entry: two layers, a few hundred terms a sum
 EXACT = 1e-9  # fp64 against fp64
 PLAIN = {
@@ -386,20 +383,10 @@ def distributed_run(output_dir: Path, **options: Any) -> tuple[dict[str, Tensor]
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests")))
     for run in ("one", "two"):
         make_pairs(12, seed=3).save_to_disk(tmp_path / run / "train")
         make_pairs(5, seed=2).save_to_disk(tmp_path / run / "test")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = subprocess.run(
-        [*command, str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path / "two")
     gradients, history = torch.load(tmp_path / "two" / "result.pt")
     expected_gradients, expected_history = distributed_run(tmp_path / "one", per_device_train_batch_size=4)
     assert_close(gradients, expected_gradients, 1e-7)  # the reference sums are stored in fp32

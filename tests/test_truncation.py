@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from test_trainer import ROOT, make_trainer
+from test_trainer import make_trainer
 from tiny_model import make_pairs, make_tokenizer
+from two_processes import run_on_two_processes
 
 from dil_kernels.data import PreferenceDataError
 from dil_kernels.pairs.truncation import DataReport
@@ -160,15 +158,5 @@ assert trainer.data_report["train"].responses_cut == 3
 
 
 def test_two_processes_report_once(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = subprocess.run(
-        [*command, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path)
     assert (result.stdout + result.stderr).count("responses cut and left without their end: 3 (by 13)") == 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import pytest
 import torch
 from test_trainer import (
     RELATIVE,
-    ROOT,
     GradientRecorder,
     assert_gradients_close,
     make_trainer,
@@ -26,6 +23,7 @@ from test_trainer import (
 )
 from tiny_model import make_model, make_pairs, make_tokenizer
 from torch import Tensor
+from two_processes import run_on_two_processes
 
 from dil_kernels import cli
 from dil_kernels.arguments import parse_arguments
@@ -194,13 +192,8 @@ def distributed_run(output_dir: Path, **options: Any) -> Any:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED.format(root=str(ROOT), tests=str(ROOT / "tests")))
     (tmp_path / "two").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=300, env=env)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path / "two")
     weights, history = torch.load(tmp_path / "two" / "result.pt")
     (tmp_path / "one").mkdir()
     one = distributed_run(tmp_path / "one", per_device_train_batch_size=4)

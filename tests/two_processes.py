@@ -1,0 +1,34 @@
+"""Run a script on two CPU processes that can reduce and gather."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_on_two_processes(source: str, tmp_path: Path, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script with torchrun, one thread a process; its failure is this test's.
+
+    Args:
+        source: of the script, with the fields root and tests for what it must import from.
+        tmp_path: where the script is written.
+        directory: its one argument.
+    """
+    script = tmp_path / "run.py"
+    script.write_text(source.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(script), str(directory)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
