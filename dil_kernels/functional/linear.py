@@ -172,8 +172,9 @@ def _token_logps(
                 temperature=temperature,
             )
     else:
-        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift else labels
-        targets = targets.reshape(-1)
+        # torch's pad takes a float, which does not hold every int64.
+        unscored = labels.new_full((labels.shape[0], 1), ignore_index)
+        targets = (torch.cat([labels[:, 1:], unscored], 1) if shift else labels).reshape(-1)
         rows = _num_rows(targets, options)
         stash_bytes = options.stash_bytes
         if stash_bytes is None:
