@@ -29,9 +29,9 @@ CALLS: dict[str, Call] = {
     "sequence_logps": lambda hidden, weight, labels, **how: sequence_logps(
         hidden @ weight.t(), labels, average_log_prob=True, **how
     ),
-    "fused_dil_loss": lambda hidden, weight, labels, **how: fused_dil_loss(
-        hidden @ weight.t(), labels, **REFERENCE, **how
-    ).loss,
+    "fused_dil_loss": lambda hidden, weight, labels, **how: (
+        fused_dil_loss(hidden @ weight.t(), labels, **REFERENCE, **how).loss
+    ),
     "linear_token_logps": linear_token_logps,
     "linear_sequence_logps": lambda *inputs, **how: linear_sequence_logps(*inputs, average_log_prob=True, **how),
     "fused_linear_dil_loss": lambda *inputs, **how: fused_linear_dil_loss(*inputs, **REFERENCE, **how).loss,

@@ -566,6 +566,50 @@ def test_rows_beyond_the_bound_are_nan() -> None:
         linear_token_logps(hidden, weight, targets, shift=False, max_scored_tokens=3)
 
 
+@every_implementation
+def test_a_bound_on_the_scored_positions(impl: Implementation) -> None:
+    problem = make_problem(2, 5, 8, 40, shift=True).to(torch.float32, impl.device)
+    problem.labels[0, 2] = IGNORE
+
+    def run(bound: int | None) -> tuple[Tensor, ...]:
+        inputs = [x.detach().requires_grad_() for x in (problem.hidden, problem.weight)]
+        logps, stats = linear_token_logps(
+            *inputs, problem.labels, max_scored_tokens=bound, return_statistics=True, backend=impl.backend
+        )
+        upstream = torch.where(logps.isnan(), 0, problem.upstream.to(logps.dtype))
+        return logps.detach(), *stats, *torch.autograd.grad(logps, inputs, upstream)
+
+    for actual, expected in zip(run(7), run(None), strict=True):
+        torch.testing.assert_close(actual, expected)
+    if impl.device == "cpu":
+        with pytest.raises(ValueError, match="max_scored_tokens=6, but labels score 7 positions"):
+            run(6)
+
+
+@every_implementation
+def test_what_a_compiled_bound_leaves_out_is_nan(impl: Implementation) -> None:
+    torch._dynamo.reset()
+    problem = make_problem(2, 5, 8, 40, shift=True).to(torch.float32, impl.device)
+    problem.labels[0, 2] = IGNORE
+    inputs = [x.requires_grad_() for x in (problem.hidden, problem.weight)]
+    options = {"max_scored_tokens": 4, "return_statistics": True, "backend": impl.backend}
+    compiled = torch.compile(linear_token_logps, fullgraph=True, backend="aot_eager")
+    logps, stats = compiled(*inputs, problem.labels, **options)
+    beyond = torch.tensor([[False] * 4, [False, True, True, True]], device=impl.device)
+    assert torch.equal(logps.isnan(), beyond)
+    assert torch.equal(stats.entropy.isnan(), beyond)
+    assert torch.equal(stats.mean_logit.isnan(), beyond)
+    assert not stats.top1_hit[beyond].any()
+    shortened = problem.labels.clone()
+    shortened[1, 2:] = IGNORE
+    expected = linear_token_logps(*inputs, shortened, backend=impl.backend)
+    torch.testing.assert_close(logps[~beyond], expected[~beyond])
+    upstream = problem.upstream.to(logps.dtype)
+    grads = torch.autograd.grad(logps, inputs, upstream)
+    for actual, truth in zip(grads, torch.autograd.grad(expected, inputs, upstream), strict=True):
+        torch.testing.assert_close(actual, truth, rtol=1e-5, atol=1e-6)
+
+
 def test_a_long_log_ratio_in_bf16() -> None:
     """Issue: at most 2e-3 nat over 2,000 tokens, where bf16 logits are off by far more."""
     gen = torch.Generator().manual_seed(0)

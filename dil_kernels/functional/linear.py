@@ -128,6 +128,12 @@ def _num_rows(targets: Tensor, options: _HeadOptions) -> int:
     return scored
 
 
+def _beyond_bound(targets: Tensor, options: _HeadOptions) -> Tensor:
+    """Scored positions [B, T] for which `max_scored_tokens` leaves no place; on the CPU they raise."""
+    scored = targets != options.ignore_index
+    return scored & (scored.flatten().cumsum(0).view(scored.shape) > _num_rows(targets, options))
+
+
 def _token_logps(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -148,6 +154,10 @@ def _token_logps(
     shape = labels.shape
     if labels.ndim == 1:
         hidden, labels = hidden.unsqueeze(0), labels.unsqueeze(0)
+    # torch's pad takes a float, which does not hold every int64.
+    unscored = labels.new_full((labels.shape[0], 1), ignore_index)
+    targets = torch.cat([labels[:, 1:], unscored], 1) if shift else labels
+    T_out = labels.shape[1] - shift
     if backend == "eager":
         logits = reference.linear_logits(
             hidden, weight, bias, labels, ignore_index=ignore_index, shift=shift, logit_scale=options.logit_scale
@@ -171,10 +181,14 @@ def _token_logps(
                 final_logit_softcapping=cap,
                 temperature=temperature,
             )
+        if options.max_scored_tokens is not None:
+            beyond = _beyond_bound(targets, options)[:, :T_out]
+            logps = logps.masked_fill(beyond, torch.nan)
+            if stats is not None:
+                mean, entropy, hit = stats
+                stats = (*(x.masked_fill(beyond, torch.nan) for x in (mean, entropy)), hit & ~beyond)
     else:
-        # torch's pad takes a float, which does not hold every int64.
-        unscored = labels.new_full((labels.shape[0], 1), ignore_index)
-        targets = (torch.cat([labels[:, 1:], unscored], 1) if shift else labels).reshape(-1)
+        targets = targets.reshape(-1)
         rows = _num_rows(targets, options)
         stash_bytes = options.stash_bytes
         if stash_bytes is None:
@@ -194,7 +208,6 @@ def _token_logps(
             tile=TILE_SHAPES["cuda" if hidden.is_cuda else "cpu"],
             backend=backend,
         )
-        T_out = labels.shape[1] - shift
         logps = flat.view(labels.shape)[:, :T_out].contiguous()
         stats = None
         if statistics:
