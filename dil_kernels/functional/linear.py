@@ -185,8 +185,8 @@ def _token_logps(
             beyond = _beyond_bound(targets, options)[:, :T_out]
             logps = logps.masked_fill(beyond, torch.nan)
             if stats is not None:
-                mean, entropy, hit = stats
-                stats = (*(x.masked_fill(beyond, torch.nan) for x in (mean, entropy)), hit & ~beyond)
+                mean, entropy = (x.masked_fill(beyond, torch.nan) for x in stats[:2])
+                stats = (mean, entropy, stats[2] & ~beyond)
     else:
         targets = targets.reshape(-1)
         rows = _num_rows(targets, options)
