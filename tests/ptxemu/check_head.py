@@ -1,0 +1,159 @@
+"""The compiled PTX of what happens between the matrix products of the head, tile by tile, against fp64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ptxemu.common import Check, install, options
+
+torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
+
+given = options(__doc__.splitlines()[0])
+executor = install(given)
+
+from dil_kernels.kernels import linear_head as head  # noqa: E402
+from dil_kernels.kernels import scalar_math  # noqa: E402
+
+STATE = ("reference", "rest", "label", "largest other", "dot", "total")
+RTOL = {torch.float32: 3e-5, torch.bfloat16: 2.0**-8 * 1.02, torch.float16: 2.0**-10}
+ATOL = {torch.float32: 1e-35, torch.bfloat16: 1e-35, torch.float16: 6.2e-8}
+SHAPES = (  # dtype of the gradient, entries, rows, hidden size
+    (torch.float32, 31, 3, 40),
+    (torch.bfloat16, 1000, 4, 1500),
+    (torch.float16, 4096, 4, 64),
+    (torch.bfloat16, 8192, 3, 2048),
+    (torch.float32, 8192, 3, 64),
+    (torch.bfloat16, 5376, 4, 100),
+    (torch.bfloat16, 1, 5, 16),
+)
+MODES = (  # bias, softcap, statistics, what becomes of the gradient
+    (False, 0.0, False, "kept"),
+    (True, 20.0, True, "sums"),
+    (False, 0.0, True, "inference"),
+    (True, 0.0, False, "sums"),
+    (False, 15.0, False, "kept"),
+)
+
+
+def capped(x: Tensor, bias: Tensor | None, scale: float, cap: float) -> tuple[Tensor, Tensor]:
+    """Logits and their slope in fp64."""
+    z = (x.double() if bias is None else x.double() + bias.double()) * scale
+    if not cap:
+        return z, torch.ones_like(z)
+    return cap * torch.tanh(z / cap), 1.0 / torch.cosh(z / cap) ** 2
+
+
+def tile_truth(
+    z: Tensor, slope: Tensor, label: Tensor, state: Tensor, inverse_temperature: float, slack: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """State [6, R] after a tile of logits z [R, n], gradient [R, n], and the factor [R] of earlier sums."""
+    state = state.double().clone()
+    here = ((label >= 0) & (label < z.shape[1])).nonzero()[:, 0]
+    others = z.clone()
+    others[here, label[here]] = -math.inf
+    largest = others.amax(-1)
+    reference, rest, of_label, largest_other, dot, total = state
+    total += z.sum(-1)
+    of_label[here] = z[here, label[here]]
+    renewed = torch.where(largest > reference + slack, largest, reference)
+    origin = torch.where(renewed == -math.inf, 0.0, renewed)
+    change = torch.where(reference == -math.inf, 0.0, reference - origin)
+    factor = torch.where(renewed == reference, 1.0, torch.exp(change * inverse_temperature))
+    d = others - origin[:, None]
+    s = torch.exp(d * inverse_temperature)
+    largest_other.copy_(torch.maximum(largest_other, largest))
+    moved = factor * (dot + torch.where(rest == 0, 0.0, change * rest))
+    dot.copy_(torch.where(renewed == reference, dot, moved) + torch.where(s == 0, 0.0, s * d).sum(-1))
+    rest.copy_(rest * factor + s.sum(-1))
+    reference.copy_(renewed)
+    return state, -s * slope, factor
+
+
+def grad_again(z: Tensor, slope: Tensor, label: Tensor, state: Tensor, inverse_temperature: float) -> Tensor:
+    """The gradient of a tile once the state is that of the whole row."""
+    reference = torch.where(state[0] == -math.inf, 0.0, state[0]).double()
+    grad = -torch.exp((z - reference[:, None]) * inverse_temperature) * slope
+    here = ((label >= 0) & (label < z.shape[1])).nonzero()[:, 0]
+    grad[here, label[here]] = state[1].double()[here] * slope[here, label[here]]
+    return grad
+
+
+def check_tile(check: Check, gen: torch.Generator, dtype: torch.dtype, n: int, R: int, D: int, mode: tuple) -> None:
+    with_bias, cap, statistics, kind = mode
+    what = (str(dtype)[6:], f"{R} x {n}", "bias" if with_bias else "", f"cap {cap}", kind)
+    start, scale, inverse_temperature, slack = (8192, 0.5, 1 / 0.7, 4 * 0.7) if statistics else (64, 1.0, 1.0, 4.0)
+    tile = torch.randn(R, n, generator=gen) * 5
+    bias = torch.randn(n + 3, generator=gen)[1 : n + 1] if with_bias else None  # an odd slice
+    label = torch.randint(0, n, (R,), generator=gen)
+    label[0] = -5  # of an earlier tile
+    state = torch.zeros(6, R)
+    state[0] = torch.tensor([-math.inf, 3.0, 60.0, -math.inf, 1.0])[:R]
+    state[1] = torch.tensor([0.0, 2.5, 1.5, 0.0, 3.0])[:R]
+    state[2], state[3], state[5] = math.nan, state[0], 1.0
+    state[4] = torch.where(state[1] > 0, -0.3, 0.0)
+    sums = torch.randn(R, D, generator=gen) if kind == "sums" else None
+    z, slope = capped(tile, bias, scale, cap)
+    wanted_state, wanted_grad, factor = tile_truth(z, slope, label, state, inverse_temperature, slack)
+    wanted_sums = None if sums is None else sums.double() * factor[:, None]
+
+    stash, grad, over_the_tile = None, None, kind == "sums" and dtype == torch.float32
+    original = tile.clone()
+    if kind == "kept":
+        stash = torch.full((R, -(-(n + 100) // 64) * 64), 5.0, dtype=dtype)
+        grad = stash[:, 16 : 16 + n]
+    elif kind == "sums":
+        grad = tile if over_the_tile else torch.full((R, n), math.nan, dtype=dtype)
+    how = (start, scale, cap, inverse_temperature)
+    head.head_tile(tile, bias, label + start, state, grad, sums, *how, slack, statistics)
+    check.launched(what, executor.take())
+    atol = ATOL[dtype] + (1e-6 if cap else 0.0)
+    for k, name in enumerate(STATE):
+        if k < 3 or statistics:
+            check.close(what, name, state[k], wanted_state[k], 1e-5, 1e-4 if name == "total" else 1e-5)
+    if grad is not None:
+        check.close(what, "gradient", grad, wanted_grad, RTOL[dtype], atol)
+    if sums is not None:
+        check.close(what, "sums", sums, wanted_sums, 1e-5, 1e-30)
+    if stash is not None:
+        around = torch.cat([stash[:, :16], stash[:, 16 + n :]], 1)
+        check.expect(what, bool((around == 5).all()), "something around the tile's part of the stash was overwritten")
+
+    again = torch.full((R, n), math.nan, dtype=dtype)
+    head.head_tile_grad(original, bias, label + start, state, again, *how)
+    check.launched(what, executor.take())
+    wanted = grad_again(z, slope, label, state, inverse_temperature)
+    largest = max(1.0, state[1].max().item())
+    check.close(what, "gradient again", again, wanted, RTOL[dtype], ATOL[dtype] + (1e-6 * largest if cap else 0.0))
+
+
+def check_rescale(check: Check, gen: torch.Generator, dtype: torch.dtype, n: int, R: int) -> None:
+    what = ("rescale", str(dtype)[6:], n)
+    V, columns = n + 7, max(1, n // 2 // 16 * 16 or 16)
+    whole = torch.randn(R, -(-V // 64) * 64, generator=gen).to(dtype)
+    before, stash = whole.clone(), whole[:, :V]
+    factors = torch.rand(-(-V // columns), R, generator=gen)
+    factors[:, 1] = 1.0
+    head.head_rescale(stash, factors, columns)
+    check.launched(what, executor.take())
+    wanted = before.double()[:, :V] * factors.double().repeat_interleave(columns, 0)[:V].t()
+    rtol = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
+    check.close(what, "rescaled", stash, wanted, rtol, 1e-7)
+    untouched = torch.equal(whole[:, V:], before[:, V:]) and torch.equal(whole[1], before[1])
+    check.expect(what, untouched, "what was not to be rescaled changed")
+
+
+def main() -> None:
+    check = Check(stop_early=given.plant is not None, sources=[head.__file__, scalar_math.__file__])
+    gen = torch.Generator().manual_seed(1)
+    for dtype, n, R, D in SHAPES:
+        for mode in MODES:
+            check_tile(check, gen, dtype, n, R, D, mode)
+        check_rescale(check, gen, dtype, n, R)
+    check.finish()
+
+
+if __name__ == "__main__":
+    main()

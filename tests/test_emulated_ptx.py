@@ -1,0 +1,38 @@
+"""The compiled GPU code, executed without a GPU on tests/ptxemu: values, addresses, races; and faults planted in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+CHECKS = ("density_ratio", "emulator", "head", "logps", "special")
+
+
+def run(check: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """A check in a process where Triton compiles, as it does for a GPU."""
+    if check == "density_ratio" and not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+        pytest.skip("nvcc was not found")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"ptxemu.check_{check}", "90", *options]
+    return subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_compiled_kernels_compute_the_truth_within_their_memory(check: str) -> None:
+    result = run(check)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("fault", ["value", "address", "race"])
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_planted_fault_fails_the_check(check: str, fault: str) -> None:
+    result = run(check, "--plant", fault)
+    assert result.returncode == 1, result.stdout + result.stderr
+    said = {"value": "values are wrong", "address": "out of bounds", "race": "race (read after write)"}
+    assert f"{said[fault]}" in result.stdout, result.stdout + result.stderr
