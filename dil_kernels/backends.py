@@ -8,8 +8,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Mark a function whose result does not change while a graph is traced.
+
+    As `torch.compiler.assume_constant_result`, which imports torch._dynamo for it: that takes as long as torch itself.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @functools.cache
@@ -128,7 +140,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-@torch.compiler.assume_constant_result  # what is installed does not change while a graph is traced
+@constant_in_graphs
 def _select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
     """The backend to run, and why it is not the one that was wanted."""
     wanted = BEST.get(device.type, "eager") if backend == "auto" else backend
@@ -158,12 +170,12 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _loss_problem(device: torch.device) -> str | None:
     return cuda_extension_problem() if device.type == "cuda" else extension_problem()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def compiled_losses() -> tuple[str, ...]:
     """The losses that the extension computes; it sums log ratios for any."""
     extension = load_extension()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels import reference
-from dil_kernels.backends import resolve_backend
+from dil_kernels.backends import constant_in_graphs, resolve_backend
 from dil_kernels.checks import check_cu_seqlens, check_head, check_positive, shape_of
 from dil_kernels.functional.logps import LogitStatistics, mask_boundaries
 from dil_kernels.functional.loss import loss_of_token_logps
@@ -48,7 +48,7 @@ class _HeadOptions:
                 raise ValueError(f"{name} must be None or an integer >= 0, got {value!r}")
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def default_stash_bytes(device: torch.device) -> int:
     """What `stash_bytes=None` means: an eighth of the memory of the device, or of the machine on the CPU.
 
