@@ -216,7 +216,8 @@ class BuildExtension(build_ext):
             import pybind11
         except ImportError:
             raise Unavailable("pybind11 was not found (pip install pybind11)") from None
-        includes = [torch / "include", pybind11.get_include(), sysconfig.get_path("include")]
+        # torch 2.10 to 2.12 bundle a pybind11 that refuses TORCH_TARGET_VERSION: ours comes first.
+        includes = [pybind11.get_include(), torch / "include", sysconfig.get_path("include")]
         if not (Path(includes[-1]) / "Python.h").exists():
             raise Unavailable(f"Python.h was not found in {includes[-1]} (Debian: apt install python3-dev)")
         x86 = platform.machine() in ("x86_64", "AMD64")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -13,7 +15,7 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from triton.language import core
     from triton.runtime import interpreter
 
@@ -33,6 +35,12 @@ COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scope
 settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
 settings.register_profile("explore", max_examples=40, **COMMON)
 settings.load_profile("default")
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--other-torch", metavar="DIR", type=Path, help="torch package of another version, for its headers"
+    )
 
 
 @pytest.fixture

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+import pybind11
 import pytest
 
 from dil_kernels import _C as compiled
@@ -87,6 +89,12 @@ def test_auto_without_nvcc(build, tmp_path: Path) -> None:
     result = build("g++", "ninja", PATH=f"{tmp_path / 'bin'}:/bin", CUDA_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert report(tmp_path) == {"extension": "built", "cuda": f"nvcc was not found in $CUDA_HOME/bin ({tmp_path}/bin)"}
+    # torch brings a pybind11 of its own, which in some versions does not compile for the stable ABI.
+    plan = (tmp_path / "dil_kernels" / "extension" / "build.ninja").read_text()
+    for includes in re.findall(r"-isystem .*", plan):
+        folders = includes.replace("-isystem", "").split()
+        (first, *_) = (folder for folder in folders if (Path(folder) / "pybind11" / "pybind11.h").exists())
+        assert Path(first) == Path(pybind11.get_include())
 
 
 @pytest.mark.parametrize("choice", ["cuda", "cpu"])
@@ -143,6 +151,17 @@ def test_a_malformed_architecture(build, tmp_path: Path) -> None:
     result = build("g++", "nvcc", "ninja", PATH=f"{tmp_path / 'bin'}:/bin", TORCH_CUDA_ARCH_LIST="9.0;hopper")
     assert result.returncode != 0
     assert "'hopper' is not of the form 9.0 or 9.0+PTX" in result.stderr
+
+
+def test_the_oldest_versions_tested_are_those_admitted() -> None:
+    admitted = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    admitted.pop("trl")  # tested by installing it: see the README
+    pins = dict(
+        re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "tests" / "versions" / "oldest.txt").read_text(), re.MULTILINE)
+    )
+    assert pins.keys() == admitted.keys()
+    for name, version in admitted.items():
+        assert f"{pins[name]}.0".startswith(f"{version}."), name
 
 
 WITHOUT_EXTENSION = """
