@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 
 import pytest
-from hypothesis import HealthCheck, settings
+
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # --bare says which tests that leaves out
+    settings = None
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from triton.language import core
@@ -30,17 +35,30 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter._patch_lang = patch_lang_once
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "print_blob": True}
-# The same examples at every run; `pytest --hypothesis-profile=explore` draws others.
-settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
-settings.register_profile("explore", max_examples=40, **COMMON)
-settings.load_profile("default")
+if settings is not None:
+    COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "print_blob": True}
+    # The same examples at every run; `pytest --hypothesis-profile=explore` draws others.
+    settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
+    settings.register_profile("explore", max_examples=40, **COMMON)
+    settings.load_profile("default")
 
 
 def pytest_addoption(parser) -> None:
+    parser.addoption("--bare", action="store_true", help="skip test modules whose packages are not installed")
     parser.addoption(
         "--other-torch", metavar="DIR", type=Path, help="torch package of another version, for its headers"
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """With --bare, a module that needs a package of others which is missing is skipped, and named at the end."""
+    report = yield
+    missing = re.search(r"No module named '([\w.]+)'", str(report.longrepr)) if report.outcome == "failed" else None
+    if collector.config.getoption("--bare") and missing and not missing[1].startswith("dil_kernels"):
+        reason = f"Skipped: {collector.path.name} needs {missing[1]}, which is not installed"
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, reason)
+    return report
 
 
 @pytest.fixture

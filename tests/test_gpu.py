@@ -79,8 +79,8 @@ def thin_loss(b: Batch) -> tuple[Tensor, ...]:
     return dil_loss(chosen, rejected, b.ref_sums[0] / 10, b.ref_sums[1] / 10)
 
 
-def alternating(S: int) -> Tensor:
-    return torch.arange(S, device=DEVICE) % 2 == 0
+def alternating(labels: Tensor) -> Tensor:
+    return torch.arange(labels.shape[0], device=labels.device) % 2 == 0
 
 
 def head_of(b: Batch) -> tuple[Tensor, Tensor]:
@@ -102,6 +102,11 @@ def fused_linear(b: Batch, **options) -> tuple[Tensor, ...]:
     )
 
 
+def logps_and_statistics(b: Batch) -> tuple[Tensor, ...]:
+    logps, statistics = token_logps(b.logits, b.labels, final_logit_softcapping=20.0, return_statistics=True)
+    return logps, *statistics
+
+
 def linear_statistics(b: Batch) -> tuple[Tensor, ...]:
     logps, statistics = linear_token_logps(
         *head_of(b), b.labels, max_scored_tokens=b.labels.numel(), stash_bytes=0, return_statistics=True
@@ -113,6 +118,7 @@ def linear_statistics(b: Batch) -> tuple[Tensor, ...]:
 FUSED_CALLS: dict[str, Callable[[Batch], tuple[Tensor, ...]]] = {
     "token_logps": lambda b: (token_logps(b.logits, b.labels),),
     "token_logps, temperature": lambda b: (token_logps(b.logits, b.labels, temperature=0.7),),
+    "token_logps, statistics": lambda b: logps_and_statistics(b),
     "sequence_logps": lambda b: (sequence_logps(b.logits, b.labels),),
     "sequence_logps, packed": lambda b: (
         sequence_logps(b.flat_logits, b.flat_labels, cu_seqlens=b.cu_seqlens, average_log_prob=True),
@@ -124,7 +130,7 @@ FUSED_CALLS: dict[str, Callable[[Batch], tuple[Tensor, ...]]] = {
         b.logits, b.labels, ref_chosen_logps=b.ref_sums[0], ref_rejected_logps=b.ref_sums[1], loss_type="bce"
     ),
     "fused_dil_loss, unpaired": lambda b: fused_dil_loss(
-        b.logits, b.labels, ref_logits=b.ref_logits, is_chosen=alternating(b.labels.shape[0]), non_negative=0.5
+        b.logits, b.labels, ref_logits=b.ref_logits, is_chosen=alternating(b.labels), non_negative=0.5
     ),
     "fused_dil_loss, softcap": lambda b: fused_dil_loss(
         b.logits, b.labels, ref_logits=b.ref_logits, final_logit_softcapping=20.0
@@ -318,8 +324,16 @@ def test_the_loss_is_one_launch() -> None:
     assert len(kernels) == 1, kernels
 
 
-SANITIZED = [
+SANITIZED = [  # together every kernel, with and without its options
     ("fused_dil_loss, lsif", 31, torch.float32),
+    ("fused_dil_loss, softcap", 1000, torch.bfloat16),
+    ("fused_dil_loss, unpaired", 31, torch.float32),
+    ("token_logps, statistics", 1000, torch.float32),
+    ("token_logps, statistics", 33333, torch.bfloat16),
+    ("linear, stash", 1000, torch.float32),
+    ("linear, stash", 9001, torch.bfloat16),
+    ("linear, recomputed", 1000, torch.bfloat16),
+    ("linear, statistics", 1000, torch.float32),
     ("fused_dil_loss, packed", 1000, torch.bfloat16),
     ("fused_dil_loss, packed dpo", 4097, torch.float32),
     ("fused_dil_loss, in place", 4097, torch.bfloat16),

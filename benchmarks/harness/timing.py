@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,6 +89,11 @@ def _wall_ms(call: Call, i: int) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def _named(name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A range of that name for profilers, which then see the timed calls of one provider alone."""
+    return torch.cuda.nvtx.range(name) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def time_interleaved(calls: Mapping[str, Call], device: torch.device, budget: Budget) -> dict[str, Quantiles]:
     """Time calls beside each other, so that a machine's slow moments fall on all of them.
 
@@ -107,6 +113,7 @@ def time_interleaved(calls: Mapping[str, Call], device: torch.device, budget: Bu
     for r in range(rounds):
         turn = r % len(names)
         for name in names[turn:] + names[:turn]:
-            samples[name] += time_calls(calls[name], first, per_turn, device, leads[name])[1:]
+            with _named(name, device):
+                samples[name] += time_calls(calls[name], first, per_turn, device, leads[name])[1:]
             first += per_turn
     return {name: quantiles(values) for name, values in samples.items()}
