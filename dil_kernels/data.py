@@ -3,47 +3,68 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 try:
     import datasets
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 except ImportError as error:
     raise ImportError(
         f"dil_kernels.data needs the extra [train]: pip install 'dil-kernels[train]' ({error})"
     ) from error
 
+from dil_kernels.pairs.cache_key import code_key
+from dil_kernels.pairs.columns import (
+    COLUMNS,
+    RESPONSES,
+    choose_columns,
+    holds_value,
+    media_error,
+    say_lost_nulls,
+    say_once,
+    say_unused,
+    unused_columns,
+    without_padding,
+)
+from dil_kernels.pairs.files import FILE_SUFFIXES, ROWS_PER_CHUNK, Record, read_file, read_json
 from dil_kernels.pairs.messages import (
+    EXTRA,
     JSON_COLUMNS,
+    MEDIA,
     Messages,
     PreferenceDataError,
     check_json_columns,
     check_messages,
     check_unicode,
+    messages_of_text,
     split_conversations,
     split_strings,
-    without_nulls,
 )
 from dil_kernels.pairs.pair_storage import (
     GIVEN_REFERENCE,
     concatenate_stored,
     parts_of_columns,
+    set_source,
     storable,
     store_pairs,
     stored_features,
 )
 
-COLUMNS = ("prompt", "chosen", "rejected")
-RESPONSES = COLUMNS[1:]
-UNPAIRED_COLUMNS = ("prompt", "completion", "label")
-FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
-ROWS_PER_CHUNK = 1000
+__all__ = [
+    "FILE_SUFFIXES",
+    "Pair",
+    "PreferenceDataError",
+    "check_pair",
+    "is_conversational",
+    "load_preference_pairs",
+    "open_pairs",
+    "response_columns",
+]
 
 Pair = dict[str, Any]  # prompt, chosen, rejected: strings, or lists of messages; or prompt, completion, label
 
@@ -65,14 +86,17 @@ def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train
     Responses that do not come in pairs have the columns ``prompt``, ``completion`` and ``label`` instead, as TRL's KTO
     has them: a completion is what chosen and rejected are above, its label true where it is to be imitated.
 
+    What is read is what was written; docs/training.md says what is accepted beside this, and what is refused.
+
     Args:
-        source: a local .jsonl, .json (JSON Lines or one array) or .parquet file; or what `datasets.load_dataset` takes:
-            a name on the hub, or a directory.
+        source: a local .jsonl or .json (lines, one array, one object, or an object with one array of rows) or .parquet
+            file; or what `datasets.load_dataset` takes: a name on the hub, or a directory.
         split: the split to take from a hub data set or a directory; a local file has only "train".
 
     Returns:
         A data set with the columns prompt, chosen and rejected (or prompt, completion and label), all strings or all
-        lists of messages, in the order of the source, and those named above. Other columns are dropped.
+        lists of messages, in the order of the source, and those named above. Other columns are dropped, and named in a
+        warning.
 
     Raises:
         PreferenceDataError: the source cannot be read, or a pair is broken.
@@ -81,103 +105,135 @@ def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train
     if path.is_file() or path.suffix.lower() in FILE_SUFFIXES:
         if split != "train":
             raise PreferenceDataError(f"{path}: a local file has only the split 'train', not {split!r}")
-        return _checked_records(_read_file(path), str(path))
+        return _checked_records(read_file(path), str(path))
     try:
-        dataset = datasets.load_dataset(str(source), split=split)
+        builder = datasets.load_dataset_builder(str(source))
+        if builder.info.builder_name == "json" and builder.config.field is None:
+            records = _records_of_split(builder, str(source), split)
+        else:
+            builder.download_and_prepare()
+            return _checked_dataset(builder.as_dataset(split=split), str(source))
+    except PreferenceDataError:
+        raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise PreferenceDataError(
             f"{source}: not a local file, and loading it as a data set failed: {error}"
         ) from error
-    return _checked_dataset(dataset, str(source))
+    return _checked_records(records, str(source))
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every record of a local file, with its place."""
-    suffix = path.suffix.lower()
-    if suffix not in FILE_SUFFIXES:
-        raise PreferenceDataError(f"{path}: unknown kind of file; expected {', '.join(FILE_SUFFIXES)}")
-    if not path.is_file():
-        raise PreferenceDataError(f"{path}: no such file")
-    if suffix == ".parquet":
-        return _read_parquet(path)
-    if suffix == ".json" and _starts_with_array(path):
-        return _read_json_array(path)
-    return _read_json_lines(path)
+def _records_of_split(builder: Any, source: str, split: str) -> Iterator[Record]:
+    """The records of a directory or hub set of JSON files, as they were written: `datasets` would give them one type.
+
+    Args:
+        builder: of `datasets`.
+        source: its name.
+        split: a split of it, or what `datasets.ReadInstruction` makes of several and of parts.
+    """
+    config = datasets.DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+    downloads = datasets.DownloadManager(builder.dataset_name, download_config=config, base_path=builder.base_path)
+
+    def read(name: str) -> Iterator[Record]:
+        names = builder.config.data_files[name]
+        for shown, path in zip(names, downloads.download_and_extract(list(names)), strict=True):
+            for file in downloads.iter_files([path]):
+                yield from read_json(Path(file), str(shown))
+
+    known = list(map(str, builder.config.data_files))
+    parts = [re.split(r"\W", part.strip(), maxsplit=1)[0] for part in split.split("+")]
+    if unknown := [name for name in parts if name not in known]:
+        raise PreferenceDataError(f"{source}: has no split {unknown[0]!r}; it has {', '.join(known)}")
+    # Only a part of a split needs to know how many records it has.
+    sizes = {name: sum(1 for _ in read(name)) if "[" in split else sys.maxsize for name in parts}
+    instruction = datasets.ReadInstruction.from_spec(split)
+    return itertools.chain.from_iterable(
+        itertools.islice(read(part.splitname), part.from_, part.to) for part in instruction.to_absolute(sizes)
+    )
 
 
-def _starts_with_array(path: Path) -> bool:
-    with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    return first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}, line {number}", _parse_json(line.rstrip(b"\r\n"), path, number)
-
-
-def _read_json_array(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(_parse_json(path.read_bytes(), path, 1), start=1):
-        yield f"{path}, row {number}", record
-
-
-def _parse_json(text: bytes, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {first_line + error.lineno - 1}"
-        raise PreferenceDataError(f"{where}: broken JSON at character {error.colno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        line = first_line + text.count(b"\n", 0, error.start)
-        raise PreferenceDataError(f"{path}, line {line}: not UTF-8: {error.reason}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        file = pq.ParquetFile(path)
-        columns = _kept_columns(file.schema_arrow.names)
-        number = itertools.count(1)
-        for batch in file.iter_batches(batch_size=ROWS_PER_CHUNK, columns=columns):
-            for record in batch.to_pylist():
-                yield f"{path}, row {next(number)}", without_nulls(record)
-    except (pa.ArrowException, OSError) as error:
-        raise PreferenceDataError(f"{path}: broken Parquet file: {error}") from error
-
-
-def _checked_records(records: Iterator[tuple[str, Any]], source: str) -> datasets.Dataset:
+def _checked_records(records: Iterator[Record], source: str) -> datasets.Dataset:
     """The checked pairs; only one chunk of them exists as Python objects at a time."""
     chunks: list[datasets.Dataset] = []
     first: Pair | None = None
+    names: dict[str, None] = {}  # of all columns, in their order
     while chunk := list(itertools.islice(records, ROWS_PER_CHUNK)):
         pairs = []
         for where, record in chunk:
             pairs.append(check_pair(record, where, first))
-            first = first or pairs[0]
+            if first is None:
+                first = pairs[0]
+                _say_text(record, first, source)
+            names |= dict.fromkeys(name for name, value in record.items() if value is not None)
         chunks.append(store_pairs(pairs))
     if not chunks:
         raise PreferenceDataError(f"{source}: holds no preference pair")
-    return concatenate_stored(chunks)
+    say_unused(unused_columns(names), source)
+    return set_source(concatenate_stored(chunks), source)
 
 
 def _checked_dataset(dataset: datasets.Dataset, source: str) -> datasets.Dataset:
     """The checked pairs of a data set that `datasets` keeps on disk."""
-    if len(dataset) == 0:
-        raise PreferenceDataError(f"{source}: holds no preference pair")
-    dataset = dataset.select_columns(_kept_columns(dataset.column_names))
-    first = check_pair(without_nulls(dataset[0]), f"{source}, row 1")
+    dataset, first = open_pairs(dataset, source)
+    features = dataset.features
     parts = parts_of_columns(dataset)
-    return dataset.map(
-        lambda record, index: storable(check_pair(without_nulls(record), f"{source}, row {index + 1}", first), parts),
+    if is_conversational(first) and any(isinstance(features.get(name), datasets.Value) for name in RESPONSES):
+        parts |= {EXTRA}  # messages as JSON text may have any key
+
+    def check(record: Pair, index: int, code: str) -> dict[str, Any]:
+        pair = check_pair(without_padding(record, features), place(source, index + 1), first)
+        return storable(pair, parts)
+
+    checked = dataset.map(
+        check,
         with_indices=True,
+        remove_columns=dataset.column_names,
         features=stored_features(first, parts),
+        fn_kwargs={"code": code_key()},
         desc="Checking preference pairs",
     )
+    return set_source(checked, source)
 
 
-def _kept_columns(names: Sequence[str]) -> list[str]:
-    return [name for name in names if name in (*COLUMNS, *UNPAIRED_COLUMNS, *JSON_COLUMNS, *GIVEN_REFERENCE)]
+def open_pairs(dataset: datasets.Dataset, source: str) -> tuple[datasets.Dataset, Pair]:
+    """The columns that are used of a data set in any format, as Python objects, and its first pair, checked.
+
+    What is left out is said in a line. A data set with a transform of the user's stays as it is.
+
+    Args:
+        dataset: pairs in any form that `load_preference_pairs` accepts.
+        source: where it comes from, for messages; empty if that is not known.
+
+    Raises:
+        PreferenceDataError: it is empty, has not the columns, or columns of images, or its first pair is broken.
+    """
+    if len(dataset) == 0:
+        raise PreferenceDataError(f"{source or 'the data'}: holds no preference pair")
+    if dataset.format["type"] != "custom":
+        dataset = dataset.with_format(None)
+        arrow = dataset.with_format("arrow")
+        columns = choose_columns(
+            dataset.column_names,
+            dataset.features,
+            source,
+            lambda name: arrow.select_columns(name).iter(batch_size=16),
+        )
+        dataset = dataset.select_columns(columns)
+        say_lost_nulls(dataset.data, source)
+    record = without_padding(dataset[0], dataset.features)
+    first = check_pair(record, place(source, 1))
+    _say_text(record, first, source)
+    return dataset, first
+
+
+def place(source: str, row: int) -> str:
+    """How messages name a row, counted from 1."""
+    return f"{source}, row {row}" if source else f"row {row}"
+
+
+def _say_text(record: Mapping[str, Any], pair: Pair, source: str) -> None:
+    columns = [name for name in response_columns(pair) if isinstance(record[name], str)]
+    if columns and is_conversational(pair):
+        say_once(f"{source or 'the data'}: read as messages, since it is JSON text of such: {', '.join(columns)}")
 
 
 def response_columns(pair: Mapping[str, Any]) -> tuple[str, ...]:
@@ -206,23 +262,45 @@ def check_pair(record: Any, where: str, like: Pair | None = None) -> Pair:
     """
     if not isinstance(record, Mapping):
         raise PreferenceDataError(f"{where}: expected an object with {', '.join(COLUMNS)}, got {type(record).__name__}")
+    for name in MEDIA & record.keys():
+        if holds_value(record[name]):
+            raise media_error(name, f"{where}, ")
     columns = response_columns({name: value for name, value in record.items() if value is not None})
     for column in columns:
         _require(record, column, where)
+    record = {**record, **messages_of_text({name: record.get(name) for name in ("prompt", *columns)}, where)}
     is_text = any(isinstance(record[column], str) for column in columns)
-    pair = (_check_strings if is_text else _check_conversation)(record, where, columns)
+    _check_kinds(record, where, columns)
+    try:
+        pair = (_check_strings if is_text else _check_conversation)(record, where, columns)
+        options = check_json_columns(record, where)
+    except RecursionError:
+        raise PreferenceDataError(f"{where}: objects or lists are nested too deeply") from None
     if columns == ("completion",):
         pair["label"] = _check_label(record, where)
     pair |= {name: _check_number(record[name], where, name) for name in GIVEN_REFERENCE if record.get(name) is not None}
     if like is not None:
         _check_form(pair, like, where)
-    options = check_json_columns(record, where)
     if is_text and options:
         raise PreferenceDataError(
             f"{where}, column {next(iter(options))!r}: only conversations go through a chat template, but these are "
             "strings"
         )
     return pair | options
+
+
+def _check_kinds(record: Mapping[str, Any], where: str, columns: tuple[str, ...]) -> None:
+    """Refuse a list beside a string, and name the one that differs from the others."""
+    given = {name: type(record[name]) for name in ("prompt", *columns) if isinstance(record.get(name), (str, list))}
+    lists = [name for name, kind in given.items() if kind is list]
+    strings = [name for name in given if name not in lists]
+    if not lists or not strings or strings == ["prompt"]:
+        return
+    if len(lists) >= len(strings):
+        raise PreferenceDataError(
+            f"{where}, column {strings[-1]!r}: expected a list of messages, as in {lists[0]!r}, got str"
+        )
+    raise PreferenceDataError(f"{where}, column {lists[0]!r}: expected a string, got list")
 
 
 def _check_form(pair: Pair, like: Pair, where: str) -> None:
@@ -249,11 +327,15 @@ def _check_label(record: Mapping[str, Any], where: str) -> bool:
 
 
 def _check_number(value: Any, where: str, column: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+    except OverflowError:  # an integer
+        number = math.inf
+    if not math.isfinite(number):
         raise PreferenceDataError(
             f"{where}, column {column!r}: expected a number, the sum of log-probs, got {value!r:.40}"
         )
-    return float(value)
+    return number
 
 
 def _require(record: Mapping[str, Any], column: str, where: str) -> None:

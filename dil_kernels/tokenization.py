@@ -11,10 +11,19 @@ import datasets
 import torch
 from torch import Tensor
 
-import dil_kernels
-from dil_kernels.data import Pair, PreferenceDataError, check_pair, is_conversational, response_columns
+from dil_kernels.data import (
+    Pair,
+    PreferenceDataError,
+    check_pair,
+    is_conversational,
+    open_pairs,
+    place,
+    response_columns,
+)
+from dil_kernels.pairs.cache_key import code_key
 from dil_kernels.pairs.chat_template import render_conversation
-from dil_kernels.pairs.messages import without_nulls
+from dil_kernels.pairs.columns import without_padding
+from dil_kernels.pairs.pair_storage import source_of
 from dil_kernels.pairs.truncation import TRUNCATION_MODES, DataReport, is_too_long, truncate
 
 __all__ = [
@@ -91,9 +100,13 @@ def tokenize_and_report(
 ) -> tuple[datasets.Dataset, DataReport]:
     """As `tokenize_dataset`, and what became of the rows in place of a warning."""
 
-    def tokenize(record: Pair, index: int, version: str) -> dict[str, Any]:
-        where = f"row {index + 1}"
-        pair = check_pair(without_nulls(record), where)
+    source = source_of(dataset)
+    dataset, first = open_pairs(dataset, source)
+    features = dataset.features
+
+    def tokenize(record: Pair, index: int, code: str) -> dict[str, Any]:
+        where = place(source, index + 1)
+        pair = check_pair(without_padding(record, features), where, first)
         whole = tokenize_pair(pair, tokenizer, where)
         prompt_ids, *responses = truncate(
             *whole, max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode
@@ -120,12 +133,12 @@ def tokenize_and_report(
         remove_columns=[name for name in dataset.column_names if name not in given],
         num_proc=num_proc,
         # `datasets` keeps results by the arguments, not by the code that this calls.
-        fn_kwargs={"version": dil_kernels.__version__},
+        fn_kwargs={"code": code_key()},
         desc="Tokenizing preference pairs",
     )
     names = ("dropped", "prompt_lost", "responses_lost", "responses_cut", "identical")
     counts = {name: tokenized.with_format("numpy")[name][:] for name in names}
-    tokenized, kept = tokenized.remove_columns(list(names)), ~counts["dropped"]
+    tokenized, kept = tokenized.with_format(None).remove_columns(list(names)), ~counts["dropped"]
     report = DataReport(
         rows=len(dataset),
         max_length=max_length,

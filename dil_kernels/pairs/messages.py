@@ -11,10 +11,23 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dil_kernels.pairs.json_text import looks_like_messages, parse_json
+
 EXTRA = "extra"
 TOOLS = "tools"
 TEMPLATE_OPTIONS = "chat_template_kwargs"
 JSON_COLUMNS = (TOOLS, TEMPLATE_OPTIONS)
+MEDIA = frozenset({"image", "images", "image_url", "video", "videos", "audio", "audios"})
+# The roles of those who speak in ShareGPT's form.
+SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
 BLANKS = frozenset(" \t")
 # Keywords of `apply_chat_template` that are not the template's.
 RESERVED_OPTIONS = frozenset(
@@ -52,7 +65,7 @@ def check_messages(value: Any, where: str, column: str) -> Messages:
         PreferenceDataError: not a list of messages, or a broken one.
     """
     where = f"{where}, column {column!r}"
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
         kind = type(value).__name__
         raise PreferenceDataError(f"{where}: expected a string or a list of {{role, content}} messages, got {kind}")
     if not value:
@@ -63,21 +76,32 @@ def check_messages(value: Any, where: str, column: str) -> Messages:
 def _check_message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise PreferenceDataError(f"{where}: expected {{role, content}}, got {value!r:.40}")
-    message = {key: item for key, item in value.items() if key != EXTRA}
+    # Tables have every key in every message; so a null says no more than a key that is not there.
+    message = {key: item for key, item in value.items() if key != EXTRA and item is not None}
     if value.get(EXTRA) is not None:
         message |= _check_extra(value[EXTRA], where)
+    if "role" not in message and {"from", "value"} <= message.keys():
+        message = _from_sharegpt(message, where)
     if not isinstance(message.get("role"), str):
         raise PreferenceDataError(f"{where}: role must be a string, got {type(message.get('role')).__name__}")
     if message.get("tool_calls") is not None:
         message["tool_calls"] = _check_objects(message["tool_calls"], where, "tool_calls")
     content = message.get("content")
-    if isinstance(content, Sequence) and not isinstance(content, str):
+    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
         content = "".join(_check_part(part, f"{where}, part {number}") for number, part in enumerate(content, start=1))
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise PreferenceDataError(f"{where}: content must be a string, got {type(content).__name__}")
     message = {"role": message.pop("role"), "content": content, **{k: v for k, v in message.items() if k != "content"}}
     check_unicode(json.dumps(message, ensure_ascii=False, default=str), where)
     return message
+
+
+def _from_sharegpt(message: Message, where: str) -> Message:
+    """A message whose keys are those of ShareGPT: from and value."""
+    speaker = message.pop("from")
+    if speaker not in SPEAKERS:
+        raise PreferenceDataError(f"{where}: from must be one of {', '.join(SPEAKERS)}, got {speaker!r:.40}")
+    return {"role": SPEAKERS[speaker], "content": message.pop("value"), **message}
 
 
 def _check_extra(value: Any, where: str) -> dict[str, Any]:
@@ -93,6 +117,8 @@ def _check_part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
         raise PreferenceDataError(f"{where}: only parts {{type: text, text: ...}} can be trained on, got {kind!r}")
+    if media := [key for key in MEDIA & part.keys() if part[key]]:
+        raise PreferenceDataError(f"{where}: only text can be trained on, got {', '.join(sorted(media))}, too")
     return str(part["text"])
 
 
@@ -111,11 +137,29 @@ def _parsed(value: Any, where: str, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except json.JSONDecodeError as error:
-        raise PreferenceDataError(
-            f"{where}: {name} is text, but no JSON: {error.msg} at character {error.pos + 1}"
-        ) from error
+        problem = f"{error.msg} at character {error.pos + 1}"
+    except ValueError as error:
+        problem = str(error)
+    raise PreferenceDataError(f"{where}: {name} is text, but no JSON: {problem}")
+
+
+def messages_of_text(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The columns that are JSON text of messages, parsed.
+
+    Args:
+        columns: of a record, by name.
+        where: its place, for the message.
+
+    Raises:
+        PreferenceDataError: a text begins as a list of messages, and is no JSON, or has something else in the list.
+    """
+    found = {}
+    for name, text in columns.items():
+        if isinstance(text, str) and looks_like_messages(text):
+            found[name] = _parsed(text, f"{where}, column {name!r}", "the list of messages")
+    return found
 
 
 def check_json_columns(record: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -130,6 +174,7 @@ def check_json_columns(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         value = _parsed(record.get(name), place, name)
         if value is not None:
             checked[name] = _check_objects(value, place, name) if name == TOOLS else _check_options(value, place)
+            check_unicode(json.dumps(checked[name], ensure_ascii=False, default=str), place)
     return {name: value for name, value in checked.items() if value}
 
 
@@ -219,15 +264,6 @@ def storable_messages(messages: Messages, *, extra: bool) -> Messages:
 def has_extra(messages: Messages) -> bool:
     """Whether a message has keys beside role and content."""
     return any(message.keys() - {"role", "content"} for message in messages)
-
-
-def without_nulls(value: Any) -> Any:
-    """A value read from a data set's columns, without the keys that Arrow adds as null where another row has them."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
 
 
 def check_unicode(text: str, where: str) -> None:

@@ -11,6 +11,7 @@ import datasets
 from dil_kernels.pairs.messages import EXTRA, JSON_COLUMNS, has_extra, storable_messages
 
 GIVEN_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps")
+_SOURCE = "_dil_kernels_source"  # an attribute, which `datasets` keeps only where the rows stay the same
 OPTIONAL = frozenset({*JSON_COLUMNS, EXTRA})  # what only some pairs of a data set may have
 
 
@@ -35,6 +36,17 @@ def concatenate_stored(chunks: list[datasets.Dataset]) -> datasets.Dataset:
             for chunk in chunks
         ]
     )
+
+
+def set_source(dataset: datasets.Dataset, source: str) -> datasets.Dataset:
+    """The data set, which from now on says where its rows come from."""
+    setattr(dataset, _SOURCE, source)
+    return dataset
+
+
+def source_of(dataset: datasets.Dataset) -> str:
+    """Where the rows of a data set come from, in their order; empty if they were reordered, or it is not known."""
+    return str(getattr(dataset, _SOURCE, ""))
 
 
 def parts_of_columns(dataset: datasets.Dataset) -> frozenset[str]:

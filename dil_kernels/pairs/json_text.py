@@ -1,0 +1,46 @@
+"""JSON as users write it, read without losing a part of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+# The start of a list of messages, as JSON or as Python prints it.
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; bytes are UTF-8.
+
+    Raises:
+        ValueError: it is no JSON (`json.JSONDecodeError`, `UnicodeDecodeError`), or holds what would be lost or cannot
+            be read: a key that stands twice in an object, a number of too many digits, nesting that is too deep.
+    """
+    if isinstance(text, bytes) and json.detect_encoding(text).startswith(("utf-16", "utf-32")):
+        raise ValueError(f"expected UTF-8, got {json.detect_encoding(text)[:6].upper()}")
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("objects or lists are nested too deeply") from None
+
+
+def looks_like_messages(text: str) -> bool:
+    """Whether a text begins as a list of messages that was made into text."""
+    return _MESSAGES.match(text) is not None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object, and only one value would be read")
+    return found
+
+
+def _integer(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:
+        raise ValueError(f"a number of {len(digits):,} digits ({digits[:12]}...) cannot be read") from None
