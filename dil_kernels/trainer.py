@@ -45,6 +45,7 @@ from dil_kernels.training.generations import SampleGenerations
 from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs
 from dil_kernels.training.metrics import batch_means, batch_metrics, predictions, zero_sums
 from dil_kernels.training.model_card import CardNotes, write_model_card
+from dil_kernels.training.model_checks import check_causal_lm, pad_token_id, vocabulary_size
 from dil_kernels.training.packed_attention import UnsupportedPackingError, install_packed_attention
 from dil_kernels.training.packed_batches import (
     PackedCollator,
@@ -57,7 +58,7 @@ from dil_kernels.training.precompute import ReferencePass, has_reference, open_r
 from dil_kernels.training.prepare import prepare_dataset
 from dil_kernels.training.ref_cache import ReferenceCache
 from dil_kernels.training.reference_policy import ReferencePolicy
-from dil_kernels.training.set_up import disable_dropout, install_fused_heads, pad_token_id, refuse_inexact_setups
+from dil_kernels.training.set_up import disable_dropout, install_fused_heads, refuse_inexact_setups
 from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
 
 __all__ = ["DILConfig", "DILTrainer", "disable_dropout", "last_complete_checkpoint"]
@@ -102,6 +103,8 @@ class DILTrainer(Trainer):
 
     Raises:
         PreferenceDataError: a broken pair.
+        TypeError: a model that is no causal language model, or data that are no data set.
+        ValueError: options or data that do not fit the models.
         NotImplementedError: a set-up in which the loss would not be exact.
     """
 
@@ -128,14 +131,21 @@ class DILTrainer(Trainer):
             raise ValueError("ref_model is the model that training changes; leave it None for a frozen copy")
         if processing_class is None:
             raise ValueError("processing_class must be the tokenizer of the model, got None")
+        check_causal_lm(model, "model")
+        if ref_model is not None:
+            check_causal_lm(ref_model, "ref_model")
         self.data_report: dict[str, DataReport] = {}
         model = with_adapter(model, peft_config, args)
+        prepare = functools.partial(
+            prepare_dataset, tokenizer=processing_class, args=args, reports=self.data_report, models=(model, ref_model)
+        )
+        pad = pad_token_id(processing_class, vocabulary_size(model, ref_model))
         super().__init__(
             model=model,
             args=args,
-            train_dataset=prepare_dataset(train_dataset, processing_class, args, "train", self.data_report),
-            eval_dataset=prepare_dataset(eval_dataset, processing_class, args, "eval", self.data_report),
-            data_collator=data_collator or PreferenceCollator(pad_token_id(processing_class)),
+            train_dataset=prepare(train_dataset, name="train"),
+            eval_dataset=prepare(eval_dataset, name="eval"),
+            data_collator=data_collator or PreferenceCollator(pad),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -229,7 +239,8 @@ class DILTrainer(Trainer):
     def _evaluable(self, dataset: Any) -> Any:
         if dataset is None or isinstance(dataset, str):
             return dataset
-        dataset = prepare_dataset(dataset, self.processing_class, self.args, "eval", self.data_report)
+        models: Any = self.model, self.ref_model
+        dataset = prepare_dataset(dataset, self.processing_class, self.args, "eval", self.data_report, models)
         if self._reference is None and not has_reference(dataset):
             raise ValueError(
                 "the reference log-probs were precomputed, and the reference model is gone: give every evaluation set "

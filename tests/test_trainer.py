@@ -50,6 +50,7 @@ def make_trainer(output_dir: Path, **options: Any) -> DILTrainer:
             "callbacks",
             "optimizers",
             "peft_config",
+            "processing_class",
         )
         if name in options
     }
@@ -66,8 +67,8 @@ def make_trainer(output_dir: Path, **options: Any) -> DILTrainer:
         "max_length": 24,
     }
     args = DILConfig(str(output_dir), **{**config, **options})
-    defaults = {"model": make_model(), "train_dataset": make_pairs(7)}
-    return DILTrainer(args=args, processing_class=make_tokenizer(), **{**defaults, **arguments})
+    defaults = {"model": make_model(), "train_dataset": make_pairs(7), "processing_class": make_tokenizer()}
+    return DILTrainer(args=args, **{**defaults, **arguments})
 
 
 def tokenized(pairs: datasets.Dataset, max_length: int = 24) -> datasets.Dataset:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dil_kernels.training.model_checks import pad_token_id, position_limit, vocabulary_size
+
 GENERATIONS_NAME, RECORD_NAME = "generations.md", "generations.jsonl"
 COLUMNS = ("step", "prompt", "completion")
 
@@ -28,7 +30,7 @@ class SampleGenerations(TrainerCallback):
         trainer: a `DILTrainer`.
 
     Raises:
-        ValueError: the trainer has no evaluation data.
+        ValueError: the trainer has no evaluation data, or the model too few positions for its prompts and answers.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -43,6 +45,13 @@ class SampleGenerations(TrainerCallback):
         self._trainer = trainer
         self._prompts = _first_different(dataset, args.num_generations_at_eval)
         self._last_step: int | None = None
+        positions = position_limit(trainer.model)
+        longest = max(map(len, self._prompts), default=0)
+        if positions is not None and longest + args.generate_max_new_tokens - 1 > positions:  # the last one is not read
+            raise ValueError(
+                f"generate_max_new_tokens={args.generate_max_new_tokens} after a prompt of {longest} tokens go beyond "
+                f"the {positions} positions of model"
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,8 +131,7 @@ def _generate_batch(trainer: Any, model: Any, prompts: Sequence[list[int]], shar
     options.update(max_new_tokens=trainer.args.generate_max_new_tokens, use_cache=True)
     if options.eos_token_id is None:
         options.eos_token_id = tokenizer.eos_token_id
-    ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
-    options.pad_token_id = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    options.pad_token_id = pad_token_id(tokenizer, vocabulary_size(model))
     width = max(map(len, prompts))
     device = trainer.args.device
     padded = [[options.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]

@@ -11,6 +11,7 @@ from dil_kernels.divergences import get_divergence
 from dil_kernels.pairs.truncation import DataReport
 from dil_kernels.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS, tokenize_and_report
 from dil_kernels.training.config import DILConfig
+from dil_kernels.training.model_checks import Models, check_fits
 from dil_kernels.training.precompute import has_reference
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,14 @@ logger = logging.getLogger(__name__)
 STREAMS = (datasets.IterableDataset, datasets.IterableDatasetDict)
 
 
-def prepare_dataset(dataset: Any, tokenizer: Any, args: DILConfig, name: str, reports: dict[str, DataReport]) -> Any:
+def prepare_dataset(
+    dataset: Any,
+    tokenizer: Any,
+    args: DILConfig,
+    name: str,
+    reports: dict[str, DataReport],
+    models: Models,
+) -> Any:
     """Token ids of a data set, of each of several, or of none.
 
     Args:
@@ -27,10 +35,11 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: DILConfig, name: str, re
         args: of the trainer.
         name: of the data set, for its report; of several, the first part of their names.
         reports: gets the report of each data set that is tokenised here; the main process prints it.
+        models: policy, and reference if it is another model; they must have room for the token ids and the lengths.
 
     Raises:
-        TypeError: it is a stream, or no data set.
-        ValueError: its responses are unpaired, and the loss needs pairs.
+        TypeError: it is a stream, or no data set, or several to train on.
+        ValueError: its responses are unpaired, and the loss needs pairs; or a model has no room for its tokens.
         PreferenceDataError: a broken pair.
     """
     if dataset is None:
@@ -41,8 +50,16 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: DILConfig, name: str, re
             "step, names rows by their number and keeps reference log-probs by row. Load it without streaming=True, or "
             "take a part: Dataset.from_list(list(stream.take(n)))"
         )
+    if isinstance(dataset, dict) and name == "train":
+        raise TypeError(
+            f"train_dataset must be one data set, got a {type(dataset).__name__} with {', '.join(map(repr, dataset))}: "
+            "give one of its data sets, such as train_dataset=data['train']"
+        )
     if isinstance(dataset, dict):
-        return {key: prepare_dataset(part, tokenizer, args, f"{name}_{key}", reports) for key, part in dataset.items()}
+        return {
+            key: prepare_dataset(part, tokenizer, args, f"{name}_{key}", reports, models)
+            for key, part in dataset.items()
+        }
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(f"preference pairs must come as a datasets.Dataset, got {type(dataset).__name__}")
     unpaired = "label" in dataset.column_names and not {"chosen", "chosen_ids"} & {*dataset.column_names}
@@ -51,8 +68,21 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: DILConfig, name: str, re
             f"loss_type={args.loss_type!r} couples the chosen and the rejected response of a pair: it cannot be "
             "trained on unpaired responses (a data set with the column 'label')"
         )
-    if any(set(columns) <= set(dataset.column_names) for columns in (TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS)):
+    tokenised = any(set(columns) <= set(dataset.column_names) for columns in (TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS))
+    if not tokenised:
+        dataset = _tokenize(dataset, tokenizer, args, name, reports)
+    elif dataset.format["type"] == "custom":
         return dataset
+    dataset = dataset.with_format(None)
+    check_fits(dataset, name, models, tokenizer)
+    if args.process_index == 0 and (name == "train" or not tokenised):
+        _warn_of_one_side(dataset, name)
+    return dataset
+
+
+def _tokenize(
+    dataset: datasets.Dataset, tokenizer: Any, args: DILConfig, name: str, reports: dict[str, DataReport]
+) -> datasets.Dataset:
     with args.main_process_first(desc="tokenisation"):
         dataset, reports[name] = tokenize_and_report(
             dataset,
@@ -71,3 +101,10 @@ def prepare_dataset(dataset: Any, tokenizer: Any, args: DILConfig, name: str, re
                 name,
             )
     return dataset
+
+
+def _warn_of_one_side(dataset: datasets.Dataset, name: str) -> None:
+    sides = {*dataset["label"][:]} if "label" in dataset.column_names else {True, False}
+    if len(sides) == 1:
+        side, other = ("chosen", "rejected") if sides.pop() else ("rejected", "chosen")
+        logger.warning("the %s data set has %s responses only, and no %s one to tell them from", name, side, other)

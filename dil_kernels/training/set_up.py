@@ -83,8 +83,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def pad_token_id(tokenizer: Any) -> int:
-    """Any valid id serves: padding is masked out of attention and labels."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)

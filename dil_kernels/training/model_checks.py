@@ -1,0 +1,134 @@
+"""What a model must be to be trained here, and which token ids and positions it has room for."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+from torch import nn
+from transformers import PreTrainedModel
+
+from dil_kernels.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
+from dil_kernels.training.adapters import has_adapters
+
+Models = tuple[nn.Module, nn.Module | None]  # the policy and the reference
+
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)$")
+
+
+def check_causal_lm(model: Any, name: str) -> None:
+    """Refuse what is no causal language model.
+
+    Args:
+        model: what was given as such.
+        name: of the argument.
+
+    Raises:
+        TypeError: a name, an encoder-decoder, a masked language model, a classifier, or a model without a head.
+    """
+    if isinstance(model, str):
+        raise TypeError(
+            f"{name} must be a model, got the name {model!r}: load it with "
+            f"AutoModelForCausalLM.from_pretrained({model!r})"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a causal language model, got {type(model).__name__}")
+    base: Any = model.get_base_model() if has_adapters(model) else model  # type: ignore[operator]
+    if not isinstance(base, PreTrainedModel):
+        return
+    problem = None
+    if getattr(base.config, "is_encoder_decoder", False):
+        problem = "which has an encoder and a decoder"
+    elif "ForMaskedLM" in type(base).__name__:
+        problem = "a masked language model, which sees what it predicts"
+    elif not base.can_generate() and base.get_output_embeddings() is None:
+        problem = "which has no language-model head"
+    if problem is not None:
+        raise TypeError(
+            f"{name} must be a causal language model, as AutoModelForCausalLM loads it, got {type(base).__name__}, "
+            f"{problem}"
+        )
+
+
+def vocabulary_size(*models: nn.Module | None) -> int | None:
+    """How many token ids all of some models have embeddings and logits for; None where that is not known."""
+    sizes = []
+    for model in models:
+        for getter, attribute in (
+            ("get_input_embeddings", "num_embeddings"),
+            ("get_output_embeddings", "out_features"),
+        ):
+            module = getattr(model, getter)() if hasattr(model, getter) else None
+            size = getattr(module, attribute, None)
+            if isinstance(size, int):
+                sizes.append(size)
+    return min(sizes, default=None)
+
+
+def position_limit(model: Any) -> int | None:
+    """How many positions a model has, if it looks them up in a table; None if any position can be computed."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    tables = [
+        (module.num_embeddings, 0 if module.padding_idx is None else module.padding_idx + 1)  # ids begin after that
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(path)
+    ]
+    tables += [(len(buffer), 0) for path, buffer in model.named_buffers() if _POSITION_TABLE.search(path)]
+    return min((min(limit, rows - offset) for rows, offset in tables if rows >= limit), default=None)
+
+
+def pad_token_id(tokenizer: Any, size: int | None) -> int:
+    """A token id below `size`, if that is given: any serves, since padding is masked out of attention and labels."""
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in tokens if token is not None and (size is None or token < size)), 0)
+
+
+def check_fits(dataset: datasets.Dataset, name: str, models: Models, tokenizer: Any) -> None:
+    """Refuse token ids that a model has no embedding for, and sequences that are longer than its positions.
+
+    Args:
+        dataset: tokenised.
+        name: of the data set.
+        models: the policy, and the reference if it is another model.
+        tokenizer: of the data set.
+
+    Raises:
+        ValueError: names both sizes.
+    """
+    largest, longest = _largest_id_and_length(dataset)
+    for argument, model in zip(("model", "ref_model"), models, strict=True):
+        if model is None:
+            continue
+        size, positions = vocabulary_size(model), position_limit(model)
+        if size is not None and largest >= size:
+            raise ValueError(
+                f"the {name} data set has the token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but "
+                f"{argument} has embeddings for {size} ids only (the tokenizer has {len(tokenizer)}): take the "
+                f"tokenizer of that model, or resize it with resize_token_embeddings({len(tokenizer)})"
+            )
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"the {name} data set has a sequence of {longest} tokens, but {argument} has only {positions} "
+                f"positions: set max_length={positions} or less"
+            )
+
+
+def _largest_id_and_length(dataset: datasets.Dataset) -> tuple[int, int]:
+    """The largest token id of a tokenised data set, and the tokens of its longest sequence."""
+    names = [
+        name for name in dict.fromkeys((*TOKEN_COLUMNS, *UNPAIRED_TOKEN_COLUMNS[:2])) if name in dataset.column_names
+    ]
+    largest = longest = 0
+    for batch in dataset.with_format("arrow").select_columns(names).iter(batch_size=1000):
+        lengths = {name: pc.list_value_length(batch.column(name)) for name in names}
+        for name in names:
+            largest = max(largest, pc.max(pc.list_flatten(batch.column(name))).as_py() or 0)
+            if name != "prompt_ids":
+                longest = max(longest, pc.max(pc.add(lengths["prompt_ids"], lengths[name])).as_py() or 0)
+    return largest, longest
