@@ -7,6 +7,7 @@ function as TRL's trainers call it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ except ImportError as error:
         f"dil_kernels.reward needs the extra [train]: pip install 'dil-kernels[train]' ({error})"
     ) from error
 
-from dil_kernels.tokenization import TOKEN_COLUMNS, PreferenceCollator, tokenize_dataset, tokenize_pair, truncate
+from dil_kernels.tokenization import TOKEN_COLUMNS, PairTokenizer, PreferenceCollator, tokenize_dataset
 
 Conversation = str | list[dict[str, str]]
 
@@ -171,7 +172,11 @@ class DensityRatioReward:
         """
         if len(prompts) != len(completions):
             raise ValueError(f"completions must be {len(prompts)} as prompts, got {len(completions)}")
-        sequences = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        to_ids, lengths = PairTokenizer(self.tokenizer), _lengths(self.max_length)
+        sequences = []  # with the token ids that such a response has in `train_reward`
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = to_ids({"prompt": prompt, "completion": completion}, "reward")
+            sequences.append(list(itertools.chain.from_iterable(to_ids.truncated(ids, **lengths))))
         training, device = self.model.training, next(self.model.parameters()).device
         collator = PreferenceCollator(self.tokenizer.pad_token_id)
         self.model.eval()
@@ -183,11 +188,6 @@ class DensityRatioReward:
             scores += self.model(**inputs).logits.squeeze(-1).float().tolist()
         self.model.train(training)
         return scores
-
-    def _encode(self, prompt: Conversation, completion: Conversation) -> list[int]:
-        """The token ids that such a response has in `train_reward`."""
-        ids = tokenize_pair({"prompt": prompt, "completion": completion}, self.tokenizer, "reward")
-        return [token for part in truncate(*ids, **_lengths(self.max_length)) for token in part]
 
 
 def _lengths(max_length: int | None) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from dil_kernels.data import (
     response_columns,
 )
 from dil_kernels.pairs.cache_key import code_key
-from dil_kernels.pairs.chat_template import render_conversation
+from dil_kernels.pairs.chat_template import ChatRenderer
 from dil_kernels.pairs.columns import without_padding
+from dil_kernels.pairs.encoding import TextEncoder
 from dil_kernels.pairs.pair_storage import source_of
 from dil_kernels.pairs.truncation import TRUNCATION_MODES, DataReport, is_too_long, truncate
 
@@ -33,6 +34,7 @@ __all__ = [
     "TRUNCATION_MODES",
     "UNPAIRED_REF_COLUMNS",
     "UNPAIRED_TOKEN_COLUMNS",
+    "PairTokenizer",
     "PreferenceCollator",
     "tokenize_and_report",
     "tokenize_dataset",
@@ -73,8 +75,8 @@ def tokenize_dataset(
         stay.
 
     Raises:
-        PreferenceDataError: a pair is broken, or its response cannot be told from its prompt exactly; or every pair is
-            too long.
+        PreferenceDataError: a pair is broken, has a text that would be left out, or a response that cannot be told
+            from its prompt exactly; or every pair is too long.
     """
     tokenized, report = tokenize_and_report(
         dataset,
@@ -103,13 +105,14 @@ def tokenize_and_report(
     source = source_of(dataset)
     dataset, first = open_pairs(dataset, source)
     features = dataset.features
+    to_ids = PairTokenizer(tokenizer)
 
     def tokenize(record: Pair, index: int, code: str) -> dict[str, Any]:
         where = place(source, index + 1)
         pair = check_pair(without_padding(record, features), where, first)
-        whole = tokenize_pair(pair, tokenizer, where)
-        prompt_ids, *responses = truncate(
-            *whole, max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode
+        whole = to_ids(pair, where)
+        prompt_ids, *responses = to_ids.truncated(
+            whole, max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode
         )
         columns = [f"{column}_ids" for column in response_columns(pair)]
         lost = [len(ids) - len(kept) for ids, kept in zip(whole[1:], responses, strict=True)]
@@ -155,50 +158,60 @@ def tokenize_and_report(
     return (tokenized.select(kept.nonzero()[0]) if report.dropped else tokenized), report
 
 
-def tokenize_pair(pair: Pair, tokenizer: Any, where: str) -> tuple[list[int], ...]:
-    """Token ids of the prompt and of each response (chosen and rejected, or the one completion), untruncated.
+class PairTokenizer:
+    """Token ids of pairs, untruncated.
 
     A conversation goes through the chat template: its prompt ends where generation starts, and its response is all
-    that follows: end-of-turn marks, and the messages of tools and users between the assistant's. A response that is a
-    string gets the end-of-sequence token. Where the end of the prompt would merge with the response into one token,
-    each is tokenised alone, as generation has it.
+    that follows: end-of-turn marks, and the messages of tools and users between the assistant's. A string begins with
+    what the tokenizer begins a text with, and its response ends with the end-of-sequence token; neither stands twice.
 
-    Raises:
-        PreferenceDataError: the template renders the prompt differently within the conversation, or a part has no
-            token.
+    A prompt has the ids that it has alone, as generation has it, and those of a response follow it, see `TextEncoder`.
+
+    Args:
+        tokenizer: a transformers tokenizer; conversations need its chat template, strings its end-of-sequence token.
     """
-    conversational = is_conversational(pair)
-    prompt, texts = render_conversation(pair, tokenizer, where) if conversational else _join(pair)
-    if not conversational and tokenizer.eos_token_id is None:
-        raise PreferenceDataError(f"{where}: the tokenizer has no end-of-sequence token to end a response with")
-    prompt_ids = _encode(tokenizer, prompt, special=not conversational)
-    if not prompt_ids:
-        raise PreferenceDataError(f"{where}, column 'prompt': the prompt has no token to predict the response from")
-    responses = []
-    for column, text in texts.items():
-        ids = _encode(tokenizer, text, special=not conversational)
-        if ids[: len(prompt_ids)] == prompt_ids:
-            ids = ids[len(prompt_ids) :]
-        else:
-            ids = _encode(tokenizer, text[len(prompt) :], special=False)
-        if not conversational and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
-        if not ids:
-            raise PreferenceDataError(f"{where}, column {column!r}: the response has no token")
-        responses.append(ids)
-    return prompt_ids, *responses
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer)
+        self._renderer = ChatRenderer(tokenizer)
+
+    def __call__(self, pair: Pair, where: str) -> tuple[list[int], ...]:
+        """The ids of the prompt and of each response: chosen and rejected, or the one completion.
+
+        Raises:
+            PreferenceDataError: the template leaves out a text, or renders the prompt differently within the
+                conversation; the tokenizer cannot tell the response from the prompt; or one of them has no token.
+        """
+        conversational = is_conversational(pair)
+        prompt, texts = self._renderer.render(pair, where) if conversational else _join(pair)
+        if not conversational and self._tokenizer.eos_token_id is None:
+            raise PreferenceDataError(f"{where}: the tokenizer has no end-of-sequence token to end a response with")
+        text_ids = self._encoder.encode(prompt)
+        prompt_ids = text_ids if conversational else self._encoder.started(text_ids)
+        if not prompt_ids:
+            raise PreferenceDataError(f"{where}, column 'prompt': the prompt has no token to predict the response from")
+        responses = []
+        for column, text in texts.items():
+            ids = self._encoder.response(text_ids, prompt, text, f"{where}, column {column!r}")
+            ids = self._encoder.ended(ids, append=not conversational)
+            if not ids:
+                raise PreferenceDataError(f"{where}, column {column!r}: the response has no token")
+            responses.append(ids)
+        return prompt_ids, *responses
+
+    def truncated(self, ids: tuple[list[int], ...], **lengths: Any) -> tuple[list[int], ...]:
+        """Ids cut as `truncate` cuts them; the prompt keeps its BOS."""
+        return truncate(*ids, start_ids=self._encoder.start_of(ids[0]), **lengths)
+
+
+def tokenize_pair(pair: Pair, tokenizer: Any, where: str) -> tuple[list[int], ...]:
+    """Token ids of one pair, as of `PairTokenizer`."""
+    return PairTokenizer(tokenizer)(pair, where)
 
 
 def _join(pair: Pair) -> tuple[str, dict[str, str]]:
     return pair["prompt"], {column: pair["prompt"] + pair[column] for column in response_columns(pair)}
-
-
-def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    # Some tokenizers end every text with this token, also a prompt.
-    if special and ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        return ids[:-1]
-    return ids
 
 
 @dataclass(frozen=True)

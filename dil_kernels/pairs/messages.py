@@ -17,6 +17,7 @@ EXTRA = "extra"
 TOOLS = "tools"
 TEMPLATE_OPTIONS = "chat_template_kwargs"
 JSON_COLUMNS = (TOOLS, TEMPLATE_OPTIONS)
+CONTINUE = "continue_final_message"  # of the options, says whether a response goes on with the prompt's last message
 MEDIA = frozenset({"image", "images", "image_url", "video", "videos", "audio", "audios"})
 # The roles of those who speak in ShareGPT's form.
 SPEAKERS = {
@@ -33,7 +34,6 @@ BLANKS = frozenset(" \t")
 RESERVED_OPTIONS = frozenset(
     {
         "add_generation_prompt",
-        "continue_final_message",
         "conversation",
         "max_length",
         "padding",
@@ -84,8 +84,9 @@ def _check_message(value: Any, where: str) -> Message:
         message = _from_sharegpt(message, where)
     if not isinstance(message.get("role"), str):
         raise PreferenceDataError(f"{where}: role must be a string, got {type(message.get('role')).__name__}")
-    if message.get("tool_calls") is not None:
-        message["tool_calls"] = _check_objects(message["tool_calls"], where, "tool_calls")
+    calls = message.pop("tool_calls", None)
+    if calls := [] if calls is None else _check_objects(calls, where, "tool_calls"):
+        message["tool_calls"] = [_check_call(call, f"{where}, call {n}") for n, call in enumerate(calls, start=1)]
     content = message.get("content")
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
         content = "".join(_check_part(part, f"{where}, part {number}") for number, part in enumerate(content, start=1))
@@ -131,6 +132,18 @@ def _check_objects(value: Any, where: str, name: str) -> list[dict[str, Any]]:
         if not isinstance(item, Mapping):
             raise PreferenceDataError(f"{where}: {name} must be a list of objects, but {number} is {item!r:.40}")
     return [dict(item) for item in value]
+
+
+def _check_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """A tool call, with its arguments as the object that chat templates expect, given as such or as JSON text."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _check_call(dict(call["function"]), where)}
+    if not isinstance(call.get("arguments"), str):
+        return call
+    arguments = _parsed(call["arguments"], where, "arguments")
+    if not isinstance(arguments, Mapping):
+        raise PreferenceDataError(f"{where}: arguments must be an object, got {type(arguments).__name__}")
+    return {**call, "arguments": dict(arguments)}
 
 
 def _parsed(value: Any, where: str, name: str) -> Any:
@@ -183,6 +196,8 @@ def _check_options(value: Any, where: str) -> dict[str, Any]:
         raise PreferenceDataError(f"{where}: expected an object, got {type(value).__name__}")
     if reserved := sorted(RESERVED_OPTIONS & value.keys()):
         raise PreferenceDataError(f"{where}: {', '.join(reserved)} cannot be set for a row")
+    if not isinstance(value.get(CONTINUE, False), bool):
+        raise PreferenceDataError(f"{where}: {CONTINUE} must be true or false, got {value[CONTINUE]!r:.40}")
     return dict(value)
 
 

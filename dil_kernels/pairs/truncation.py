@@ -19,6 +19,7 @@ def truncate(
     max_length: int | None,
     max_prompt_length: int | None,
     truncation_mode: str,
+    start_ids: Sequence[int] = (),
 ) -> tuple[list[int], ...]:
     """Cut a pair that is longer than `max_length`: first its prompt, then the ends of its responses.
 
@@ -29,6 +30,7 @@ def truncate(
         max_prompt_length: tokens of the prompt that a pair that is too long keeps; below `max_length`, so that each
             response keeps a token.
         truncation_mode: "keep_end" or "keep_start" of the prompt; "drop" cuts nothing.
+        start_ids: what the prompt begins with and keeps in any case, its BOS.
 
     Returns:
         The ids that remain.
@@ -37,7 +39,11 @@ def truncate(
         return prompt_ids, *responses
     assert max_length is not None
     assert max_prompt_length is not None
-    prompt_ids = prompt_ids[-max_prompt_length:] if truncation_mode == "keep_end" else prompt_ids[:max_prompt_length]
+    if truncation_mode == "keep_start":
+        prompt_ids = prompt_ids[:max_prompt_length]
+    elif len(prompt_ids) > max_prompt_length:
+        start = prompt_ids[: min(len(start_ids), max_prompt_length)]
+        prompt_ids = start + prompt_ids[len(prompt_ids) - max_prompt_length + len(start) :]
     room = max_length - len(prompt_ids)
     return prompt_ids, *(ids[:room] for ids in responses)
 
