@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -191,5 +192,6 @@ def _is_kept(value: str, text: str) -> bool:
     return any(form in text for form in quoted) or "".join(value.split()) in "".join(text.split())
 
 
+@functools.lru_cache(maxsize=64)
 def _names(template: str, word: str) -> bool:
     return re.search(rf"\b{word}\b", template) is not None

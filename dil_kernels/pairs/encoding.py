@@ -9,6 +9,7 @@ from dil_kernels.pairs.messages import PreferenceDataError
 
 # Texts that a response is encoded behind, so that it gets no dummy space; the first that stays apart from it is taken.
 ANCHORS = ("\n", "0", "a", ".")
+NEAR = 32  # tokens on each side of a boundary
 
 
 class TextEncoder:
@@ -54,11 +55,16 @@ class TextEncoder:
         if joint[: len(prompt_ids)] == prompt_ids:
             return joint[len(prompt_ids) :]
         response = text[len(prompt) :]
-        right = {text, self._decode(joint)}  # which differ where the tokenizer changes texts or knows no token for one
+        found = []
         for ids in self._continuations(response):
+            if self._follows(prompt_ids, ids, response):
+                return ids
+            found.append(ids)
+        right = {text, self._decode(joint)}  # which differ where the tokenizer changes texts or knows no token for one
+        for ids in found:
             if self._decode(prompt_ids + ids) in right:
                 return ids
-        alone = self.encode(response)
+        alone = found[0]
         if self._drops_blanks() and _squeezed(self._decode(prompt_ids + alone)) in map(_squeezed, right):
             return alone
         raise PreferenceDataError(
@@ -96,6 +102,15 @@ class TextEncoder:
             ids, both = self.encode(anchor), self.encode(anchor + response)
             if both[: len(ids)] == ids:
                 yield both[len(ids) :]
+
+    def _follows(self, prompt_ids: list[int], ids: list[int], response: str) -> bool:
+        """Whether ids decode to the response behind the prompt, by the tokens next to the boundary.
+
+        Those further on are in any case what the tokenizer makes of the text.
+        """
+        before, after = prompt_ids[-NEAR:], ids[:NEAR]
+        expected, decoded = self._decode(before) + response, self._decode(before + after)
+        return expected.startswith(decoded) and (len(ids) > NEAR or decoded == expected)
 
     def _drops_blanks(self) -> bool:
         """Whether the ids do not tell blanks apart, so that no decoded text can be expected to have those given."""
