@@ -25,8 +25,8 @@ LENGTHS = {"max_length": None, "max_prompt_length": None, "truncation_mode": "ke
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
     "{% for key, value in call.function.arguments.items() %} {{ key }} {{ 'w60' if value is none else value }} "
-    "{% endfor %}{% endfor %}<|end|>{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% endfor %}{% endfor %}<|end|>{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
