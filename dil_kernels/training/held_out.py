@@ -104,6 +104,11 @@ class HeldOutBefore(TrainerCallback):
             path.write_text(json.dumps(asdict(self.scores)) + "\n")
 
 
+def _change(value: float) -> str:
+    """With three decimals, or where these would hide it, two digits."""
+    return f"{value:+.1e}" if 0 < abs(value) < 5e-4 else f"{value:+.3f}"
+
+
 @dataclass(frozen=True)
 class BeforeAfter:
     """Scores of the same held-out responses before and after training."""
@@ -137,7 +142,7 @@ class BeforeAfter:
             ("rejected_logps", f"rejected log-prob, {unit}"),
             ("margin", "margin (chosen - rejected)"),
         ):
-            rows.append((label, f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[key] - first[key]:+.3f}"))
+            rows.append((label, f"{first[key]:.3f}", f"{last[key]:.3f}", _change(last[key] - first[key])))
         if "accuracy" in first:
             old, new = first["accuracy"], last["accuracy"]
             rows.append(("accuracy (chosen likelier)", f"{old:.1%}", f"{new:.1%}", f"{100 * (new - old):+.1f} pt"))

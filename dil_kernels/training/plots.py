@@ -27,6 +27,8 @@ PANELS: tuple[tuple[str, str, Curves], ...] = (
     ("Rewards", "log ratio", _sides("rewards")),
     ("Log-probability of a response", "sum over its tokens", _sides("logps")),
 )
+LIKE = 1000  # numbers that differ by less than this part of them are written as differences
+LARGEST_EXPONENT = 3  # beyond which numbers are written with a power of ten
 Logs = Sequence[Mapping[str, Any]]
 
 
@@ -87,14 +89,47 @@ def _series(log_history: Logs, metric: str) -> tuple[list[int], list[float]]:
 
 
 def _finish_panel(axes: Axes, title: str, label: str) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import Formatter, MaxNLocator
+
+    class OffsetFormatter(Formatter):
+        """Short numbers at the ticks where values are small or hardly differ, and beside them how to read these."""
+
+        offset, exponent = 0.0, 0
+
+        def set_locs(self, locs: Any) -> None:
+            self.offset, self.exponent = offset_and_exponent(list(locs))
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return self.fix_minus(f"{(x - self.offset) / 10**self.exponent:.6g}")
+
+        def get_offset(self) -> str:
+            return offset_text(self.offset, self.exponent)
 
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("optimizer step", fontsize=9)
     axes.set_ylabel(label, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(OffsetFormatter())
+    axes.yaxis.get_offset_text().set_fontsize(8)
     axes.grid(color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     if len(axes.get_lines()) > 1:
         axes.legend(framealpha=0.8, edgecolor="none", fontsize=8)
+
+
+def offset_and_exponent(ticks: Sequence[float]) -> tuple[float, int]:
+    """What to take off numbers, and by which power of ten to divide them then, so that they are short; mostly 0, 0."""
+    spread, largest = max(ticks, default=0.0) - min(ticks, default=0.0), max(map(abs, ticks), default=0.0)
+    offset = float(f"{min(ticks):.12g}") if 0 < spread < largest / LIKE else 0.0
+    left = spread if offset else largest
+    exponent = math.floor(math.log10(left)) if left > 0 else 0
+    return offset, exponent if abs(exponent) > LARGEST_EXPONENT else 0
+
+
+def offset_text(offset: float, exponent: int) -> str:
+    """How values come from the numbers at the ticks: offset + tick x 10^exponent; empty where they are the values."""
+    ticks = rf"ticks $\times\,10^{{{exponent}}}$" if exponent else "ticks"
+    if offset:
+        return f"{offset:.12g} + {ticks}".replace("-", "\N{MINUS SIGN}", 1 if offset < 0 else 0)
+    return ticks if exponent else ""
