@@ -9,9 +9,8 @@ import importlib
 import json
 import re
 import sys
-import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import yaml
@@ -19,13 +18,14 @@ from transformers import TrainingArguments
 
 from dil_kernels.backends import BACKENDS
 from dil_kernels.divergences import divergence_names
-from dil_kernels.option_names import did_you_mean
+from dil_kernels.option_names import as_on_command_line, describe_error, did_you_mean, option_string
+from dil_kernels.option_types import boolean, checkpoint, nonempty, type_options
 from dil_kernels.recipes import find_recipe, packaged_recipes
 from dil_kernels.tokenization import TRUNCATION_MODES
 from dil_kernels.training.config import DILConfig
+from dil_kernels.training.ranges import check_numbers
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-MAX_LISTED = 4  # choices that --help lists
 REQUIRED = ("model", "train_file", "output_dir")
 COMMON_FIELDS = (
     "learning_rate",
@@ -55,11 +55,14 @@ RENAMED = {
 # Declared by hand below, without an effect in this program, or not expressible as text.
 OMITTED_FIELDS = {
     "output_dir",
+    "overwrite_output_dir",
     "resume_from_checkpoint",
     "do_train",
     "do_eval",
     "do_predict",
     "parallelism_config",
+    "include_for_metrics",
+    "batch_eval_metrics",
 }
 
 
@@ -81,12 +84,25 @@ class RunOptions:
     load_in_4bit: bool = False
     resume_from_checkpoint: str | bool = False
     import_modules: tuple[str, ...] = ()
+    overwrite_output_dir: bool = False
+    traceback: bool = False
+
+
+def in_options(message: str) -> str:
+    """A message on one line, with the options in it as the command line spells them."""
+    return as_on_command_line(
+        message, [field.name for kind in (RunOptions, DILConfig) for field in dataclasses.fields(kind)]
+    )
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and name the option nearest to an unknown one."""
 
     source = ""  # where the options being parsed stand, for the messages
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", None, nonempty)  # of options that are text
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
@@ -102,7 +118,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             option = next((token for token in unknown if token.startswith("-")), unknown[0]).split("=")[0]
             nearest = did_you_mean(_underscored(option), map(_underscored, self._option_string_actions))
-            self.error(f"unknown option {option}" + (f"; did you mean {_option(nearest)}?" if nearest else ""))
+            self.error(f"unknown option {option}" + (f"; did you mean {option_string(nearest)}?" if nearest else ""))
         return namespace
 
 
@@ -118,7 +134,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
     recipe = command_line.pop("config", None)
     values = {} if recipe is None else read_recipe(recipe, parser)
     values.update(command_line)
-    missing = [_option(name) for name in REQUIRED if values.get(name) is None]
+    missing = [option_string(name) for name in REQUIRED if values.get(name) is None]
     if missing:
         parser.error(f"{', '.join(missing)} must be given, here or in a recipe (--config)")
     run_fields = {field.name for field in dataclasses.fields(RunOptions)}
@@ -131,9 +147,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
         **{**{name: value for name, value in values.items() if name in run_fields}, "import_modules": modules}
     )
     try:
+        check_numbers(run)
         config = DILConfig(**{name: value for name, value in values.items() if name not in run_fields})
-    except (ValueError, TypeError, ImportError) as error:
-        parser.error(str(error))
+    except Exception as error:  # whatever transformers and accelerate raise of a value
+        parser.error(in_options(describe_error(error)))
     if run.eval_file is None and config.eval_strategy != "no":
         parser.error(
             f"--eval-strategy {getattr(config.eval_strategy, 'value', config.eval_strategy)} needs --eval-file"
@@ -230,10 +247,10 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
 def _as_tokens(name: str, value: Any) -> list[str]:
     """The command line that sets an option to a value of a recipe."""
     if isinstance(value, list):
-        return [_option(name), *map(str, value)]
+        return [option_string(name), *map(str, value)]
     if isinstance(value, dict):
-        return [f"{_option(name)}={json.dumps(value)}"]
-    return [f"{_option(name)}={value}"]
+        return [f"{option_string(name)}={json.dumps(value)}"]
+    return [f"{option_string(name)}={value}"]
 
 
 def build_parser() -> Parser:
@@ -290,12 +307,25 @@ def _add_run_options(parser: Parser) -> None:
     )
     group.add_argument("--eval-file", metavar="FILE", help="held-out pairs for the before/after table; likewise")
     group.add_argument("--output-dir", metavar="DIR", help="where checkpoints, model, table and plot are written")
+    group.add_argument(
+        "--overwrite-output-dir",
+        metavar="BOOL",
+        type=boolean,
+        nargs="?",
+        const=True,
+        help="write into a directory that holds something: what will be overwritten is named, and checkpoints of an "
+        "earlier run are removed when training begins",
+    )
     group.add_argument("--train-split", metavar="NAME", help="split of a hub data set to train on (default: train)")
     group.add_argument(
-        "--eval-split", metavar="NAME", help="split of a hub data set to evaluate on (default: test; train of a file)"
+        "--eval-split",
+        metavar="NAME",
+        help="split of a hub data set to evaluate on (default: test; train of a file)",
     )
     group.add_argument(
-        "--ref-model", metavar="NAME", help="the reference model (default: the model as it is before training)"
+        "--ref-model",
+        metavar="NAME",
+        help="the reference model (default: the model as it is before training)",
     )
     group.add_argument(
         "--dtype",
@@ -321,7 +351,7 @@ def _add_run_options(parser: Parser) -> None:
     group.add_argument(
         "--load-in-4bit",
         metavar="BOOL",
-        type=_boolean,
+        type=boolean,
         nargs="?",
         const=True,
         help="hold the base weights in 4 bits, in NF4 of bitsandbytes, under LoRA",
@@ -331,8 +361,16 @@ def _add_run_options(parser: Parser) -> None:
         metavar="DIR",
         nargs="?",
         const=True,
-        type=_checkpoint,
+        type=checkpoint,
         help="continue from this checkpoint, or without DIR from the last complete one in --output-dir",
+    )
+    group.add_argument(
+        "--traceback",
+        metavar="BOOL",
+        type=boolean,
+        nargs="?",
+        const=True,
+        help="show where an error arose, for a report of it",
     )
 
 
@@ -345,7 +383,7 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hi
         hint: its resolved type.
         brief: show only the first sentence of its help.
     """
-    options = _type_options(hint)
+    options = type_options(hint, tuple(field.metadata.get("choices", ())) or None)
     if field.name in _choices():
         options = {"choices": _choices()[field.name]}
     text = " ".join(str(field.metadata.get("help", "")).split())
@@ -355,8 +393,8 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hi
     default = default.value if isinstance(default, enum.Enum) else default
     if default is not None:
         text = f"{text.rstrip('.')} (default: {default})"
-    other_names = [_option(other) for pair in RENAMED.items() if field.name in pair for other in pair]
-    names = dict.fromkeys([_option(field.name), *other_names])
+    other_names = [option_string(other) for pair in RENAMED.items() if field.name in pair for other in pair]
+    names = dict.fromkeys([option_string(field.name), *other_names])
     group.add_argument(*names, dest=field.name, help=text.replace("%", "%%"), **options)
 
 
@@ -365,53 +403,8 @@ def _choices() -> dict[str, tuple[str, ...]]:
         "loss_type": tuple(divergence_names()),
         "backend": ("auto", *BACKENDS),
         "truncation_mode": TRUNCATION_MODES,
+        "include_num_input_tokens_seen": ("no", "all", "non_padding"),
     }
-
-
-def _type_options(hint: Any) -> dict[str, Any]:
-    """What `add_argument` needs for a field of a type."""
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    optional = type(None) in members
-    for member in members:
-        if isinstance(member, type) and issubclass(member, enum.Enum):
-            choices = tuple(choice.value for choice in member)
-            return {"choices": choices} if len(choices) <= MAX_LISTED else {"choices": choices, "metavar": "NAME"}
-    if any(typing.get_origin(member) is list for member in members):
-        return {"nargs": "+", "metavar": "NAME"}
-    if str in members:
-        return {"metavar": "TEXT"}
-    if bool in members:
-        return {"type": _or_none(_boolean, optional), "nargs": "?", "const": True, "metavar": "BOOL"}
-    for kind, metavar in ((int, "INT"), (float, "FLOAT")):
-        if kind in members:
-            return {"type": _or_none(kind, optional), "metavar": metavar}
-    return {"type": json.loads, "metavar": "JSON"}
-
-
-def _or_none(convert: Callable[[str], Any], optional: bool) -> Callable[[str], Any]:
-    if not optional:
-        return convert
-
-    def convert_or_none(text: str) -> Any:
-        return None if text.lower() == "none" else convert(text)
-
-    convert_or_none.__name__ = convert.__name__.strip("_")
-    return convert_or_none
-
-
-def _boolean(text: str) -> bool:
-    value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return value
-
-
-def _checkpoint(text: str) -> str | bool:
-    return text.lower() == "true" if text.lower() in ("true", "false") else text
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _underscored(option: str) -> str:

@@ -197,7 +197,7 @@ def resolve_options(
         if value is None:
             continue
         if own is None or own.name != name:
-            raise ValueError(f"{name}={value} was given, but loss_type={loss_type!r} has no {name}; leave it None")
+            raise ValueError(f"{name}={value} was given, but loss_type={loss_type!r} has no {name}; leave it out")
         parameter = own.check(value)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")

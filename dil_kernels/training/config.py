@@ -10,13 +10,7 @@ from transformers import TrainingArguments
 from dil_kernels.backends import BACKENDS
 from dil_kernels.divergences import resolve_options
 from dil_kernels.tokenization import TRUNCATION_MODES
-
-LEAST = {
-    "num_generations_at_eval": 0,
-    "generate_max_new_tokens": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-}
+from dil_kernels.training.ranges import check_numbers
 
 
 @dataclass
@@ -139,6 +133,13 @@ class DILConfig(TrainingArguments):
         default=None,
         metadata={"help": "Processes that tokenise the data; the main process alone if not given."},
     )
+    resume_with_changes: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume from a checkpoint although options, data or reference differ from those that it was "
+            "trained with; what differs is said either way."
+        },
+    )
     learning_rate: float = field(
         default=1e-6,
         metadata={"help": "The highest learning rate of the schedule; the paper's are between 3e-7 and 1e-6."},
@@ -153,13 +154,13 @@ class DILConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         resolve_options(**self.loss_options())
+        check_numbers(self)
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # of which torch warns where there is no accelerator
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         _check_choice("backend", self.backend, ("auto", *BACKENDS))
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} was given, but no DIL loss has one")
         if self.padding_free and self.torch_compile:
@@ -191,8 +192,6 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _resolve_prompt_length(max_length: int, max_prompt_length: int | None) -> int:
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, a token of prompt and one of response; got {max_length}")
     if max_prompt_length is None:
         return max_length // 2
     if not 1 <= max_prompt_length < max_length:

@@ -22,7 +22,9 @@ TAGS = ("dil", "preference-learning", "generated_from_trainer")
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft")
 ALWAYS_SAID = ("loss_type", "average_log_prob", "max_length", "max_prompt_length", "truncation_mode", "learning_rate")
 # Where it ran and what it wrote, not what was trained; tokens are secret.
-NOT_THE_RECIPE = re.compile(r"output_dir|do_.*|hub_.*|push_to_hub.*|run_name|logging_dir|local_rank|disable_tqdm|_.*")
+NOT_THE_RECIPE = re.compile(
+    r"output_dir|do_.*|hub_.*|push_to_hub.*|run_name|logging_dir|local_rank|disable_tqdm|dataloader_pin_memory|_.*"
+)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CITATION = """@inproceedings{xiao2025connection,
   title     = {On a Connection Between Imitation Learning and {RLHF}},

@@ -130,5 +130,5 @@ def _refuse_shared_weights(policy: nn.Module, ref_model: nn.Module) -> None:
     if shared:
         raise ValueError(
             f"ref_model shares weights with the model that training changes: {shared[0]}{', ...' * (len(shared) > 1)}; "
-            "leave it None for the policy as it is now"
+            "leave it out for the policy as it is now"
         )
