@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,15 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
+OF_ONE_RUN = ("resume_from_checkpoint", "overwrite_output_dir", "traceback")  # and of no other that repeats it
 
 
 class InputError(Exception):
     """Something given to `dil-train` that it cannot start with."""
+
+
+class RunError(Exception):
+    """A training that failed; the message says why, and where to go on from."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,19 +39,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for bad input (nothing was written), 1 for a failed training.
     """
     try:
-        from dil_kernels.arguments import parse_arguments
+        from dil_kernels.arguments import in_options, parse_arguments
         from dil_kernels.data import PreferenceDataError
+        from dil_kernels.option_names import describe_error
+        from dil_kernels.training.checkpoints import where_to_resume
+
+        options, config = parse_arguments(sys.argv[1:] if argv is None else argv)
     except ImportError as error:
         return _fail(f"dil-train needs the extra [train]: pip install 'dil-kernels[train]' ({error})", BAD_INPUT)
-    options, config = parse_arguments(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return _fail("interrupted before training began", INTERRUPTED)
     try:
         train(options, config)
-    except (InputError, PreferenceDataError, NotImplementedError) as error:
-        return _fail(str(error), BAD_INPUT)
-    except FloatingPointError as error:
-        return _fail(str(error), FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted; --resume-from-checkpoint continues from the last checkpoint", INTERRUPTED)
+        return _fail(f"interrupted; {where_to_resume(str(config.output_dir))}", INTERRUPTED)
+    except Exception as error:  # whatever models, data and packages raise
+        if options.traceback:
+            raise
+        if isinstance(error, InputError | PreferenceDataError | NotImplementedError):
+            return _fail(in_options(str(error)), BAD_INPUT)
+        expected = isinstance(error, RunError | FloatingPointError)
+        message = str(error) if expected else f"{describe_error(error)} (--traceback shows where)"
+        return _fail(in_options(message), FAILED)
     return 0
 
 
@@ -64,12 +79,31 @@ def train(options: RunOptions, config: DILConfig) -> None:
         InputError: a checkpoint, model, tokenizer or integration that cannot be used, or options that do not fit these.
         PreferenceDataError: a broken preference pair.
         NotImplementedError: a set-up that `DILTrainer` refuses, such as several GPUs in one process.
-        FloatingPointError: a loss was not finite.
+        RunError: training failed.
     """
+    from dil_kernels.training.output_dir import output_directory
+    from dil_kernels.training.preflight import check_before_loading
+
     checkpoint = _resolve_checkpoint(options, config)
-    _check_report_to(config)
+    with contextlib.ExitStack() as stack:
+        try:
+            check_before_loading(config)
+            stack.enter_context(
+                output_directory(
+                    str(config.output_dir),
+                    overwrite=options.overwrite_output_dir,
+                    checkpoint=checkpoint,
+                    inputs={"--model": options.model, "--ref-model": options.ref_model},
+                )
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        _load_and_train(options, config, checkpoint)
+
+
+def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | None) -> None:
     train_dataset, eval_dataset = _load_data(options)
-    from dil_kernels.training.run import SetupError, run_training
+    from dil_kernels.training.run import SetupError, TrainingError, run_training
 
     tokenizer = _load_tokenizer(options.model)
     model = _with_lora(_load_model(options.model, options), options, config)
@@ -82,11 +116,14 @@ def train(options: RunOptions, config: DILConfig) -> None:
             train_dataset,
             eval_dataset,
             ref_model=ref_model,
-            resume_from_checkpoint=checkpoint,
+            resume_from_checkpoint=checkpoint or False,
             sources=_sources(options),
+            overwrite=options.overwrite_output_dir and checkpoint is None,
         )
     except SetupError as error:
         raise InputError(str(error)) from error
+    except TrainingError as error:
+        raise RunError(str(error)) from error
 
 
 def _sources(options: RunOptions) -> dict[str, Any]:
@@ -94,49 +131,35 @@ def _sources(options: RunOptions) -> dict[str, Any]:
     kept = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if value != field.default and field.name != "resume_from_checkpoint":
+        if value != field.default and field.name not in OF_ONE_RUN:
             name = "import" if field.name == "import_modules" else field.name
             kept[name] = list(value) if isinstance(value, tuple) else value
     return kept
 
 
-def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | bool:
-    """The checkpoint to resume from, or False.
+def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | None:
+    """The checkpoint to resume from, if any.
 
     Raises:
-        InputError: it does not exist, or a fresh run would mix its checkpoints with those of another.
+        InputError: there is none, it is not whole, or it was trained with other options.
     """
-    from dil_kernels.trainer import last_complete_checkpoint
+    from dil_kernels.training.checkpoints import last_complete_checkpoint
+    from dil_kernels.training.start import check_same_run, check_whole, options_record
 
-    output_dir = str(config.output_dir)
-    if options.resume_from_checkpoint is True:
-        try:
-            return str(last_complete_checkpoint(output_dir))
-        except FileNotFoundError as error:
-            raise InputError(f"--resume-from-checkpoint: {error}") from error
-    if options.resume_from_checkpoint:
-        if not Path(options.resume_from_checkpoint).is_dir():
-            raise InputError(f"--resume-from-checkpoint {options.resume_from_checkpoint}: no such directory")
-        return options.resume_from_checkpoint
-    if any(Path(output_dir).glob("checkpoint-*")):
-        raise InputError(
-            f"--output-dir {output_dir} holds checkpoints of an earlier run: continue it with "
-            "--resume-from-checkpoint, or name another directory"
-        )
-    return False
-
-
-def _check_report_to(config: DILConfig) -> None:
-    """Refuse integrations that are not there, before anything is loaded."""
-    from transformers.integrations import integration_utils
-
-    available = (*integration_utils.get_available_reporting_integrations(), "flyte")  # which that function leaves out
-    for name in config.report_to or ():
-        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
-            raise InputError(f"--report-to {name}: unknown; available: {known}")
-        if name not in available:
-            raise InputError(f"--report-to {name}: its package is not installed")
+    if options.resume_from_checkpoint is False:
+        return None
+    try:
+        if options.resume_from_checkpoint is True:
+            checkpoint = last_complete_checkpoint(str(config.output_dir))
+        else:
+            checkpoint = Path(options.resume_from_checkpoint)
+            if not checkpoint.is_dir():
+                raise FileNotFoundError(f"{checkpoint}: no such directory")
+        check_whole(checkpoint)
+        check_same_run(checkpoint, options_record(config), config.resume_with_changes)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"--resume-from-checkpoint: {error}") from error
+    return str(checkpoint)
 
 
 def _load_data(options: RunOptions) -> tuple[datasets.Dataset, datasets.Dataset | None]:

@@ -10,8 +10,10 @@ import contextlib
 import functools
 import inspect
 import itertools
+import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.utils.data import DataLoader
 try:
     import datasets
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
@@ -39,7 +41,7 @@ from dil_kernels.tokenization import (
     PreferenceCollator,
 )
 from dil_kernels.training.adapters import with_adapter
-from dil_kernels.training.checkpoints import check_weights, last_complete_checkpoint
+from dil_kernels.training.checkpoints import check_weights, last_complete_checkpoint, saving
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.generations import SampleGenerations
 from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs
@@ -60,6 +62,15 @@ from dil_kernels.training.ref_cache import ReferenceCache
 from dil_kernels.training.reference_policy import ReferencePolicy
 from dil_kernels.training.set_up import disable_dropout, install_fused_heads, refuse_inexact_setups
 from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
+from dil_kernels.training.start import (
+    RECORD_NAME,
+    StopWhenFinished,
+    check_same_run,
+    check_whole,
+    fingerprint_of_weights,
+    refuse_no_step,
+    run_record,
+)
 
 __all__ = ["DILConfig", "DILTrainer", "disable_dropout", "last_complete_checkpoint"]
 
@@ -128,7 +139,7 @@ class DILTrainer(Trainer):
         if not isinstance(args, DILConfig):
             raise TypeError(f"args must be a DILConfig, got {type(args).__name__}")
         if ref_model is model:
-            raise ValueError("ref_model is the model that training changes; leave it None for a frozen copy")
+            raise ValueError("ref_model is the model that training changes; leave it out for a frozen copy")
         if processing_class is None:
             raise ValueError("processing_class must be the tokenizer of the model, got None")
         check_causal_lm(model, "model")
@@ -165,6 +176,7 @@ class DILTrainer(Trainer):
         if args.padding_free:
             self._pack_batches(data_collator, models)
         # Hashed while the weights are whole.
+        self._reference_fingerprint = fingerprint_of_weights(models[-1])
         cache = self._open_ref_cache(models[-1]) if args.precompute_ref_log_probs else ""
         reference.place(self.accelerator)
         if args.precompute_ref_log_probs:
@@ -173,6 +185,8 @@ class DILTrainer(Trainer):
         self._start_record()
         self._eval_sums = zero_sums(args.device)
         self.card_notes = CardNotes()
+        self._finish = StopWhenFinished()
+        self.add_callback(self._finish)
         if args.num_generations_at_eval:
             self.add_callback(SampleGenerations(self))
 
@@ -256,10 +270,20 @@ class DILTrainer(Trainer):
             args, kwargs: handed on.
 
         Raises:
+            CannotStartError: there would be no step, or the checkpoint is not whole or was trained with other options,
+                data or reference.
+            SavingError: a checkpoint could not be written.
             FloatingPointError: a loss, or a weight that training left, is not finite.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete_checkpoint(str(self.args.output_dir)))
+        refuse_no_step(self)
+        self._run_record = run_record(self, self._reference_fingerprint)
+        if resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            check_whole(checkpoint)
+            if self.is_world_process_zero():  # which may be the only one that has loaded the weights
+                check_same_run(checkpoint, self._run_record, allowed=self.args.resume_with_changes)
         self._start_record()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         check_weights(self.model, self.state.global_step, self.accelerator.gather)
@@ -269,7 +293,7 @@ class DILTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """The micro-batches of one optimizer step, and `DILOutput.counts` of all of it over all processes."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
+        batches = [] if self._finish.finished else list(itertools.islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
             scored = has_scored_token(batch)
@@ -387,6 +411,8 @@ class DILTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, in training with the means of the metrics since the last log, which waits for the device."""
+        if "train_loss" in logs and self._finish.finished:
+            return  # of no step
         if self.is_in_train:
             self._non_finite.check(self.accelerator.gather, self.args.output_dir)
         if "loss" in logs or "train_loss" in logs:  # in training, and at its end
@@ -406,7 +432,12 @@ class DILTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._non_finite.check(self.accelerator.gather, self.args.output_dir)
         check_weights(model, self.state.global_step, self.accelerator.gather)
-        super()._save_checkpoint(model, trial)
+        directory = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with saving(str(directory), self.args.output_dir):
+            if self.args.should_save:
+                directory.mkdir(parents=True, exist_ok=True)
+                (directory / RECORD_NAME).write_text(json.dumps(self._run_record, indent=2) + "\n")
+            super()._save_checkpoint(model, trial)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the repository of `push_to_hub`; see `transformers.Trainer.init_hf_repo`.

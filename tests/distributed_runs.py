@@ -88,7 +88,7 @@ def resumed(folder: Path) -> DILTrainer:
         return AutoModelForCausalLM.from_pretrained(folder.parent / "initial")
 
     trainer_of(folder, load, max_steps=2, lr_scheduler_type="constant", **saving).train()
-    trainer = trainer_of(folder, load, max_steps=4, lr_scheduler_type="constant", **saving)
+    trainer = trainer_of(folder, load, max_steps=4, lr_scheduler_type="constant", resume_with_changes=True, **saving)
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     return trainer

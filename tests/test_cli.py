@@ -9,9 +9,9 @@ import pytest
 from tiny_model import make_model, make_pairs, make_tokenizer
 
 from dil_kernels import backends, cli
-from dil_kernels.arguments import _option, build_parser
+from dil_kernels.arguments import build_parser
 from dil_kernels.divergences import divergence_names
-from dil_kernels.option_names import ELSEWHERE
+from dil_kernels.option_names import ELSEWHERE, option_string
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,9 @@ def test_bad_data_starts_nothing(model_dir: Path, tmp_path: Path, capsys) -> Non
 def test_options_that_do_not_exist(tmp_path: Path, capsys) -> None:
     assert refused(["--lerning-rate", "1"], capsys) == "unknown option --lerning-rate; did you mean --learning-rate?"
     for name in ELSEWHERE:
-        message = refused([_option(name), "1"], capsys)
-        assert message == f"unknown option {_option(name)}; did you mean {_option(ELSEWHERE[name])}?"
-    assert {*map(_option, ELSEWHERE.values())} <= {*build_parser()._option_string_actions}
+        message = refused([option_string(name), "1"], capsys)
+        assert message == f"unknown option {option_string(name)}; did you mean {option_string(ELSEWHERE[name])}?"
+    assert {*map(option_string, ELSEWHERE.values())} <= {*build_parser()._option_string_actions}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\ncutoff_len: 8\n")
     assert refused(["--config", str(recipe)], capsys).endswith(
@@ -105,7 +105,7 @@ def test_options_that_do_not_fit(model_dir: Path, pairs_file: Path, tmp_path: Pa
     base = ["--model", str(model_dir), "--train-file", str(pairs_file), "--output-dir", str(tmp_path / "out")]
     for argv, message in (
         (base[:2], "--train-file, --output-dir must be given"),
-        ([*base, "--beta", "0.1"], "beta=0.1 was given, but loss_type='lsif' has no beta"),
+        ([*base, "--beta", "0.1"], "--beta 0.1 was given, but --loss-type lsif has no beta"),
         ([*base, "--loss-type", "kto"], "argument --loss-type: invalid choice: 'kto'"),
         ([*base, "--max-steps", "many"], "argument --max-steps: invalid int value: 'many'"),
         ([*base, "--eval-strategy", "steps"], "--eval-strategy steps needs --eval-file"),
@@ -131,8 +131,8 @@ def test_a_missing_integration_is_said_first(
 def test_what_the_trainer_refuses_is_one_line(model_dir: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:
     argv = ["--model", str(model_dir), "--train-file", str(pairs_file), "--output-dir", str(tmp_path / "out")]
     for options, message in (
-        (["--padding-free", "--attn-implementation", "eager"], "padding_free=True was given, but LlamaForCausalLM"),
-        (["--ref-adapter-name", "a"], "ref_adapter_name='a' was given, but model is not a PeftModel"),
+        (["--padding-free", "--attn-implementation", "eager"], "--padding-free true was given, but LlamaForCausalLM"),
+        (["--ref-adapter-name", "a"], "--ref-adapter-name a was given, but model is not a PeftModel"),
     ):
         assert cli.main([*argv, "--disable-tqdm", "--use-cpu", *options]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"dil-train: error: {message}")

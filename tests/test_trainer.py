@@ -422,7 +422,7 @@ def test_resuming_keeps_the_original_reference(tmp_path: Path, precompute: bool)
     first = resumable_run(tmp_path, precompute_ref_log_probs=precompute, max_grad_norm=0.0)
     first.train()
     assert any(not torch.equal(value, initial[name]) for name, value in trained_weights(first).items())
-    resumed = resumable_run(tmp_path, precompute_ref_log_probs=precompute)
+    resumed = resumable_run(tmp_path, precompute_ref_log_probs=precompute, max_grad_norm=0.0)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     if precompute:
         for column in ("ref_chosen_logps", "ref_rejected_logps"):

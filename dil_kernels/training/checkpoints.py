@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from dil_kernels.option_names import describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +46,35 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str], before: float =
     return checkpoints[max(checkpoints)]
 
 
-def where_to_resume(output_dir: str | os.PathLike[str], step: int) -> str:
-    """What to tell after a step that failed: the last checkpoint before it, or that there is none."""
+def where_to_resume(output_dir: str | os.PathLike[str], step: float = math.inf) -> str:
+    """What to tell after a run that ended early, or a step that failed: the last checkpoint before, if there is one."""
     try:
         return f"the last good checkpoint is {last_complete_checkpoint(output_dir, before=step)}"
     except FileNotFoundError:
         return "no checkpoint had been written before it"
+
+
+class SavingError(OSError):
+    """What was trained could not be written; the message says why, and where to go on from."""
+
+
+@contextlib.contextmanager
+def saving(what: str, output_dir: str | os.PathLike[str] | None) -> Iterator[None]:
+    """While files of a run are written.
+
+    Args:
+        what: is written.
+        output_dir: where the checkpoints are.
+
+    Raises:
+        SavingError: names the last good checkpoint.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise SavingError(
+            f"{what} could not be written: {describe_error(error)}; {where_to_resume(str(output_dir))}"
+        ) from error
 
 
 def check_weights(model: Any, step: int, gather: Callable[[Tensor], Tensor]) -> None:

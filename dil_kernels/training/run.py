@@ -8,44 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from dil_kernels.option_names import describe_error
 from dil_kernels.trainer import DILConfig, DILTrainer
+from dil_kernels.training.checkpoints import SavingError, saving, where_to_resume
 from dil_kernels.training.generations import GENERATIONS_NAME
 from dil_kernels.training.held_out import BeforeAfter, HeldOutBefore, score_held_out
 from dil_kernels.training.model_card import CARD_NAME, PLOT_NAME, CardNotes
+from dil_kernels.training.output_dir import remove_checkpoints
+from dil_kernels.training.progress import LiveLines, LiveProgress
+from dil_kernels.training.start import CannotStartError
 
 RESULTS_NAME = "before_after.json"
-LIVE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
 
-class SetupError(Exception):
-    """Options, data and model that do not make a trainer; the message says why."""
+class SetupError(RuntimeError):
+    """Options, data and model that do not make a run; the message says why."""
 
 
-class LiveProgress(ProgressCallback):
-    """A progress bar with the last logged loss, margin and accuracy at its end."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show training metrics in the bar, and evaluation metrics on a line of their own."""
-        if self.training_bar is None or logs is None:
-            return
-        if "loss" in logs:
-            self.training_bar.set_postfix_str(_format_metrics(logs, ""))
-        elif "eval_loss" in logs:
-            self.training_bar.write(f"step {state.global_step}: {_format_metrics(logs, 'eval_')}")
-
-
-def _format_metrics(logs: dict[str, Any], prefix: str) -> str:
-    return " ".join(f"{prefix}{name}={logs[prefix + name]:.3f}" for name in LIVE_METRICS if prefix + name in logs)
+class TrainingError(RuntimeError):
+    """A run that failed after it had begun; the message says why, and where to go on from."""
 
 
 def run_training(
@@ -58,6 +42,7 @@ def run_training(
     ref_model: PreTrainedModel | None = None,
     resume_from_checkpoint: str | bool = False,
     sources: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> BeforeAfter | None:
     """Train, save model and tokenizer, print the before/after table, plot the training curves, write a model card.
 
@@ -73,13 +58,16 @@ def run_training(
         ref_model: as of `DILTrainer`.
         resume_from_checkpoint: a checkpoint, or True for the last complete one.
         sources: where model and data came from, for the model card: options of `dil-train` by name.
+        overwrite: remove the checkpoints of an earlier run from the output directory when training begins.
 
     Returns:
         The scores of the held-out responses before and after training; None without any, and where a run that was
         resumed does not know those from before.
 
     Raises:
-        SetupError: they do not fit each other, a package is missing, or the hub refuses the repository.
+        SetupError: they do not fit each other, a package is missing, the hub refuses the repository, there would be no
+            step, or the checkpoint is not whole or of another run.
+        TrainingError: training, or writing its results, failed.
     """
     try:
         trainer = DILTrainer(
@@ -90,21 +78,30 @@ def run_training(
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
         )
-    except (ValueError, ImportError, OSError) as error:
+    except (TypeError, ValueError, ImportError, OSError) as error:
         raise SetupError(str(error)) from error
-    if not config.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LiveProgress)
+    trainer.remove_callback(PrinterCallback if config.disable_tqdm else ProgressCallback)
+    trainer.add_callback(LiveLines if config.disable_tqdm else LiveProgress)
     held_out = HeldOutBefore(trainer)
     if eval_dataset is not None:
         trainer.add_callback(held_out)
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
-    results = None
-    if eval_dataset is not None:
-        after = score_held_out(trainer)
-        results = None if held_out.scores is None else BeforeAfter(held_out.scores, after)
-    trainer.card_notes = CardNotes(sources or {}, results)
-    _save(trainer, results)
+    try:
+        if overwrite and trainer.is_world_process_zero():
+            remove_checkpoints(str(config.output_dir))
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
+        results = None
+        if eval_dataset is not None:
+            after = score_held_out(trainer)
+            results = None if held_out.scores is None else BeforeAfter(held_out.scores, after)
+        trainer.card_notes = CardNotes(sources or {}, results)
+        with saving(f"the trained model ({config.output_dir})", config.output_dir):
+            _save(trainer, results)
+    except CannotStartError as error:
+        raise SetupError(str(error)) from error
+    except (FloatingPointError, SavingError) as error:  # which say where to go on from
+        raise TrainingError(str(error)) from error
+    except Exception as error:  # whatever model, data loader, disk and packages raise
+        raise TrainingError(f"{describe_error(error)}; {where_to_resume(str(config.output_dir))}") from error
     return results
 
 

@@ -1,0 +1,125 @@
+"""The directory that a run writes into: it can be written, and nothing is in it that the run would spoil."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+# What a run writes: weights, adapters, tokenizers, states and reports of its own.
+WRITTEN = re.compile(
+    r"(generation_|adapter_)?config\.json|(pytorch_|adapter_)?model.*\.(safetensors|bin|json)|training_args\.bin"
+    r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|(additional_)?chat_templates?.*"
+    r"|trainer_state\.json|README\.md|training_curves\.png|before_after\.json|held_out_before\.json|generations\..*"
+    rf"|runs|{PREFIX_CHECKPOINT_DIR}-\d+"
+)
+NAMED = 8  # entries of a directory that a message lists
+
+
+class OutputDirError(ValueError):
+    """A directory that a run must not or cannot write into; the message says why, and what can be done."""
+
+
+@contextlib.contextmanager
+def output_directory(
+    output_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    inputs: Mapping[str, str | None] | None = None,
+) -> Iterator[None]:
+    """Make the directory of a run, or refuse it; on leaving, what was made and is still empty is removed again.
+
+    Args:
+        output_dir: of the run; checked on the main process alone, which writes to it.
+        overwrite: accept a directory that holds something, and say what will be overwritten.
+        checkpoint: from which the run goes on; that of a run in this directory may be continued in it.
+        inputs: directories that the run reads from, by the names that messages have for them.
+
+    Raises:
+        OutputDirError: it holds what this run did not write, is an input, or cannot be written.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    path, made = Path(output_dir), []
+    try:
+        try:
+            _refuse(path, overwrite, checkpoint, inputs or {})
+            made = [directory for directory in (path, *path.parents) if not directory.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(b"can be written")
+        except OSError as error:
+            raise OutputDirError(f"output_dir={path}: it cannot be written to: {error.strerror}") from error
+        yield
+    finally:
+        for directory in made:
+            with contextlib.suppress(OSError):  # it was not made, or is not empty
+                directory.rmdir()
+
+
+def remove_checkpoints(output_dir: str | os.PathLike[str]) -> None:
+    """Remove the checkpoints of an earlier run, from which this one must not be resumed by mistake."""
+    for path in _checkpoints(Path(output_dir)):
+        shutil.rmtree(path)
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    return sorted(path.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+
+
+def _refuse(
+    path: Path, overwrite: bool, checkpoint: str | os.PathLike[str] | None, inputs: Mapping[str, str | None]
+) -> None:
+    if path.exists() and not path.is_dir():
+        raise OutputDirError(f"output_dir={path}: it is a file, not a directory")
+    continued = checkpoint is not None and _same(Path(checkpoint).parent, path)
+    if path.is_dir() and not continued:
+        _refuse_inputs(path, inputs)
+        _refuse_entries(path, overwrite)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_dir() and other.is_dir() and os.path.samefile(one, other)
+
+
+def _refuse_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
+    for name, value in inputs.items():
+        if value is None:
+            continue
+        if _same(Path(value), path):
+            raise OutputDirError(f"output_dir={path} is the directory of {name}, which would be overwritten")
+        within = Path(value).resolve()
+        for directory in _checkpoints(path):
+            if directory.resolve() in (within, *within.parents):
+                raise OutputDirError(f"output_dir={path} holds {name} in {directory.name}, which would be overwritten")
+
+
+def _refuse_entries(path: Path, overwrite: bool) -> None:
+    entries = sorted(entry.name for entry in path.iterdir())
+    if not entries:
+        return
+    replaced = [name for name in entries if WRITTEN.fullmatch(name)]
+    if overwrite:
+        kept = [name for name in entries if name not in replaced]
+        print(f"{path}: to be overwritten: {_listed(replaced)}; left as they are: {_listed(kept)}")
+        return
+    holds = f"output_dir={path} holds "
+    if _checkpoints(path):
+        holds += "checkpoints of an earlier run: continue it with resume_from_checkpoint, "
+    else:
+        holds += f"what this run did not write ({_listed(entries)}): "
+    raise OutputDirError(
+        f"{holds}name another directory, or give overwrite_output_dir=True, which overwrites {_listed(replaced)}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED) or "nothing"

@@ -1,0 +1,210 @@
+"""Whether a run can begin: there is a step to make, and a checkpoint to go on from is whole and of the same run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+
+from dil_kernels.training.ref_cache import dataset_fingerprint
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "dil_run.json"  # in every checkpoint
+SAMPLES = 64  # values of a parameter that its fingerprint looks at
+# Options that say what is written, evaluated and reported, where and how fast a run goes; any other one changes what is
+# learned. The sizes of batches are compared as their product.
+FREE = re.compile(
+    r"output_dir|do_.*|resume_.*|overwrite_output_dir|logging_.*|log_.*|report_to|run_name|project|trackio_.*|disable_tqdm"
+    r"|save_.*|eval_.*|per_device_.*|gradient_accumulation_steps|auto_find_batch_size|prediction_loss_only|batch_eval.*"
+    r"|include_.*|label_names|load_best_model_at_end|metric_for_best_model|greater_is_better|hub_.*|push_to_hub.*"
+    r"|dataloader_(?!drop_last).*|dataset_num_proc|ddp_.*|fsdp.*|deepspeed|accelerator_config|parallelism_config"
+    r"|local_rank|use_cpu|no_cuda|tf32|full_determinism|average_tokens_across_devices|debug|skip_memory_metrics"
+    r"|torch_compile.*|torch_empty_cache_steps|activation_checkpointing.*|gradient_checkpointing.*|use_cache"
+    r"|use_liger_kernel|liger_kernel_config|backend|fused_head|stash_bytes|padding_free|precompute_ref_log_probs"
+    r"|ref_cache_dir|num_generations_at_eval|generate_max_new_tokens|ignore_data_skip|restore_callback_states.*"
+    r"|enable_jit_checkpoint"
+)
+ADAPTER_OPTIONS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora")
+
+
+class CannotStartError(ValueError):
+    """A run that there is nothing to do in, or a checkpoint that it cannot go on from; the message says why."""
+
+
+def refuse_no_step(trainer: Any) -> None:
+    """Refuse to train on data from which not one batch comes.
+
+    Raises:
+        CannotStartError: names the numbers.
+    """
+    args = trainer.args
+    rows, processes = len(trainer.train_dataset), args.world_size
+    batches = rows // args.per_device_train_batch_size // processes if args.dataloader_drop_last else rows
+    if not batches:
+        raise CannotStartError(
+            f"there would be no step: dataloader_drop_last={args.dataloader_drop_last} and {rows} rows of training "
+            f"data, with per_device_train_batch_size={args.per_device_train_batch_size} on {processes} "
+            f"process{'es' * (processes > 1)}"
+        )
+
+
+def options_record(args: Any) -> dict[str, Any]:
+    """The options of a `DILConfig` that decide what is learned, as JSON has them."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    options = {name: value for name, value in args.to_dict().items() if not FREE.fullmatch(name)}
+    return _as_json({**options, "global batch": batch})
+
+
+def run_record(trainer: Any, reference: str | None) -> dict[str, Any]:
+    """What decides what a `DILTrainer` learns, as JSON has it.
+
+    Args:
+        trainer: about to train.
+        reference: `fingerprint_of_weights` of the reference.
+    """
+    configs = getattr(trainer.model, "peft_config", {})
+    adapters = {
+        name: {option: getattr(config, option, None) for option in ADAPTER_OPTIONS} for name, config in configs.items()
+    }
+    data: datasets.Dataset = trainer.train_dataset
+    content = {
+        "training data": f"{len(data)} rows, {dataset_fingerprint(data)[:12]}",
+        "adapters": adapters,
+    }
+    if reference is not None:
+        content["reference weights"] = reference
+    return {**options_record(trainer.args), **_as_json(content)}
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+    return json.loads(json.dumps(values, default=plain))
+
+
+def fingerprint_of_weights(model: nn.Module) -> str | None:
+    """A hash of some values of every frozen parameter, or of every one if none is; None where they are not here whole.
+
+    Enough to tell models apart; unlike `ref_cache.model_fingerprint` it does not read all of them.
+    """
+    named = list(model.named_parameters())
+    frozen = [(name, parameter) for name, parameter in named if not parameter.requires_grad]
+    digest = xxhash.xxh3_64()
+    for name, parameter in frozen or named:
+        if parameter.is_meta or hasattr(parameter, "ds_id") or hasattr(parameter, "to_local"):
+            return None
+        values = parameter.detach().reshape(-1)
+        values = values[:: max(1, len(values) // SAMPLES)].double().cpu()
+        digest.update(f"{name.replace('.base_layer', '')} {list(parameter.shape)} {values.tolist()}\n".encode())
+    return digest.hexdigest()
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Refuse a checkpoint of which something is missing or cut off.
+
+    Raises:
+        CannotStartError: names the file.
+    """
+    problem = _missing(checkpoint) or next(filter(None, map(_damage, sorted(checkpoint.iterdir()))), None)
+    if problem is not None:
+        raise CannotStartError(f"{checkpoint} cannot be resumed from: {problem}")
+
+
+def _missing(checkpoint: Path) -> str | None:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{TRAINER_STATE_NAME}, which is written last, is missing or broken"
+    names = [path.name for path in checkpoint.iterdir()]
+    if any(name.startswith(("global_step", "pytorch_model_fsdp", "optimizer_")) for name in names):
+        return None  # in the parts of DeepSpeed or FSDP
+    weights = (path for pattern in ("*.safetensors", "*.bin") for path in checkpoint.rglob(pattern))
+    if all(path.name == TRAINING_ARGS_NAME for path in weights):
+        return "it holds no weights"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if name not in names:
+            return f"{name} is missing (was it saved with save_only_model=True?)"
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+        return f"{path.name} is damaged"
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{path.name} is damaged ({error})"
+    return None
+
+
+def check_same_run(checkpoint: Path, record: Mapping[str, Any], allowed: bool) -> None:
+    """Refuse to go on with other options or data than a checkpoint was trained with, or warn of them.
+
+    Args:
+        checkpoint: whole.
+        record: of the run as it is asked for now, or a part of it.
+        allowed: warn instead.
+
+    Raises:
+        CannotStartError: names everything that differs.
+    """
+    path = checkpoint / RECORD_NAME
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        logger.warning("%s: no record of what it was trained with; nothing can be compared", checkpoint)
+        return
+    names = [name for name in record if name in before and record[name] != before[name]]
+    if min(before.get("max_steps", 0), record.get("max_steps", 0)) > 0:
+        names = [name for name in names if name != "num_train_epochs"]  # which max_steps overrides
+    if not names:
+        return
+    changes = [f"{name}{'=' if name.isidentifier() else ': '}{before[name]}, now {record[name]}" for name in names]
+    message = f"{checkpoint} was trained with {'; '.join(changes)}"
+    if not allowed:
+        raise CannotStartError(f"{message}: give what it was trained with, or resume_with_changes=True")
+    logger.warning("%s", message)
+
+
+class StopWhenFinished(TrainerCallback):
+    """Keeps a run that is resumed at its last step from going beyond it, and from saving and evaluating again.
+
+    Attributes:
+        finished: whether the run had made all of its steps when training began.
+    """
+
+    def __init__(self) -> None:
+        self.finished = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare the steps made with those to be made."""
+        self.finished = state.global_step >= state.max_steps
+        if not self.finished:
+            return
+        control.should_training_stop = True
+        if state.is_world_process_zero:
+            print(f"finished: step {state.global_step} of {state.max_steps} was the last; there is nothing to train")
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After an epoch without a step."""
+        if self.finished:
+            control.should_save = control.should_evaluate = control.should_log = False
