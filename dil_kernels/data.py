@@ -117,7 +117,7 @@ def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise PreferenceDataError(
-            f"{source}: not a local file, and loading it as a data set failed: {error}"
+            f"{source}: not a local file, and loading it as a data set failed: {' '.join(str(error).split())}"
         ) from error
     return _checked_records(records, str(source))
 

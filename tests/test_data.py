@@ -221,6 +221,11 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     assert refusal(directory).startswith(f"{directory}: not a local file, and loading it as a data set failed: ")
     write_lines(directory / "train.jsonl", PLAIN, '{"prompt": ')
     assert refusal(directory) == f"{directory / 'train.jsonl'}, line 2: broken JSON at character 12: Expecting value"
+    (directory / "README.md").write_text(
+        "---\nconfigs:\n" + "".join(f"- config_name: {name}\n  data_files: train.jsonl\n" for name in "ab") + "---\n"
+    )
+    assert "Config name is missing. Please pick one among the available configs: ['a', 'b']" in refusal(directory)
+    (directory / "README.md").unlink()
     (directory / "train.jsonl").rename(directory / "train.parquet")
     assert refusal(directory).startswith(f"{directory}: not a local file, and loading it as a data set failed: ")
 
