@@ -193,6 +193,8 @@ def test_sharegpt_messages_are_read(tmp_path: Path) -> None:
         PreferenceDataError, match=r"message 1: from must be one of human, gpt, .*, got 'function_call'"
     ):
         check_pair({**record, "chosen": [{"from": "function_call", "value": "{}"}]}, "row 1")
+    with pytest.raises(PreferenceDataError, match=r"message 1: from must be one of .*, got \['gpt'\]"):
+        check_pair({**record, "chosen": [{"from": ["gpt"], "value": "w3"}]}, "row 1")
 
 
 @pytest.mark.parametrize("form", ["pairs.jsonl", "pairs.parquet", "directory", "data set"])

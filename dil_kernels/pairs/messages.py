@@ -100,7 +100,7 @@ def _check_message(value: Any, where: str) -> Message:
 def _from_sharegpt(message: Message, where: str) -> Message:
     """A message whose keys are those of ShareGPT: from and value."""
     speaker = message.pop("from")
-    if speaker not in SPEAKERS:
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise PreferenceDataError(f"{where}: from must be one of {', '.join(SPEAKERS)}, got {speaker!r:.40}")
     return {"role": SPEAKERS[speaker], "content": message.pop("value"), **message}
 
