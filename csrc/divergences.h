@@ -4,8 +4,8 @@
 // generator h, with P'(u) = e^u A'(u); a coupled one is a pair loss. DIL_DIVERGENCES is the one list;
 // dil_kernels/divergences.py is its twin in torch, and the tests compare the two.
 //
-// What overflows is an infinity of the right sign, never a NaN: where two terms overflow against each other, their
-// logarithms are compared.
+// What overflows is an infinity of the right sign, never a NaN: of two terms that overflow against each other, that of an
+// infinite log ratio counts beside that of a finite one, and else their logarithms are compared.
 #pragma once
 
 #include <cmath>
@@ -39,6 +39,12 @@ struct PairLoss {
 
 DIL_HD bool is_nan(double x) { return x != x; }
 
+// k u, where 0 times an infinity is 0.
+DIL_HD double product(double k, double u) { return k == 0.0 && !is_nan(u) ? 0.0 : k * u; }
+
+// log(weight e^term).
+DIL_HD double log_weighted(double weight, double term) { return weight == 0.0 ? -INFINITY : log(weight) + term; }
+
 DIL_HD double softplus(double x) { return (x > 0.0 ? x : 0.0) + log1p(exp(-fabs(x))); }
 
 DIL_HD double sigmoid(double x) {
@@ -48,7 +54,7 @@ DIL_HD double sigmoid(double x) {
 
 // (e^{k u} - 1) / k, which is u where k is 0.
 DIL_HD double expm1_over(double k, double u) {
-  const double x = k * u;
+  const double x = product(k, u);
   if (fabs(x) >= 1.0) return expm1(x) / k;
   return x == 0.0 ? u : u * (expm1(x) / x);
 }
@@ -63,11 +69,11 @@ DIL_HD double overflowed(double positive, double negative) { return positive < n
 
 // u bounded to (-M, M) as M tanh(u / M), and its slope 1 / cosh(u / M)^2.
 DIL_HD double soft_bound(double u, double M) { return M == 0.0 ? u : M * tanh(u / M); }
-DIL_HD double soft_bound_slope(double u, double M) {
-  if (M == 0.0) return 1.0;
-  const double e = exp(-2.0 * fabs(u / M));
+DIL_HD double tanh_slope(double x) {  // 1 - tanh^2, which cancels
+  const double e = exp(-2.0 * fabs(x));
   return 4.0 * e / ((1.0 + e) * (1.0 + e));
 }
+DIL_HD double soft_bound_slope(double u, double M) { return M == 0.0 ? 1.0 : tanh_slope(u / M); }
 
 // A gradient through a bound or a weight; 0 where that is 0, however large the gradient.
 DIL_HD double scaled(double grad, double by) { return by == 0.0 ? 0.0 : grad * by; }
@@ -85,11 +91,11 @@ struct Separable {
   // weight P(v) and weight P'(v), finite also where only P is not.
   static DIL_HD double weighted_P(double v, double p, double weight) {
     const double P = D::P(v, p);
-    return P == INFINITY ? exp(log(weight) + D::log_P(v, p)) : weight * P;
+    return P == INFINITY ? exp(log_weighted(weight, D::log_P(v, p))) : weight * P;
   }
   static DIL_HD double weighted_dP(double v, double p, double weight) {
     const double dP = D::dP(v, p);
-    return dP == INFINITY ? exp(log(weight) + D::log_dP(v, p)) : weight * dP;
+    return dP == INFINITY ? exp(log_weighted(weight, D::log_dP(v, p))) : weight * dP;
   }
 
   static DIL_HD Term chosen(double u, const LossParameters& o) {
@@ -98,8 +104,8 @@ struct Separable {
     if (o.alpha != 0.0) {
       out.loss += weighted_P(v, p, o.alpha);
       out.grad += weighted_dP(v, p, o.alpha);
-      if (is_nan(out.loss) && !is_nan(u)) out.loss = overflowed(log(o.alpha) + D::log_P(v, p), D::log_A(v, p));
-      if (is_nan(out.grad) && !is_nan(u)) out.grad = overflowed(log(o.alpha) + v, 0.0);  // A'(u) (alpha e^u - 1)
+      if (is_nan(out.loss) && !is_nan(u)) out.loss = overflowed(log_weighted(o.alpha, D::log_P(v, p)), D::log_A(v, p));
+      if (is_nan(out.grad) && !is_nan(u)) out.grad = overflowed(log_weighted(o.alpha, v), 0.0);  // A'(u) (alpha e^u - 1)
     }
     return {scaled(out.loss, o.chosen_weight), scaled(scaled(out.grad, soft_bound_slope(u, o.max_log_ratio)), o.chosen_weight)};
   }
@@ -116,9 +122,12 @@ struct Separable {
     double loss = w.loss + l.loss;
     if (is_nan(loss) && !is_nan(u_w) && !is_nan(u_l)) {
       const double p = o.parameter, v_w = soft_bound(u_w, o.max_log_ratio), v_l = soft_bound(u_l, o.max_log_ratio);
+      const bool w_infinite = fabs(v_w) == INFINITY, l_infinite = fabs(v_l) == INFINITY;
       const double positive = log_add(
-          log(o.chosen_weight * o.alpha) + D::log_P(v_w, p), log(o.rejected_weight * (1.0 - o.alpha)) + D::log_P(v_l, p));
-      loss = overflowed(positive, log(o.chosen_weight) + D::log_A(v_w, p));
+          log_weighted(o.chosen_weight * o.alpha, D::log_P(v_w, p)),
+          log_weighted(o.rejected_weight * (1.0 - o.alpha), D::log_P(v_l, p)));
+      const double negative = log_weighted(o.chosen_weight, D::log_A(v_w, p));
+      loss = w_infinite == l_infinite ? overflowed(positive, negative) : w_infinite ? w.loss : l.loss;
     }
     return {loss, w.grad, l.grad};
   }
@@ -163,11 +172,11 @@ struct Power : Separable<Power> {
   static DIL_HD double P(double u, double k) {
     return k >= 0.0 ? exp((1.0 + k) * u) / (1.0 + k) : expm1_over(1.0 + k, u) + (1.0 + k);
   }
-  static DIL_HD double dA(double u, double k) { return exp(k * u); }
-  static DIL_HD double dP(double u, double k) { return exp((1.0 + k) * u); }
-  static DIL_HD double log_A(double u, double k) { return k * u - log(k); }
-  static DIL_HD double log_P(double u, double k) { return (1.0 + k) * u - log1p(k); }
-  static DIL_HD double log_dP(double u, double k) { return (1.0 + k) * u; }
+  static DIL_HD double dA(double u, double k) { return exp(product(k, u)); }
+  static DIL_HD double dP(double u, double k) { return exp(product(1.0 + k, u)); }
+  static DIL_HD double log_A(double u, double k) { return k > 0.0 ? k * u - log(k) : -INFINITY; }
+  static DIL_HD double log_P(double u, double k) { return k > -1.0 ? (1.0 + k) * u - log1p(k) : INFINITY; }
+  static DIL_HD double log_dP(double u, double k) { return product(1.0 + k, u); }
 };
 
 // h(r) = -log r; Itakura-Saito

@@ -348,9 +348,14 @@ def _range_of_generator(divergence: Divergence, parameter: float) -> tuple[float
     return reach[0], reach[1]
 
 
+def _product(k: float, u: Tensor) -> Tensor:
+    """``k u``, where 0 times an infinity is 0."""
+    return k * u if k != 0 else torch.where(u.isinf(), 0.0, 0.0 * u)
+
+
 def _expm1_over(k: float, u: Tensor) -> Tensor:
     """``(e^{k u} - 1) / k``, which is u where k is 0."""
-    x = k * u
+    x = _product(k, u)
     quotient = torch.where(x == 0, 1.0, torch.expm1(x) / torch.where(x == 0, 1.0, x))
     return torch.where(x.abs() < 1, u * quotient, torch.expm1(x) / (k or 1.0))
 
@@ -398,11 +403,11 @@ _builtin(
     source="Basu et al. 1998, Biometrika 85; Sugiyama et al. 2012, Ann. Inst. Stat. Math. 64",
     A=lambda u, k: _expm1_over(k, u),
     P=_power_P,
-    dA=lambda u, k: (k * u).exp(),
-    dP=lambda u, k: ((1.0 + k) * u).exp(),
-    log_A=lambda u, k: k * u - (math.log(k) if k > 0 else math.nan),
-    log_P=lambda u, k: (1.0 + k) * u - (math.log1p(k) if k > -1 else math.nan),
-    log_dP=lambda u, k: (1.0 + k) * u,
+    dA=lambda u, k: _product(k, u).exp(),
+    dP=lambda u, k: _product(1.0 + k, u).exp(),
+    log_A=lambda u, k: k * u - math.log(k) if k > 0 else torch.full_like(u, -math.inf),
+    log_P=lambda u, k: (1.0 + k) * u - math.log1p(k) if k > -1 else torch.full_like(u, math.inf),
+    log_dP=lambda u, k: _product(1.0 + k, u),
     parameter=Parameter(name="power", default=0.5, minimum=-1.0),
 )
 _builtin(

@@ -1,7 +1,8 @@
 """Losses and gradients of log ratios in torch, a number a sequence: what csrc/divergences.h does in C++.
 
-Gradients are the analytic ones. What overflows is an infinity of the right sign, never a NaN: where two terms overflow
-against each other, their logarithms are compared.
+Gradients are the analytic ones. What overflows is an infinity of the right sign, never a NaN: of two terms that
+overflow against each other, that of an infinite log ratio counts beside that of a finite one, and else their logarithms
+are compared.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def pair_losses(u_w: Tensor, u_l: Tensor, parameters: LossParameters) -> Tensor:
     """Loss of each pair from its log ratios, [B] each."""
     divergence = get_divergence(parameters.loss_type)
     if divergence.pair is not None:
-        w, l = (_SoftBound.apply(u, parameters.max_log_ratio) for u in (u_w, u_l))
+        w, l = (soft_bound(u, parameters.max_log_ratio) for u in (u_w, u_l))
         return divergence.pair(w, l) if divergence.parameter is None else divergence.pair(w, l, parameters.parameter)
     return _SeparablePairs.apply(u_w, u_l, *_fields(parameters))
 
@@ -86,6 +87,17 @@ def non_negative_loss(
     return torch.where(kept, loss, (chosen_only + floor * shares).to(loss.dtype))
 
 
+def tanh_slope(x: Tensor) -> Tensor:
+    """``1 / cosh(x)^2``, exact in relative terms, as ``1 - tanh(x)^2`` is not."""
+    e = (-2.0 * x.abs()).exp()
+    return 4.0 * e / (1.0 + e).square()
+
+
+def soft_bound(u: Tensor, M: float) -> Tensor:
+    """``M tanh(u / M)``, differentiable, with the slope of `tanh_slope`; u where M is 0."""
+    return _SoftBound.apply(u, M)
+
+
 def _fields(p: LossParameters) -> tuple[str, float, float, float, float, float]:
     return p.loss_type, p.parameter, p.alpha, p.max_log_ratio, p.chosen_weight, p.rejected_weight
 
@@ -99,24 +111,19 @@ def _scaled(grad: Tensor, by: Tensor | float) -> Tensor:
 
 def _soft_bound(u: Tensor, M: float) -> tuple[Tensor, Tensor]:
     """``M tanh(u / M)`` and its slope ``1 / cosh(u / M)^2``; u itself where M is 0."""
-    if M == 0.0:
-        return u, torch.ones_like(u)
-    e = (-2.0 * (u / M).abs()).exp()
-    return M * (u / M).tanh(), 4.0 * e / (1.0 + e).square()
+    return (u, torch.ones_like(u)) if M == 0.0 else (M * (u / M).tanh(), tanh_slope(u / M))
 
 
 def _overflowed(positive: Tensor, negative: Tensor) -> Tensor:  # e^positive - e^negative where both overflow
     return torch.where(positive < negative, -math.inf, math.inf)
 
 
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf
-
-
 def _log_term(divergence: Divergence, name: str, u: Tensor, p: LossParameters, weight: float) -> Tensor:
     if getattr(divergence, name) is None:  # not known, so that the loss is taken as +inf
         return torch.full_like(u, math.nan)
-    return _log(weight) + divergence.term(name, u, p.parameter)
+    if weight == 0.0:
+        return torch.full_like(u, -math.inf)
+    return math.log(weight) + divergence.term(name, u, p.parameter)
 
 
 def _weighted(d: Divergence, name: str, v: Tensor, p: LossParameters, weight: float) -> Tensor:
@@ -137,7 +144,7 @@ def _chosen(d: Divergence, u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor
         positive, negative = _log_term(d, "log_P", v, p, p.alpha), _log_term(d, "log_A", v, p, 1.0)
         loss = torch.where(loss.isnan() & ~u.isnan(), _overflowed(positive, negative), loss)
         # A'(u) (alpha e^u - 1)
-        grad = torch.where(grad.isnan() & ~u.isnan(), _overflowed(_log(p.alpha) + v, torch.zeros_like(v)), grad)
+        grad = torch.where(grad.isnan() & ~u.isnan(), _overflowed(math.log(p.alpha) + v, torch.zeros_like(v)), grad)
     return _scaled(loss, p.chosen_weight), _scaled(_scaled(grad, slope), p.chosen_weight)
 
 
@@ -151,13 +158,15 @@ def _rejected(d: Divergence, u: Tensor, p: LossParameters) -> tuple[Tensor, Tens
 
 
 def _pair(d: Divergence, u_w: Tensor, u_l: Tensor, p: LossParameters) -> Tensor:
-    loss = _chosen(d, u_w, p)[0] + _rejected(d, u_l, p)[0]
+    chosen, rejected = _chosen(d, u_w, p)[0], _rejected(d, u_l, p)[0]
+    loss = chosen + rejected
     w, l = _soft_bound(u_w, p.max_log_ratio)[0], _soft_bound(u_l, p.max_log_ratio)[0]
     positive = torch.logaddexp(
         _log_term(d, "log_P", w, p, p.chosen_weight * p.alpha),
         _log_term(d, "log_P", l, p, p.rejected_weight * (1.0 - p.alpha)),
     )
     signed = _overflowed(positive, _log_term(d, "log_A", w, p, p.chosen_weight))
+    signed = torch.where(w.isinf() & ~l.isinf(), chosen, torch.where(l.isinf() & ~w.isinf(), rejected, signed))
     return torch.where(loss.isnan() & ~u_w.isnan() & ~u_l.isnan(), signed, loss)
 
 

@@ -1,0 +1,174 @@
+"""Every loss at infinite and huge log ratios, in every combination: limits by mpmath, in every implementation."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from mpmath import mp, mpf
+from test_cuda_source import emulated  # noqa: F401  (a fixture)
+from test_scalar_losses import GENERATORS, sigmoid
+
+from dil_kernels import _C as compiled
+from dil_kernels import dil_loss, unpaired_dil_loss
+from dil_kernels.divergences import LossParameters, get_divergence
+from dil_kernels.scalar_losses import pair_losses
+
+INF = math.inf
+HUGE = (-INF, -1e300, -800.0, -2.0, 0.0, 3.0, 420.0, 700.0, 800.0, 1e300, INF)
+POWERS = (-1.0, -0.5, 0.0, 1e-9, 0.5, 1.0, 2.0)
+LOSSES = [(name, 0.0) for name in GENERATORS if name != "power"] + [("power", k) for k in POWERS] + [("dpo", 0.3)]
+PAIRS = list(itertools.product(HUGE, HUGE))
+U = torch.tensor(PAIRS, dtype=torch.float64).t()  # (2, pairs)
+FAR = mpf("1e320")  # an infinite log ratio: beyond fp64, as its exponential is beyond that of any number of fp64
+
+
+def rounded(x: mpf) -> float:
+    """As fp64 would have it, with a margin where it overflows."""
+    if abs(x) > mpf("1e307"):
+        return math.copysign(INF, float(mp.sign(x)))
+    return float(x)
+
+
+def stand_in(u: float) -> mpf:
+    return mpf(u) if math.isfinite(u) else FAR * (1 if u > 0 else -1)
+
+
+@functools.cache
+def generators(loss_type: str, parameter: float, u: float) -> tuple[mpf, mpf, mpf, mpf]:
+    """A, P, A' and P' there."""
+    A, P, dA = GENERATORS[loss_type]
+    with mp.workdps(400):  # more than the digits of what stands in for infinity
+        v, k = stand_in(u), mpf(parameter)
+        return A(v, k), P(v, k), dA(v, k), mp.exp(v) * dA(v, k)
+
+
+def chosen_truth(u: float, p: LossParameters) -> tuple[mpf, mpf]:
+    A, P, dA, dP = generators(p.loss_type, p.parameter, u)
+    return p.chosen_weight * (p.alpha * P - A), p.chosen_weight * (p.alpha * dP - dA)
+
+
+def rejected_truth(u: float, p: LossParameters) -> tuple[mpf, mpf]:
+    _, P, _, dP = generators(p.loss_type, p.parameter, u)
+    weight = mpf(p.rejected_weight) * (1 - mpf(p.alpha))
+    return weight * P, weight * dP
+
+
+def truth(u_w: float, u_l: float, p: LossParameters) -> tuple[float, float, float]:
+    if p.loss_type == "dpo":
+        with mp.workdps(400):
+            margin = mpf(p.parameter) * (stand_in(u_w) - stand_in(u_l))
+            g = mpf(p.parameter) * sigmoid(-margin)
+            if math.isinf(u_w) and u_w == u_l:
+                return (math.nan,) * 3  # no limit: it depends on which is larger
+            return rounded(mp.log1p(mp.exp(-margin))), -rounded(g), rounded(g)
+    (w, grad_w), (l, grad_l) = chosen_truth(u_w, p), rejected_truth(u_l, p)
+    loss = rounded(w + l)
+    one, other = rounded(w), rounded(l)
+    if math.isinf(one) and math.isinf(other) and one != other:
+        if math.isinf(u_w) != math.isinf(u_l):  # only one of the terms is infinite
+            loss = one if math.isinf(u_w) else other
+        elif math.isinf(u_w):  # both: in whatever order they grow, overflow in both directions is +inf
+            loss = INF
+    return loss, rounded(grad_w), rounded(grad_l)
+
+
+def options(loss_type: str, parameter: float) -> list[LossParameters]:
+    if loss_type == "dpo":
+        return [LossParameters(loss_type, parameter)]
+    combinations = itertools.product((0.0, 0.25, 1.0), (1.0, 0.0, 0.3), (1.0, 0.0, 2.5))
+    return [
+        LossParameters(loss_type, parameter, alpha, 0.0, chosen, rejected) for alpha, chosen, rejected in combinations
+    ]
+
+
+def assert_same(actual: float, expected: float, what: str, eps: float = 1e-12) -> None:
+    # The logarithms of what overflows, 700 and more, lose that many units of fp64's last place.
+    same = math.isnan(actual) if math.isnan(expected) else actual == expected
+    assert same or abs(actual - expected) <= eps * abs(expected) + 1e-45, f"{what}: {actual}, not {expected}"
+
+
+def in_torch(p: LossParameters) -> list[list[float]]:
+    u_w, u_l = (u.clone().requires_grad_() for u in U)
+    loss = pair_losses(u_w, u_l, p)
+    return [x.tolist() for x in (loss, *torch.autograd.grad(loss.sum(), (u_w, u_l)))]
+
+
+def in_cpp(p: LossParameters) -> list[list[float]]:
+    rest = (p.parameter, p.alpha, p.max_log_ratio, p.chosen_weight, p.rejected_weight)
+    return [x.tolist() for x in compiled.divergence_pair(p.loss_type, U[0].numpy(), U[1].numpy(), *rest)]
+
+
+@pytest.mark.parametrize("implementation", [in_torch, in_cpp])
+@pytest.mark.parametrize(("loss_type", "parameter"), LOSSES)
+def test_pairs(loss_type: str, parameter: float, implementation) -> None:
+    for p in options(loss_type, parameter):
+        for pair, *found in zip(PAIRS, *implementation(p), strict=True):
+            for what, actual, expected in zip(("loss", "d u_w", "d u_l"), found, truth(*pair, p), strict=True):
+                assert_same(actual, expected, f"{what} at {pair}, {p}")
+
+
+@pytest.mark.parametrize("loss_type", [name for name in compiled.divergence_names() if name != "dpo"])
+def test_scalar_functions(loss_type: str) -> None:
+    for k, u in itertools.product(POWERS if loss_type == "power" else (0.0,), HUGE):
+        for name, value in zip(("A", "P", "dA", "dP"), generators(loss_type, k, u), strict=True):
+            what = f"{name} of {loss_type} {k} at {u}"
+            in_torch_ = get_divergence(loss_type).term(name, torch.tensor(u, dtype=torch.float64), k).item()
+            assert_same(float(compiled.divergence_scalars(loss_type)[name](u, k)), rounded(value), what)
+            assert_same(in_torch_, rounded(value), what)
+
+
+def as_dtype(x: float, dtype: torch.dtype) -> float:
+    return torch.tensor(x, dtype=torch.float64).to(dtype).item()
+
+
+def check_op(ops, p: LossParameters, pairs: list[tuple[float, float]], dtype: torch.dtype) -> None:
+    """Log ratios come from sums of fp64; losses and gradients are rounded to the dtype."""
+    B, u = len(pairs), torch.tensor(pairs, dtype=torch.float64).t().flatten()
+    rest = (p.parameter, p.alpha, p.max_log_ratio, p.chosen_weight, p.rejected_weight)
+    _, losses, logratios, _, _, _, coefs = ops.density_ratio_fwd(
+        torch.zeros(2 * B, 1, dtype=dtype), None, None, None, -u, None, p.loss_type, *rest, *(False,) * 3, -1, False
+    )
+    assert torch.equal(logratios, u.to(dtype))
+    for pair, *found in zip(pairs, losses.tolist(), coefs[:B].tolist(), coefs[B:].tolist(), strict=True):
+        for actual, expected in zip(found, truth(*pair, p), strict=True):
+            eps = 1e-12 if dtype == torch.float64 else 1e-6
+            assert_same(actual, as_dtype(expected, dtype), f"{pair}, {p}", eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("loss_type", "parameter"), LOSSES)
+def test_the_op(loss_type: str, parameter: float, dtype: torch.dtype) -> None:
+    for p in options(loss_type, parameter):
+        check_op(torch.ops.dil_kernels, p, PAIRS, dtype)
+
+
+@pytest.mark.parametrize(("loss_type", "parameter"), LOSSES)
+def test_the_cuda_source(emulated, loss_type: str, parameter: float) -> None:  # noqa: F811
+    check_op(emulated, options(loss_type, parameter)[0], [(INF, 700.0), (-800.0, -INF), (INF, INF)], torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_public_functions(backend: str) -> None:
+    """The cases that once gave NaN gradients or the wrong sign."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    for kwargs, u_w, u_l, expected in (
+        ({"loss_type": "lsif"}, INF, 700.0, (-INF, -INF, INF)),
+        ({"loss_type": "power", "power": 0.0}, INF, 1.0, (-INF, -1.0, math.e)),
+        ({"loss_type": "power", "power": 0.0}, -INF, -INF, (INF, -1.0, 0.0)),
+        ({"loss_type": "power", "power": -1.0}, -INF, -INF, (INF, -INF, 1.0)),
+        ({"loss_type": "power", "power": -1.0}, 0.0, INF, (INF, -1.0, 1.0)),
+        ({"loss_type": "ukl"}, INF, 800.0, (-INF, -1.0, INF)),
+        ({"loss_type": "is"}, -800.0, -INF, (-INF, -INF, 1.0)),
+    ):
+        u = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (u_w, u_l)]
+        losses, _, _ = dil_loss(*u, zero, zero, backend=backend, **kwargs)
+        grads = torch.autograd.grad(losses.sum(), u)
+        for actual, wanted in zip((losses, *grads), expected, strict=True):
+            assert_same(actual.item(), wanted, f"{kwargs} at {u_w}, {u_l}")
+        for side, x, grad in ((True, u[0], expected[1]), (False, u[1], expected[2])):
+            term, _ = unpaired_dil_loss(x, zero, torch.tensor([side]), backend=backend, **kwargs)
+            assert_same(torch.autograd.grad(term.sum(), x)[0].item(), grad, f"{kwargs} at {x}, chosen {side}")
