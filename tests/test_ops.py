@@ -222,6 +222,79 @@ def test_inplace_backward_runs_once_under_saved_tensor_hooks_too(impl: Implement
         logps.sum().backward()
 
 
+def copies(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+def same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+HOOKS = {
+    "save_on_cpu": torch.autograd.graph.save_on_cpu,
+    "the same tensor": lambda: torch.autograd.graph.saved_tensors_hooks(same, same),
+    "a copy": lambda: torch.autograd.graph.saved_tensors_hooks(copies, same),
+    "one copy for all": lambda: torch.autograd.graph.saved_tensors_hooks(copies, lambda x: x.view_as(x)),
+}
+
+
+@every_kernel
+@pytest.mark.parametrize("hooks", HOOKS)
+def test_inplace_backward_under_saved_tensor_hooks(impl: Implementation, hooks: str) -> None:
+    """They leave out autograd's version check, so that only a buffer of its own keeps other users' numbers right."""
+    hidden, labels = logps_inputs(impl.device)
+    exact = hidden.double().cpu().requires_grad_()
+    exact_logits = exact * 1
+    exact_logps = token_logps(exact_logits, labels.cpu(), backend="eager")
+    (exact_logps.square().sum() + exact_logits.square().sum()).backward()
+    for order in ("before", "after"):
+        h = hidden.clone().requires_grad_()
+        with HOOKS[hooks]():
+            logits = h * 1
+            other = logits.square().sum() if order == "before" else 0.0
+            logps = token_logps(logits, labels, inplace_backward=True, backend=impl.backend)
+            other = logits.square().sum() if order == "after" else other
+            logps = logps.square().sum()
+        (logps + other).backward()
+        torch.testing.assert_close(h.grad.double().cpu(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+@every_kernel
+def test_inplace_backward_of_the_loss_under_saved_tensor_hooks(impl: Implementation) -> None:
+    hidden, labels = logps_inputs(impl.device)
+    ref = -torch.ones(1, device=impl.device)
+    grads = []
+    for inplace in (False, True):
+        h = hidden.clone().requires_grad_()
+        with torch.autograd.graph.save_on_cpu():
+            logits = h * 1
+            out = fused_dil_loss(
+                logits,
+                labels,
+                ref_chosen_logps=ref,
+                ref_rejected_logps=ref,
+                inplace_backward=inplace,
+                backend=impl.backend,
+            )
+            loss = out.loss + logits.square().sum()
+        loss.backward()
+        grads.append(h.grad)
+    assert torch.equal(*grads)
+
+
+@every_kernel
+@pytest.mark.parametrize("inplace", [False, True])
+def test_logits_that_changed_behind_saved_tensor_hooks(impl: Implementation, inplace: bool) -> None:
+    hidden, labels = logps_inputs(impl.device)
+    logits = hidden.requires_grad_() * 1
+    overwriting = token_logps(logits, labels, inplace_backward=True, backend=impl.backend)
+    with torch.autograd.graph.saved_tensors_hooks(same, same):
+        logps = token_logps(logits, labels, inplace_backward=inplace, backend=impl.backend)
+    overwriting.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
 @every_kernel
 def test_inplace_backward_never_corrupts_another_user_of_the_logits(impl: Implementation) -> None:
     hidden, labels = logps_inputs(impl.device)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dil_kernels import backends
 from dil_kernels.ops import refuse_double_backward
@@ -122,7 +123,7 @@ def _triton_logps_fwd(
         if splits == 1:
             _logps_fwd_kernel[(num_rows,)](*outputs, *inputs, **constants, **tile)
         else:
-            partials = logps.new_empty((4 if statistics else 2, num_rows, splits))
+            partials = logps.new_empty((4 + (softcapping != 0.0) if statistics else 2, num_rows, splits))
             _logps_split_kernel[(num_rows * splits,)](partials, *inputs, span, **constants, **tile, SPLITS=splits)
             _logps_merge_kernel[(num_rows,)](*outputs, partials, *inputs, **constants, SPLITS=splits, num_warps=1)
     return outputs
@@ -228,6 +229,17 @@ if backends.load_extension() is not None:
     torch.library.register_fake("dil_kernels::cpp_logps_bwd_", _fake_bwd_)
 
 
+def _saved_tensor_hooks() -> bool:
+    """Whether hooks take what autograd saves: it may go to several users then, with its version unchecked."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(""):  # raises where there are some
+            return False
+    except RuntimeError:
+        return True
+
+
 def _op(backend: str, name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.dil_kernels, f"{backend}_{name}").default
 
@@ -255,7 +267,9 @@ class TokenLogps(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, row_max, log_sum)
         ctx.how = how
         ctx.inplace_backward = inplace_backward
-        ctx.overwritten = False
+        hooked = _saved_tensor_hooks()
+        ctx.before_hooks = (StorageWeakRef(logits.untyped_storage()), logits._version) if hooked else None
+        ctx.used = False
         ctx.backend = backend
         return logps, measured
 
@@ -263,13 +277,17 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the logits, in a buffer of its own or over them."""
         refuse_double_backward("token_logps")
-        # Unpacking checks the version of the logits; what hooks on saved tensors hand back passes that check.
+        # Unpacking checks the version of the logits, but not of what hooks on saved tensors hand back.
         logits, labels, row_max, log_sum = ctx.saved_tensors
+        if ctx.before_hooks is not None:
+            storage, version = ctx.before_hooks
+            if StorageWeakRef(logits.untyped_storage()) == storage and logits._version != version:
+                raise RuntimeError("the logits that token_logps needs have been modified by an inplace operation")
         inputs = (labels, row_max, log_sum, *ctx.how)
-        if ctx.overwritten:
+        if ctx.used:
             raise RuntimeError("a second backward through token_logps with inplace_backward=True: its logits are gone")
-        if ctx.inplace_backward:
-            ctx.overwritten = True
+        ctx.used = ctx.inplace_backward
+        if ctx.inplace_backward and ctx.before_hooks is None:
             grad_logits = logits.detach()
             _op(ctx.backend, "logps_bwd_")(grad_logps, grad_logits, *inputs)
             torch.autograd.graph.increment_version(grad_logits)
