@@ -18,11 +18,16 @@ def tabular_policy(ref_probs: Tensor, log_ratios: Tensor, *, beta: float = 1.0) 
         beta: weight of the KL divergence; eq. 17 has 1.
 
     Returns:
-        pi [..., Y] and log Z [...], in the dtype of `ref_probs`.
+        pi [..., Y] and log Z [...], in the dtype of `ref_probs`. pi is 0 wherever pi_ref is, whatever the ratio; a row
+        is NaN where its ratios define none: an infinite one where pi_ref is positive, or nothing but zeros.
 
     Raises:
         ValueError: shapes that differ, rows that are no distribution, or a beta that is not positive.
+        TypeError: probabilities or log ratios that are no floating-point numbers.
     """
+    for name, tensor in (("ref_probs", ref_probs), ("log_ratios", log_ratios)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating-point, got {tensor.dtype}")
     if ref_probs.shape != log_ratios.shape:
         raise ValueError(f"log_ratios must be {list(ref_probs.shape)} as ref_probs, got {list(log_ratios.shape)}")
     if not 0 < beta < float("inf"):
@@ -31,5 +36,6 @@ def tabular_policy(ref_probs: Tensor, log_ratios: Tensor, *, beta: float = 1.0) 
     if bool((ref_probs < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), rtol=1e-5, atol=1e-5):
         raise ValueError("ref_probs must be distributions over the last dimension: non-negative, summing to 1")
     log_weights = ref_probs.log() + log_ratios / beta
+    log_weights = torch.where((ref_probs == 0) & ~log_ratios.isnan(), -torch.inf, log_weights)
     log_Z = log_weights.logsumexp(-1)
-    return (log_weights - log_Z.unsqueeze(-1)).exp(), log_Z
+    return (log_weights - log_Z.unsqueeze(-1)).exp().to(ref_probs.dtype), log_Z.to(ref_probs.dtype)

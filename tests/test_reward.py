@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,21 @@ def test_the_closed_form() -> None:
             tabular_policy(*arguments)
     with pytest.raises(ValueError, match="beta must be a finite number > 0"):
         tabular_policy(PI_REF, reward[0], beta=0.0)
+    with pytest.raises(TypeError, match=r"ref_probs must be floating-point, got torch.int64"):
+        tabular_policy(torch.tensor([0, 1]), torch.zeros(2))
+    with pytest.raises(TypeError, match=r"log_ratios must be floating-point, got torch.int64"):
+        tabular_policy(torch.tensor([0.0, 1.0]), torch.zeros(2).long())
+
+
+def test_a_table_with_responses_that_the_reference_never_gives() -> None:
+    ref = torch.tensor([[0.0, 0.25, 0.75], [0.5, 0.5, 0.0]])
+    for dtype in (torch.float32, torch.float64):
+        log_ratios = torch.tensor([[math.inf, 0.0, 0.0], [0.0, -math.inf, 1e300]], dtype=torch.float64).to(dtype)
+        policy, log_Z = tabular_policy(ref, log_ratios)
+        assert policy.dtype == log_Z.dtype == ref.dtype
+        torch.testing.assert_close(policy, torch.tensor([[0.0, 0.25, 0.75], [1.0, 0.0, 0.0]]))
+        torch.testing.assert_close(log_Z, torch.tensor([0.0, math.log(0.5)]))
+    assert tabular_policy(ref, torch.tensor([math.nan, 0.0, 0.0]).expand(2, 3))[0].isnan().all()
 
 
 def test_scores_do_not_depend_on_the_batch() -> None:
