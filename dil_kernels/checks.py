@@ -18,6 +18,21 @@ def shape_of(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Tensors by their names, or None where the argument has that default."""
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """A label, int64."""
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int64 as the labels are, got {ignore_index}")
+
+
 def check_logits(
     logits: Tensor,
     labels: Tensor,
@@ -28,6 +43,8 @@ def check_logits(
     temperature: float,
 ) -> None:
     """Logits [B, T, V] or [N, V], labels [B, T] or [N], and the options of `token_logps`."""
+    check_tensors(logits=logits, labels=labels)
+    check_ignore_index(ignore_index)
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits must be [B, T, V] or [N, V], got {shape_of(logits)}")
     if logits.dtype not in LOGITS_DTYPES:
@@ -49,8 +66,7 @@ def check_logits(
         )
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
-    check_positive("final_logit_softcapping", final_logit_softcapping)
-    check_positive("temperature", temperature)
+    check_processing(logits.dtype, final_logit_softcapping, temperature)
 
 
 def check_head(
@@ -100,12 +116,41 @@ def check_head(
         check_label_range(labels[..., 1:] if shift else labels, V, ignore_index)
 
 
-def check_positive(name: str, value: float | None) -> None:
-    """A finite number > 0, or None where the option has that default."""
+def check_number(name: str, value: float) -> None:
+    """A number of Python's."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got a Tensor (no gradient flows to it)")
-    if value is not None and not 0 < value < math.inf:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """A finite number > 0."""
+    check_number(name, value)
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
+
+
+def check_processing(
+    dtype: torch.dtype, final_logit_softcapping: float | None, temperature: float, logit_scale: float = 1.0
+) -> None:
+    """What is done to logits of a dtype: numbers that fp32, or fp64 for fp64 logits, holds with room to spare."""
+    factors = {"temperature": temperature}
+    check_positive("temperature", temperature)
+    if final_logit_softcapping is not None:
+        check_positive("final_logit_softcapping", final_logit_softcapping)
+        factors["final_logit_softcapping"] = final_logit_softcapping
+        factors["final_logit_softcapping / temperature"] = final_logit_softcapping / temperature
+    if logit_scale != 1.0:
+        factors["logit_scale"] = logit_scale
+        factors["logit_scale / temperature"] = logit_scale / temperature
+    name, exponent = ("fp64", 1000) if dtype == torch.float64 else ("fp32", 100)
+    for factor, value in factors.items():
+        if not 2.0**-exponent <= abs(value) <= 2.0**exponent:
+            raise ValueError(
+                f"{factor} must be between {2.0**-exponent:.1e} and {2.0**exponent:.1e} in size for logits of {name}, "
+                f"got {value}"
+            )
 
 
 def check_label_range(targets: Tensor, V: int, ignore_index: int) -> None:
@@ -142,6 +187,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 def check_cu_seqlens(cu_seqlens: Tensor, packed: Tensor, name: str = "logits", width: str = "V") -> None:
     """Boundaries int32 [S + 1] of packed logits, or of another tensor with a row a token."""
+    check_tensors(cu_seqlens=cu_seqlens)
     N = packed.shape[-2]
     if packed.ndim == 3 and packed.shape[0] != 1:
         raise ValueError(f"{name} must be [N, {width}] or [1, N, {width}] with cu_seqlens, got {shape_of(packed)}")
@@ -168,6 +214,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_per_pair(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """Log-probs of one response per pair, [B]."""
+    check_tensors(**{name: tensor})
     if tensor.ndim != 1 or tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must be {list(shape) or '[B]'}, got {shape_of(tensor)}")
     if tensor.dtype not in (torch.float32, torch.float64):

@@ -36,7 +36,24 @@ TOKEN_CASES = [
     ({"final_logit_softcapping": -30.0}, ValueError, "final_logit_softcapping must be a finite number > 0, got -30.0"),
     ({"final_logit_softcapping": torch.ones(())}, TypeError, "final_logit_softcapping must be a number, got a Tensor"),
     ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; available: auto, triton, cpp, eager"),
-]
+    ({"temperature": None}, TypeError, "temperature must be a number, got None"),
+    ({"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
+    ({"final_logit_softcapping": "30"}, TypeError, "final_logit_softcapping must be a number, got '30'"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+    ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+    ({"ignore_index": 2**63}, ValueError, f"ignore_index must be an int64 as the labels are, got {2**63}"),
+    ({"labels": LABELS.tolist()}, TypeError, "labels must be a Tensor, got list"),
+    ({"logits": LOGITS.numpy()}, TypeError, "logits must be a Tensor, got ndarray"),
+    # 1 / 1e-40 and log2(e) 1e38 are not in fp32, which computes.
+    ({"temperature": 1e-40}, ValueError, "temperature must be between 7.9e-31 and 1.3e+30 in size for logits of fp32"),
+    ({"temperature": 1e38}, ValueError, "temperature must be between 7.9e-31 and 1.3e+30 in size for logits of fp32"),
+    ({"final_logit_softcapping": 1e-46}, ValueError, "final_logit_softcapping must be between 7.9e-31 and 1.3e+30"),
+    ({"final_logit_softcapping": 1e39}, ValueError, "final_logit_softcapping must be between 7.9e-31 and 1.3e+30"),
+    ({"final_logit_softcapping": 1e20, "temperature": 1e-20},
+     ValueError, "final_logit_softcapping / temperature must be between 7.9e-31 and 1.3e+30"),
+    ({"logits": LOGITS.double(), "temperature": 1e-305},
+     ValueError, "temperature must be between 9.3e-302 and 1.1e+301 in size for logits of fp64, got 1e-305"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "error", "message"), TOKEN_CASES)
@@ -64,6 +81,9 @@ PACKED_CASES = [
     ),
     ({"cu_seqlens": None}, ValueError, "logits must be [B, T, V] (or pass cu_seqlens for packed [N, V]), got [6, 7]"),
     ({"labels": PACKED_LABELS[:5]}, ValueError, "labels must be [6] to match logits [6, 7], got [5]"),
+    ({"labels": PACKED_LABELS.tolist()}, TypeError, "labels must be a Tensor, got list"),
+    ({"cu_seqlens": [0, 2, 6]}, TypeError, "cu_seqlens must be a Tensor, got list"),
+    ({"ignore_index": 0.0}, TypeError, "ignore_index must be an integer, got 0.0"),
 ]
 
 
@@ -119,6 +139,14 @@ FUSED_CASES = [
     ({"ref_logits": LOGITS.to("meta")}, ValueError, "ref_logits are on meta, but logits are on cpu"),
     ({"labels": LABELS + 9}, ValueError, "labels must be in [0, 7)"),
     ({"cu_seqlens": cu(0, 4)}, ValueError, "logits must be [N, V] or [1, N, V] with cu_seqlens, got [2, 4, 7]"),
+    ({"cu_seqlens": [0, 4]}, TypeError, "cu_seqlens must be a Tensor, got list"),
+    ({"labels": LABELS.tolist()}, TypeError, "labels must be a Tensor, got list"),
+    ({"ref_logits": LOGITS.tolist()}, TypeError, "ref_logits must be a Tensor, got list"),
+    ({"ref_logits": None, "ref_chosen_logps": [0.0], "ref_rejected_logps": REF},
+     TypeError, "ref_chosen_logps must be a Tensor, got list"),
+    ({"is_chosen": [True, False]}, TypeError, "is_chosen must be a Tensor, got list"),
+    ({"temperature": None}, TypeError, "temperature must be a number, got None"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
 ]  # fmt: skip
 
 
@@ -145,6 +173,8 @@ DIL_LOSS_CASES = [
     ({"loss_type": "bce", "beta": 1.0}, ValueError, "loss_type='bce' has no beta"),
     ({"reduction": "batchmean"}, ValueError, "unknown reduction 'batchmean'"),
     ({"backend": "fast"}, ValueError, "unknown backend 'fast'"),
+    ({"policy_chosen_logps": [0.0]}, TypeError, "policy_chosen_logps must be a Tensor, got list"),
+    ({"ref_rejected_logps": [0.0]}, TypeError, "ref_rejected_logps must be a Tensor, got list"),
 ]
 
 
@@ -164,6 +194,13 @@ def test_unpaired_dil_loss() -> None:
         unpaired_dil_loss(logps, REF, SIDES)
     with pytest.raises(ValueError, match="couples the chosen and the rejected"):
         unpaired_dil_loss(logps, logps, SIDES, loss_type="dpo")
+    for arguments, name in (
+        (([0.0], logps, SIDES), "policy_logps"),
+        ((logps, [0.0], SIDES), "ref_logps"),
+        ((logps, logps, [True]), "is_chosen"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a Tensor, got list"):
+            unpaired_dil_loss(*arguments)
 
 
 def test_ops_called_directly_keep_memory_safe() -> None:
@@ -186,6 +223,25 @@ def test_ops_called_directly_keep_memory_safe() -> None:
         ops.density_ratio_fwd(
             token_logps[None].repeat(2, 1), None, None, None, torch.zeros(2).double(), None, "nope", *options[2:]
         )
+
+
+def test_tiles_take_any_label_without_overflow() -> None:
+    """A label far outside is in no tile: the sum is over all of it, and its own logit is never seen."""
+    ops = torch.ops.dil_kernels
+    extremes = torch.tensor([-(2**63), -1, 2**63 - 1])
+    for start in (0, 5, 2**40):
+        tile, state = torch.randn(3, 4), torch.zeros(7, 3)
+        state[0], state[2] = -torch.inf, torch.nan
+        options = (start, 1.0, 0.0, 1.0)
+        expected = (tile - tile.amax(1, keepdim=True)).exp().sum(1)
+        ops.cpp_head_tile(tile.clone(), None, extremes, state, None, None, *options, 4.0, True)
+        torch.testing.assert_close(state[1], expected)
+        assert state[2].isnan().all()
+        grad = torch.zeros(3, 4)
+        ops.cpp_head_tile_grad(tile.clone(), None, extremes, state, grad, *options)
+        torch.testing.assert_close(-grad.sum(1), expected)
+    with pytest.raises(RuntimeError, match="start must be >= 0, got -1"):
+        ops.cpp_head_tile(tile, None, extremes, state, None, None, -1, 1.0, 0.0, 1.0, 4.0, True)
 
 
 def test_the_backward_op_checks_what_the_forward_handed_on() -> None:

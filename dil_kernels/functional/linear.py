@@ -12,7 +12,15 @@ from torch import Tensor
 
 from dil_kernels import reference
 from dil_kernels.backends import constant_in_graphs, resolve_backend
-from dil_kernels.checks import check_cu_seqlens, check_head, check_positive, shape_of
+from dil_kernels.checks import (
+    check_cu_seqlens,
+    check_head,
+    check_ignore_index,
+    check_number,
+    check_processing,
+    check_tensors,
+    shape_of,
+)
 from dil_kernels.functional.logps import LogitStatistics, mask_boundaries
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import DILOutput, resolve_loss_options, resolve_ref_logps
@@ -37,12 +45,10 @@ class _HeadOptions:
     backend: str
 
     def __post_init__(self) -> None:
-        if isinstance(self.logit_scale, Tensor):
-            raise TypeError("logit_scale must be a number, got a Tensor (no gradient flows to it)")
+        check_ignore_index(self.ignore_index)
+        check_number("logit_scale", self.logit_scale)
         if not math.isfinite(self.logit_scale) or self.logit_scale == 0:
             raise ValueError(f"logit_scale must be a finite number other than 0, got {self.logit_scale}")
-        check_positive("final_logit_softcapping", self.final_logit_softcapping)
-        check_positive("temperature", self.temperature)
         for name, value in (("stash_bytes", self.stash_bytes), ("max_scored_tokens", self.max_scored_tokens)):
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ValueError(f"{name} must be None or an integer >= 0, got {value!r}")
@@ -145,11 +151,14 @@ def _token_logps(
     names: tuple[str, str, str] = ("hidden_states", "lm_head_weight", "lm_head_bias"),
 ) -> tuple[Tensor, LogitStatistics | None, str]:
     """Log-probs in the shape of the labels, one shorter with a shift; their statistics; the backend that ran."""
-    hidden, weight, bias = (_as_autocast(tensor) for tensor in (hidden_states, lm_head_weight, lm_head_bias))
+    tensors = (hidden_states, lm_head_weight, lm_head_bias)
+    check_tensors(**dict(zip(names, tensors, strict=True)), labels=labels)
+    hidden, weight, bias = (_as_autocast(tensor) for tensor in tensors)
     assert hidden is not None
     assert weight is not None
     ignore_index, shift = options.ignore_index, options.shift
     check_head(hidden, weight, bias, labels, ignore_index=ignore_index, shift=shift, names=names)
+    check_processing(hidden.dtype, options.final_logit_softcapping, options.temperature, options.logit_scale)
     backend = resolve_backend(options.backend, hidden.device, hidden.dtype)
     shape = labels.shape
     if labels.ndim == 1:
@@ -298,7 +307,7 @@ def linear_token_logps(
             a bound avoids; under torch.compile or in a CUDA graph the default is all positions. Positions beyond the
             bound have log-prob NaN; in eager mode on the CPU they raise.
         return_statistics: also return mean logit, entropy and top-1 hit of each position.
-        backend: "auto", "triton" (CUDA), "cpp" (CPU) or "eager" (materialises the logits).
+        backend: "auto", "triton" (CUDA), "cpp" (CPU) or "eager" (materialises the logits, in fp32).
 
     Returns:
         As `token_logps`. Differentiable once, in hidden states, weight and bias.
@@ -326,6 +335,7 @@ def _prepare(
     hidden_states: Tensor, labels: Tensor, cu_seqlens: Tensor | None, options: _HeadOptions, name: str = "hidden_states"
 ) -> tuple[Tensor, Tensor]:
     """Padded input as it is; packed input as [N, D] and [N], where a shift cannot cross a boundary."""
+    check_tensors(**{name: hidden_states}, labels=labels)
     if cu_seqlens is None:
         if hidden_states.ndim != 3:
             raise ValueError(
@@ -479,6 +489,12 @@ def fused_linear_dil_loss(
         stash_bytes,
         max_scored_tokens,
         backend,
+    )
+    check_tensors(
+        hidden_states=hidden_states,
+        lm_head_weight=lm_head_weight,
+        ref_hidden_states=ref_hidden_states,
+        ref_lm_head_weight=ref_lm_head_weight,
     )
     if (ref_hidden_states is None) != (ref_lm_head_weight is None):
         raise ValueError("ref_hidden_states and ref_lm_head_weight must be given together")

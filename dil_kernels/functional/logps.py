@@ -9,7 +9,14 @@ from torch import Tensor
 
 from dil_kernels import reference
 from dil_kernels.backends import resolve_backend
-from dil_kernels.checks import check_cu_seqlens, check_inplace, check_logits, shape_of
+from dil_kernels.checks import (
+    check_cu_seqlens,
+    check_ignore_index,
+    check_inplace,
+    check_logits,
+    check_tensors,
+    shape_of,
+)
 from dil_kernels.ops.logps import TokenLogps
 
 
@@ -135,7 +142,8 @@ def token_logps(
         final_logit_softcapping: replaces the logits x by cap * tanh(x / cap) (Gemma), cap > 0; None does not.
         temperature: divides the logits, after the softcapping; > 0.
         inplace_backward: write the gradient over the logits instead of into a new buffer. Whoever else needs the logits
-            for its backward gets autograd's error, as does a second backward.
+            for its backward gets autograd's error, as does a second backward. Under saved-tensor hooks, which leave
+            out autograd's check, the gradient gets a new buffer all the same.
         return_statistics: also return mean logit, entropy and top-1 hit of each position, from the same read.
         backend: "auto", "triton" (CUDA), "cpp" (CPU) or "eager".
 
@@ -146,8 +154,9 @@ def token_logps(
         `LogitStatistics`.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or option that does not fit; on the CPU also a label outside [0,
-            V). On CUDA such a label makes its log-prob NaN, since checking it would synchronise with the host.
+        ValueError, TypeError: a shape, dtype, device or option that does not fit, such as a temperature that fp32 (fp64
+            for fp64 logits) does not hold with its reciprocal; on the CPU also a label outside [0, V). On CUDA such a
+            label makes its log-prob NaN, since checking it would synchronise with the host.
         RuntimeError: a backend that cannot run here.
     """
     check_logits(
@@ -234,6 +243,8 @@ def prepare_rows(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool
 ) -> tuple[Tensor, Tensor]:
     """Padded input as it is; packed input as [N, V] and [N], where a shift cannot cross a boundary."""
+    check_tensors(logits=logits, labels=labels)
+    check_ignore_index(ignore_index)
     if cu_seqlens is None:
         if logits.ndim != 3:
             raise ValueError(f"logits must be [B, T, V] (or pass cu_seqlens for packed [N, V]), got {shape_of(logits)}")

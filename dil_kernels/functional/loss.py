@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels.backends import resolve_backend, sums_are_compiled
-from dil_kernels.checks import LOGITS_DTYPES, check_choice, check_per_pair, shape_of
+from dil_kernels.checks import LOGITS_DTYPES, check_choice, check_per_pair, check_tensors, shape_of
 from dil_kernels.divergences import floor_of_P
 from dil_kernels.functional.logps import prepare_rows, token_logps
 from dil_kernels.functional.loss_options import (
@@ -87,6 +87,7 @@ def dil_loss(
         "ref_chosen_logps": ref_chosen_logps,
         "ref_rejected_logps": ref_rejected_logps,
     }
+    check_tensors(**tensors)
     for name, tensor in tensors.items():
         check_per_pair(name, tensor, policy_chosen_logps.shape[:1], policy_chosen_logps.device)
     loss, rewards = _loss_of_sums(
@@ -147,6 +148,7 @@ def unpaired_dil_loss(
         chosen_weight=chosen_weight,
         rejected_weight=rejected_weight,
     )
+    check_tensors(policy_logps=policy_logps)
     for name, tensor in (("policy_logps", policy_logps), ("ref_logps", ref_logps)):
         check_per_pair(name, tensor, policy_logps.shape[:1], policy_logps.device)
     check_is_chosen(is_chosen, policy_logps.shape[0], policy_logps.device, options)
@@ -266,6 +268,7 @@ def fused_dil_loss(
         chosen_weight=chosen_weight,
         rejected_weight=rejected_weight,
     )
+    check_tensors(logits=logits, ref_logits=ref_logits)
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise ValueError(f"ref_logits must be {shape_of(logits)} as logits, got {shape_of(ref_logits)}")
     if ref_logits is not None and ref_logits.dtype not in LOGITS_DTYPES:

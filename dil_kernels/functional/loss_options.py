@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dil_kernels.checks import check_choice, check_per_pair, shape_of
+from dil_kernels.checks import check_choice, check_per_pair, check_tensors, shape_of
 from dil_kernels.divergences import LossParameters, get_divergence, resolve_non_negative, resolve_options
 from dil_kernels.scalar_losses import total
 
@@ -128,6 +128,7 @@ def resolve_ref_logps(
 
 def check_is_chosen(is_chosen: Tensor, num_sequences: int, device: torch.device, options: LossOptions) -> None:
     """Sides of unpaired responses, bool [S], and a loss and a layout that can do without pairs."""
+    check_tensors(is_chosen=is_chosen)
     loss_type = options.parameters.loss_type
     if not get_divergence(loss_type).separable:
         raise ValueError(
