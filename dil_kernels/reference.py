@@ -5,18 +5,18 @@ Written to be read, not to be fast: `log_softmax` over whole rows, autograd for 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from dil_kernels.divergences import LossParameters
-from dil_kernels.scalar_losses import pair_losses, response_losses, total
+from dil_kernels.scalar_losses import pair_losses, response_losses, soft_bound, total
 
 
-def process_logits(logits: Tensor, *, final_logit_softcapping: float | None = None, temperature: float = 1.0) -> Tensor:
-    """Logits as the softmax takes them: cap * tanh(logits / cap), then / temperature."""
-    if final_logit_softcapping is not None:
-        logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
-    return logits / temperature
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Of logits / temperature; without the largest, what is left overflows only where its exponential is 0."""
+    return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
 
 
 def token_logps(
@@ -39,8 +39,8 @@ def token_logps(
         where the label is `ignore_index`, NaN where it is outside [0, V).
     """
     logits, index, scored, invalid = _scored_rows(logits, labels, ignore_index, shift)
-    logits = process_logits(logits, final_logit_softcapping=final_logit_softcapping, temperature=temperature)
-    logps = logits.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    logits = _capped(logits, final_logit_softcapping)
+    logps = log_softmax(logits, temperature).gather(-1, index.unsqueeze(-1)).squeeze(-1)
     logps = torch.where(invalid, torch.nan, logps)
     return torch.where(scored, logps, 0)
 
@@ -61,14 +61,20 @@ def logit_statistics(
         the label's. Shaped as the log-probs: 0 or False where ignored, NaN or False where the label is outside [0, V).
     """
     logits, index, scored, invalid = _scored_rows(logits.detach(), labels, ignore_index, shift)
-    logits = process_logits(logits, final_logit_softcapping=final_logit_softcapping, temperature=temperature)
-    logps = logits.log_softmax(-1)
+    capped = _capped(logits, final_logit_softcapping)
+    logps = log_softmax(capped, temperature)
     entropy = -torch.where(logps == -torch.inf, 0, logps.exp() * logps).sum(-1)
-    mean = logits.mean(-1)
+    mean = ((capped / capped.shape[-1]).sum(-1, dtype=accumulation_dtype(capped.device)) / temperature).to(capped.dtype)
+    # Before softcapping, which may round different ones to the same value.
     target = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     hit = (target >= logits.amax(-1)) & ~entropy.isnan() & scored & ~invalid
     mean, entropy = (torch.where(scored, torch.where(invalid, torch.nan, x), 0) for x in (mean, entropy))
     return mean, entropy, hit
+
+
+def _capped(logits: Tensor, final_logit_softcapping: float | None) -> Tensor:
+    """cap * tanh(logits / cap)."""
+    return logits if final_logit_softcapping is None else soft_bound(logits, final_logit_softcapping)
 
 
 def _scored_rows(
@@ -96,15 +102,20 @@ def linear_logits(
     shift: bool,
     logit_scale: float,
 ) -> Tensor:
-    """Logits [B, T, V] of hidden states [B, T, D] under a head [V, D], as a model computes them: in its own precision.
+    """Logits [B, T, V] of hidden states [B, T, D] under a head [V, D], in fp64 where these are, in fp32 otherwise.
 
     Positions that are not scored may hold anything and get no gradient.
     """
+    device = hidden_states.device.type
+    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     scored = labels != ignore_index
     if shift:
         scored = torch.nn.functional.pad(scored[:, 1:], (0, 1))
-    hidden_states = torch.where(scored.unsqueeze(-1), hidden_states, 0)
-    return torch.nn.functional.linear(hidden_states, lm_head_weight, lm_head_bias) * logit_scale
+    hidden_states = torch.where(scored.unsqueeze(-1), hidden_states, 0).to(dtype)
+    bias = None if lm_head_bias is None else lm_head_bias.to(dtype)
+    casts = torch.is_autocast_enabled(device)  # which it would do to the product again
+    with torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
+        return torch.nn.functional.linear(hidden_states, lm_head_weight.to(dtype), bias) * logit_scale
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:

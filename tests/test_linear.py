@@ -68,6 +68,16 @@ class Problem:
         )
         return logps.detach(), *torch.autograd.grad(logps, inputs, self.upstream.to(logps.dtype))
 
+    def as_models_do(self) -> tuple[Tensor, ...]:
+        """The same with plain PyTorch, logits in the precision of the head."""
+        options = dict(self.options)
+        scale = options.pop("logit_scale", 1.0)
+        inputs = [x.detach().requires_grad_() for x in (self.hidden, self.weight, self.bias) if x is not None]
+        scored = (targets_of(self) != IGNORE).unsqueeze(-1)
+        logits = scale * torch.nn.functional.linear(torch.where(scored, inputs[0], 0), *inputs[1:])
+        logps = token_logps(logits, self.labels, shift=self.shift, backend="eager", **options)
+        return logps.detach(), *torch.autograd.grad(logps, inputs, self.upstream.to(logps.dtype))
+
 
 def make_problem(
     B: int, T: int, D: int, V: int, *, seed: int = 0, bias: bool = False, shift: bool = False, scale: float = 1.0
@@ -159,13 +169,27 @@ def test_against_the_oracle(impl: Implementation, data: st.DataObject) -> None:
     stash_rows = data.draw(st.integers(0, rows))
     stash_bytes = stash_rows * linear_head.stash_stride(problem.weight.shape[0]) * dtype.itemsize
     truth = problem.to(torch.float64, "cpu").run("eager")
-    eager = problem.run("eager")
+    eager = problem.as_models_do()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(linear_head.TILE_SHAPES, impl.device, TileShape(4, 32))
         actual = problem.run(impl.backend, stash_bytes=stash_bytes)
     for (name, limits), a, e, t in zip(rounded_terms(problem).items(), actual, eager, truth, strict=False):
         what = f"{name} {problem.options} {dtype} stash {stash_rows} of {rows}"
         assert_as_exact_as_eager(a, e, t, what, **limits)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_are_fp32_whatever_the_dtype(impl: Implementation, dtype: torch.dtype, autocast: bool) -> None:
+    problem = make_problem(2, 16, 64, 500, bias=True, scale=0.5).to(dtype, impl.device)
+    exact = problem.to(torch.float64, "cpu")
+    truth = (exact.hidden @ exact.weight.t() + exact.bias).log_softmax(-1).gather(-1, exact.labels.unsqueeze(-1))
+    given_problem = problem.to(torch.float32, impl.device) if autocast else problem
+    with torch.autocast(impl.device, dtype, enabled=autocast):
+        logps, *_ = given_problem.run(impl.backend)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps.cpu().double(), truth.squeeze(-1), rtol=1e-5, atol=1e-5)
 
 
 @every_kernel
@@ -195,7 +219,7 @@ def test_a_late_maximum_rescales_what_was_kept(impl: Implementation, dtype: torc
     problem.bias += torch.linspace(0, 60, 128, dtype=torch.float64)
     problem.hidden[:, ::2] *= -1
     problem = problem.to(dtype, impl.device)
-    truth, eager = problem.to(torch.float64, "cpu").run("eager"), problem.run("eager")
+    truth, eager = problem.to(torch.float64, "cpu").run("eager"), problem.as_models_do()
     for stash_bytes in (0, 3 * 128 * dtype.itemsize, 1 << 20):
         actual = problem.run(impl.backend, stash_bytes=stash_bytes)
         for a, e, t in zip(actual, eager, truth, strict=True):
@@ -690,6 +714,20 @@ def test_predicted_memory(dtype: torch.dtype, grads: tuple[bool, ...], monkeypat
         ({"logit_scale": 0.0}, ValueError, "logit_scale"),
         ({"final_logit_softcapping": -1.0}, ValueError, "final_logit_softcapping"),
         ({"temperature": 0.0}, ValueError, "temperature"),
+        ({"temperature": None}, TypeError, "temperature must be a number, got None"),
+        ({"logit_scale": None}, TypeError, "logit_scale must be a number, got None"),
+        ({"ignore_index": -100.0}, TypeError, "ignore_index must be an integer, got -100.0"),
+        ({"labels": [[0] * 5] * 2}, TypeError, "labels must be a Tensor, got list"),
+        ({"lm_head_weight": [[1.0]]}, TypeError, "lm_head_weight must be a Tensor, got list"),
+        ({"lm_head_bias": [1.0]}, TypeError, "lm_head_bias must be a Tensor, got list"),
+        (
+            {"temperature": 1e-40},
+            ValueError,
+            r"temperature must be between 7.9e-31 and 1.3e\+30 in size for logits of fp32",
+        ),
+        ({"logit_scale": -1e-40}, ValueError, "logit_scale must be between .* got -1e-40"),
+        ({"final_logit_softcapping": 1e39}, ValueError, "final_logit_softcapping must be between"),
+        ({"logit_scale": 1e20, "temperature": 1e-20}, ValueError, "logit_scale / temperature must be between"),
         ({"stash_bytes": -1}, ValueError, "stash_bytes"),
         ({"stash_bytes": 1.5}, ValueError, "stash_bytes"),
         ({"max_scored_tokens": 3}, ValueError, "max_scored_tokens=3, but labels score 8"),
@@ -717,6 +755,10 @@ def test_bad_input(change: dict[str, object], error: type[Exception], message: s
         ({"ref_lm_head_weight": torch.ones(7, 9)}, r"ref_lm_head_weight must be \[V, 3\]"),
         ({"hidden_states": torch.ones(3, 5, 4), "labels": torch.zeros(3, 5).long()}, "ref_hidden_states must be"),
         ({"beta": 0.3}, "beta=0.3 was given"),
+        ({"hidden_states": [1.0]}, "hidden_states must be a Tensor, got list"),
+        ({"ref_hidden_states": [1.0]}, "ref_hidden_states must be a Tensor, got list"),
+        ({"labels": [1]}, "labels must be a Tensor, got list"),
+        ({"cu_seqlens": [0, 5]}, "cu_seqlens must be a Tensor, got list"),
     ],
 )
 def test_bad_input_of_the_loss(change: dict[str, object], message: str) -> None:
@@ -728,5 +770,5 @@ def test_bad_input_of_the_loss(change: dict[str, object], message: str) -> None:
         "ref_lm_head_weight": torch.ones(7, 3),
     }
     arguments |= change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         fused_linear_dil_loss(**arguments)

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "row_kernels.h"
+
 namespace dil {
 
 // What becomes of the head's product x: z = softcap tanh(logit_scale (x + bias) / softcap), softmax over z / temperature.
@@ -19,9 +21,10 @@ struct HeadRow {
   double reference;
   double rest;        // sum of s
   double label;       // z of the label; NaN until its tile is seen
-  double others_max;  // of z
+  double others_max;  // of logit_scale (x + bias): tanh may round different ones to the same z
   double dot;         // sum of s (z - reference), for the entropy
-  double total;       // sum of z
+  double total;       // kTotalScale times the sum of z
+  double uncapped;    // logit_scale (x + bias) of the label
 };
 
 struct HeadKernel {

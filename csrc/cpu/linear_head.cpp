@@ -34,17 +34,18 @@ const HeadKernel& kernel_for(ScalarType tile, ScalarType grad) {
                                         : kernels.f32;
 }
 
-// Rows of `state`, each [rows] and of the dtype of the tile: reference, rest, label, others_max, dot, total.
-constexpr int64_t kStates = 6;
+// Rows of `state`, each [rows] and of the dtype of the tile: the members of HeadRow.
+constexpr int64_t kStates = 7;
 
 template <class T>
 HeadRow load_row(const T* state, int64_t rows, int64_t r) {
-  return {state[r], state[rows + r], state[2 * rows + r], state[3 * rows + r], state[4 * rows + r], state[5 * rows + r]};
+  const auto of = [&](int64_t k) -> double { return state[k * rows + r]; };
+  return {of(0), of(1), of(2), of(3), of(4), of(5), of(6)};
 }
 
 template <class T>
 void store_row(T* state, int64_t rows, int64_t r, const HeadRow& row) {
-  const double values[kStates] = {row.reference, row.rest, row.label, row.others_max, row.dot, row.total};
+  const double values[kStates] = {row.reference, row.rest, row.label, row.others_max, row.dot, row.total, row.uncapped};
   for (int64_t k = 0; k < kStates; ++k) state[k * rows + r] = static_cast<T>(values[k]);
 }
 
@@ -56,8 +57,9 @@ struct Inputs {
 };
 
 Inputs check(
-    const Tensor& tile, const std::optional<Tensor>& bias, const Tensor& labels, const Tensor& state, double logit_scale,
-    double softcap, double inv_temperature, double slack, bool statistics) {
+    const Tensor& tile, const std::optional<Tensor>& bias, const Tensor& labels, const Tensor& state, int64_t start,
+    double logit_scale, double softcap, double inv_temperature, double slack, bool statistics) {
+  STD_TORCH_CHECK(start >= 0, "start must be >= 0, got ", start);
   STD_TORCH_CHECK(
       tile.dim() == 2 && (tile.scalar_type() == ScalarType::Float || tile.scalar_type() == ScalarType::Double),
       "tile must be fp32 or fp64 [rows, columns]");
@@ -80,6 +82,9 @@ Inputs check(
       {logit_scale, softcap, inv_temperature, slack, statistics}};
 }
 
+// Where in the tile the label is; out of it if it is in another one, or none.
+int64_t place_of(int64_t label, int64_t start) { return label >= start ? label - start : -1; }
+
 template <class T>
 void rescale_row(const std::optional<Tile>& sums, int64_t r, double factor) {
   T* row = reinterpret_cast<T*>(sums->data + r * sums->row_bytes);
@@ -90,7 +95,7 @@ void head_tile(
     const Tensor& tile, const std::optional<Tensor>& bias, const Tensor& labels, const Tensor& state,
     const std::optional<Tensor>& grad, const std::optional<Tensor>& sums, int64_t start, double logit_scale, double softcap,
     double inv_temperature, double slack, bool statistics) {
-  const Inputs in = check(tile, bias, labels, state, logit_scale, softcap, inv_temperature, slack, statistics);
+  const Inputs in = check(tile, bias, labels, state, start, logit_scale, softcap, inv_temperature, slack, statistics);
   const Tile& x = in.tile;
   std::optional<Tile> g, acc;
   if (grad) g = tile_of(*grad, x.rows, x.columns, "grad");
@@ -106,7 +111,7 @@ void head_tile(
       for (int64_t r = first; r < last; ++r) {
         HeadRow row = load_row(states, x.rows, r);
         const double rescale = kernel.forward(
-            x.data + r * x.row_bytes, in.bias, x.columns, in.labels[r] - start, in.options, row,
+            x.data + r * x.row_bytes, in.bias, x.columns, place_of(in.labels[r], start), in.options, row,
             g ? g->data + r * g->row_bytes : nullptr);
         if (acc && rescale != 1.0) rescale_row<T>(acc, r, rescale);
         store_row(states, x.rows, r, row);
@@ -119,7 +124,7 @@ void head_tile(
 void head_tile_grad(
     const Tensor& tile, const std::optional<Tensor>& bias, const Tensor& labels, const Tensor& state, const Tensor& grad,
     int64_t start, double logit_scale, double softcap, double inv_temperature) {
-  const Inputs in = check(tile, bias, labels, state, logit_scale, softcap, inv_temperature, 0.0, false);
+  const Inputs in = check(tile, bias, labels, state, start, logit_scale, softcap, inv_temperature, 0.0, false);
   const Tile& x = in.tile;
   const Tile g = tile_of(grad, x.rows, x.columns, "grad");
   const HeadKernel& kernel = kernel_for(x.dtype, g.dtype);
@@ -129,8 +134,8 @@ void head_tile_grad(
     torch::stable::parallel_for(0, x.rows, grain(x.columns), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
         kernel.gradient(
-            x.data + r * x.row_bytes, in.bias, x.columns, in.labels[r] - start, in.options, load_row(states, x.rows, r),
-            g.data + r * g.row_bytes);
+            x.data + r * x.row_bytes, in.bias, x.columns, place_of(in.labels[r], start), in.options,
+            load_row(states, x.rows, r), g.data + r * g.row_bytes);
       }
     });
   };

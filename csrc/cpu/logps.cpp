@@ -77,6 +77,7 @@ struct F64 {
     r.target = value(x[label], processing);
     r.max = -INFINITY;
     for (int64_t v = 0; v < V; ++v) r.max = x[v] > r.max ? x[v] : r.max;
+    r.top1_hit = x[label] >= r.max;
     r.max = value(r.max, processing);
     const double reference = r.max == -INFINITY ? 0.0 : r.max;
     for (int64_t v = 0; v < V; ++v) {
@@ -84,7 +85,7 @@ struct F64 {
       const double capped = value(x[v], processing), d = (capped - reference) * processing.multiplier, e = std::exp(d);
       r.rest += e;
       r.weighted += e == 0.0 ? 0.0 : e * d;
-      r.total += capped;
+      r.total += capped * kTotalScale;
     }
     return r;
   }
@@ -92,7 +93,7 @@ struct F64 {
     const double g = row.g * processing.grad_factor;
     for (int64_t v = 0; v < V; ++v) {
       const double capped = value(x[v], processing), logp = (capped - row.max) * processing.multiplier - row.log_sum;
-      const double slope = processing.inv_cap != 0.0 ? (1.0 - capped) * (1.0 + capped) : 1.0;
+      const double slope = processing.inv_cap != 0.0 ? tanh_slope(x[v] * processing.inv_cap) : 1.0;
       dx[v] = -g * slope * (v == row.label ? std::expm1(logp) : std::exp(logp));
     }
   }
@@ -135,7 +136,8 @@ RowResult finish(const RowSums& r, int64_t V, double multiplier) {
   const double logp = d - log_sum;
   // Both parts are positive, so that an entropy near 0 is exact too.
   const double entropy = log_sum - (r.weighted + (own == 0.0 ? 0.0 : own * d)) / (r.rest + own);
-  return {logp, log_sum, (r.total + r.target) * multiplier / V, entropy, r.target >= r.max && logp == logp};
+  const double mean = (r.total + r.target * kTotalScale) / static_cast<double>(V) / kTotalScale;
+  return {logp, log_sum, mean * multiplier, entropy, r.top1_hit && logp == logp};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logps_fwd(

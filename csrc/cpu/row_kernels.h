@@ -6,6 +6,9 @@
 
 namespace dil {
 
+// Sums of logits are kept times this: however large these are, what as many as a vocabulary has add up to is finite.
+constexpr double kTotalScale = 0x1p-24;
+
 // What becomes of a logit x: z = multiplier * v with v = x, or v = tanh(inv_cap * x) under softcapping.
 struct Processing {
   double multiplier;   // 1 / temperature, or cap / temperature
@@ -19,7 +22,8 @@ struct RowSums {
   double max;             // of v over the whole row
   double rest = 0.0;      // sum of e^d, d = multiplier * (v - max)
   double weighted = 0.0;  // sum of d e^d, where d is finite; only if asked for
-  double total = 0.0;     // sum of v; only if asked for
+  double total = 0.0;     // kTotalScale times the sum of v; only if asked for
+  bool top1_hit = false;  // whether no x is larger than the label's: tanh may round different ones to the same v; likewise
 };
 
 // What the gradient of a row g d logp / dx is made from.

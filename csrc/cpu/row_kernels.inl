@@ -34,10 +34,12 @@ inline VecF load_tail(const T* x, int64_t n, VecI& keep) {
 template <class T, bool kCapped, bool kStatistics>
 class Sums {
  public:
-  Sums(VecF target, const Processing& processing)
+  Sums(VecF label, const Processing& processing)
       : scale_(static_cast<float>(kLog2e * processing.multiplier)), inv_cap_(static_cast<float>(processing.inv_cap)) {
-    out_.target = target[0];
-    max_ = target[0] == target[0] ? target[0] : -INFINITY;
+    const float target = value<kCapped>(label, inv_cap_)[0];
+    out_.target = target;
+    max_ = target == target ? target : -INFINITY;
+    label_ = label[0];
   }
 
   void add(const T* x, int64_t n) {
@@ -50,6 +52,7 @@ class Sums {
   RowSums result() {
     out_.max = max_;
     out_.weighted *= kLn2;
+    out_.top1_hit = label_ >= (kCapped ? horizontal_max(top_) : max_);
     return out_;
   }
 
@@ -58,22 +61,27 @@ class Sums {
     int64_t i = 0;
     for (; i + kStep <= n; i += kStep) {
       VecF v[kUnroll];
-      for (int k = 0; k < kUnroll; ++k) v[k] = value<kCapped>(load(x + i + k * kLanes), inv_cap_);
+      for (int k = 0; k < kUnroll; ++k) v[k] = taken(load(x + i + k * kLanes));
       raise(max(max(v[0], v[1]), max(v[2], v[3])));
       for (int k = 0; k < kUnroll; ++k) add_vector(k, v[k], v[k]);
     }
     for (; i + kLanes <= n; i += kLanes) {
-      const VecF v = value<kCapped>(load(x + i), inv_cap_);
+      const VecF v = taken(load(x + i));
       raise(v);
       add_vector(0, v, v);
     }
     if (i < n) {
       VecI keep;
-      const VecF v = value<kCapped>(load_tail(x + i, n - i, keep), inv_cap_);
-      const VecF padded = keep ? v : broadcast(-INFINITY);
+      const VecF loaded = load_tail(x + i, n - i, keep);
+      const VecF v = taken(keep ? loaded : broadcast(-INFINITY)), padded = keep ? v : broadcast(-INFINITY);
       raise(padded);
       add_vector(0, padded, keep ? v : VecF{});
     }
+  }
+
+  VecF taken(VecF x) {
+    if constexpr (kCapped && kStatistics) top_ = max(top_, x);
+    return value<kCapped>(x, inv_cap_);
   }
 
   void add_vector(int k, VecF v, VecF summand) {
@@ -82,7 +90,7 @@ class Sums {
     rest_[k] += e;
     if constexpr (kStatistics) {
       weighted_[k] += e * max(broadcast(kTinyExponent), t);
-      total_[k] += summand;
+      total_[k] += summand * static_cast<float>(kTotalScale);
     }
   }
 
@@ -113,15 +121,15 @@ class Sums {
 
   static constexpr float kTinyExponent = -150.0f;  // 2^ it is 0, and 0 times it is 0: what takes the place of t = -inf
 
-  float scale_, inv_cap_, max_;
+  float scale_, inv_cap_, max_, label_;
+  VecF top_ = broadcast(-INFINITY);
   VecF rest_[kUnroll] = {}, weighted_[kUnroll] = {}, total_[kUnroll] = {};
   RowSums out_{};
 };
 
 template <class T, bool kCapped, bool kStatistics>
 RowSums sums_as(const T* x, int64_t V, int64_t label, const Processing& processing) {
-  const VecF target = value<kCapped>(broadcast_element(x + label), static_cast<float>(processing.inv_cap));
-  Sums<T, kCapped, kStatistics> sums(target, processing);
+  Sums<T, kCapped, kStatistics> sums(broadcast_element(x + label), processing);
   sums.add(x, label);
   sums.add(x + label + 1, V - label - 1);
   return sums.result();

@@ -189,7 +189,7 @@ inline VecF exp2(VecF t) {
 #if DIL_VEC_BYTES == 64
   return (VecF)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
-  const VecI exponent = (bit_cast<VecI>(shifted) << 23) + 0x3f800000;
+  const VecU exponent = (bit_cast<VecU>(shifted) << 23) + 0x3f800000u;
   return p * bit_cast<VecF>(exponent);
 #endif
 }
@@ -209,11 +209,11 @@ inline VecF tanh(VecF y) {
   return magnitude < 0.625f ? near : (y < 0.0f ? -far : far);
 }
 
-// tanh'(u) = 4 e / (1 + e)^2, e = exp(-2 |u|), exact in relative terms where 1 - tanh^2 is not; 0 where tanh is 1 in fp32.
+// tanh'(u) = 4 e / (1 + e)^2, e = exp(-2 |u|), exact in relative terms where 1 - tanh^2 is not.
 inline VecF tanh_slope(VecF u) {
   const VecF magnitude = max(-u, u);
   const VecF e = exp2(magnitude * -0x1.715476p+1f);
-  return magnitude > 9.5f ? VecF{} : 4.0f * e / ((1.0f + e) * (1.0f + e));
+  return 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 
 }  // namespace dil::DIL_ISA

@@ -10,21 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dil_kernels.kernels.scalar_math import LOG2E, tanh
+from dil_kernels.kernels.scalar_math import LOG2E, TOTAL_SCALE, tanh, tanh_slope
 
 
 @triton.jit
 def _post_process(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """From the product x to z, and dz / d(logit_scale x)."""
+    """From the product x to y = logit_scale (x + bias), z, and dz / dy."""
     if HAS_BIAS:
         x += tl.load(bias_ptr + columns, mask=mask, other=0.0)
-    z = x * logit_scale
+    y = x * logit_scale
+    z = y
     slope = 1.0
     if SOFTCAP:
-        t = tanh(z / softcap)
-        z = t * softcap
-        slope = (1.0 - t) * (1.0 + t)
-    return z, slope
+        u = y / softcap
+        z = tanh(u) * softcap
+        slope = tanh_slope(u)
+    return y, z, slope
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def _head_tile_kernel(
     tile_ptr,  # (R, n) fp32
     bias_ptr,  # (n,) fp32
     labels_ptr,  # (R,) int64
-    state_ptr,  # (6, R) fp32: reference, rest, label, others_max, dot, total
+    state_ptr,  # (7, R) fp32: reference, rest, label, others_max, dot, total, uncapped
     grad_ptr,  # (R, n); may be the tile
     sums_ptr,  # (R, D) fp32
     stride_tile,
@@ -57,16 +58,18 @@ def _head_tile_kernel(
     columns = tl.arange(0, BLOCK_V)
     mask = columns < n
     x = tl.load(tile_ptr + row * stride_tile + columns, mask=mask, other=0.0)
-    z, slope = _post_process(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS, SOFTCAP)
+    y, z, slope = _post_process(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS, SOFTCAP)
     if STATISTICS:
         total = tl.load(state_ptr + 5 * R + row)
-        tl.store(state_ptr + 5 * R + row, total + tl.sum(tl.where(mask, z, 0.0), axis=0))
+        tl.store(state_ptr + 5 * R + row, total + tl.sum(tl.where(mask, z * TOTAL_SCALE, 0.0), axis=0))
     label = tl.load(labels_ptr + row) - start
     has_label = (label >= 0) & (label < n)
     others = tl.where(mask & (columns != label), z, -float("inf"))
     others_max = tl.max(others, axis=0)
     if has_label:
         tl.store(state_ptr + 2 * R + row, tl.sum(tl.where(columns == label, z, 0.0), axis=0))
+        if SOFTCAP:
+            tl.store(state_ptr + 6 * R + row, tl.sum(tl.where(columns == label, y, 0.0), axis=0))
 
     reference = tl.load(state_ptr + row)
     rest = tl.load(state_ptr + R + row)
@@ -83,7 +86,10 @@ def _head_tile_kernel(
     tl.store(state_ptr + row, new_reference)
     tl.store(state_ptr + R + row, rest * rescale + sum_s)
     if STATISTICS:
-        tl.store(state_ptr + 3 * R + row, tl.maximum(tl.load(state_ptr + 3 * R + row), others_max))
+        highest = others_max
+        if SOFTCAP:  # tanh may round different ones to the same z
+            highest = tl.max(tl.where(mask & (columns != label), y, -float("inf")), axis=0)
+        tl.store(state_ptr + 3 * R + row, tl.maximum(tl.load(state_ptr + 3 * R + row), highest))
         dot = rescale * (tl.load(state_ptr + 4 * R + row) + tl.where(rest == 0.0, 0.0, change * rest))
         dot = tl.where(new_reference == reference, tl.load(state_ptr + 4 * R + row), dot)
         tl.store(state_ptr + 4 * R + row, dot + tl.sum(s * tl.where(s == 0.0, 0.0, d), axis=0))
@@ -102,7 +108,7 @@ def _head_tile_grad_kernel(
     tile_ptr,  # (R, n) fp32
     bias_ptr,  # (n,) fp32
     labels_ptr,  # (R,) int64
-    state_ptr,  # (6, R) fp32, of which reference and rest are read
+    state_ptr,  # (7, R) fp32, of which reference and rest are read
     grad_ptr,  # (R, n); may be the tile
     stride_tile,
     stride_grad,
@@ -120,7 +126,7 @@ def _head_tile_grad_kernel(
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = columns < n
     x = tl.load(tile_ptr + row * stride_tile + columns, mask=mask, other=0.0)
-    z, slope = _post_process(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS, SOFTCAP)
+    _, z, slope = _post_process(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS, SOFTCAP)
     reference = tl.load(state_ptr + row)
     rest = tl.load(state_ptr + R + row)
     origin = tl.where(reference == -float("inf"), 0.0, reference)
@@ -167,7 +173,7 @@ def head_tile(
     tile: Tensor,  # [R, n]
     bias: Tensor | None,  # [n]
     labels: Tensor,  # [R]
-    state: Tensor,  # [6, R]
+    state: Tensor,  # [7, R]
     grad: Tensor | None,  # [R, n]
     sums: Tensor | None,  # [R, D]
     start: int,

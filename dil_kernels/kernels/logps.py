@@ -20,7 +20,7 @@ from dil_kernels.kernels.rows import (
     rescale,
     vector_elements,
 )
-from dil_kernels.kernels.scalar_math import LN2, LOG2E, log1p, one_minus_exp, processed, tanh_slope
+from dil_kernels.kernels.scalar_math import LN2, LOG2E, TOTAL_SCALE, log1p, one_minus_exp, processed, tanh_slope
 
 
 @triton.jit
@@ -37,6 +37,7 @@ def _finish_row(
     s,
     w,
     total,
+    top,
     head,
     body,
     V,
@@ -50,9 +51,10 @@ def _finish_row(
     VEC: tl.constexpr = vector_elements(x_ptr)
     index, mask = edges(head, body, V, VEC)
     keep = mask & (index != label)
-    v = tl.where(keep, processed(tl.load(x_ptr + index, mask=mask, other=0.0), inv_cap, HAS_CAP), -float("inf"))
-    target = tl.load(x_ptr + label, mask=(label >= 0) & (label < V), other=float("nan"))
-    target = processed(target, inv_cap, HAS_CAP)
+    x = tl.load(x_ptr + index, mask=mask, other=0.0)
+    v = tl.where(keep, processed(x, inv_cap, HAS_CAP), -float("inf"))
+    x_label = tl.load(x_ptr + label, mask=(label >= 0) & (label < V), other=float("nan"))
+    target = processed(x_label, inv_cap, HAS_CAP)
     m_row = tl.maximum(tl.maximum(m, tl.max(v, axis=0)), target)
     s, w = rescale(m, m_row, s, w, scale, STATISTICS)
     t = (v - m_row) * scale
@@ -68,11 +70,15 @@ def _finish_row(
     tl.store(log_sum_ptr + row, log_sum)
     if STATISTICS:
         w += tl.sum(e * tl.maximum(t, TINY_EXPONENT), axis=0) + own * tl.maximum(t_own, TINY_EXPONENT)
-        total += tl.sum(tl.where(keep, v, 0.0), axis=0) + target
-        tl.store(statistics_ptr + row, total * multiplier / V)
+        total += tl.sum(tl.where(keep, v * TOTAL_SCALE, 0.0), axis=0) + target * TOTAL_SCALE
+        tl.store(statistics_ptr + row, total / V / TOTAL_SCALE * multiplier)
         # Both parts are positive, so that an entropy near 0 is exact too.
         tl.store(statistics_ptr + num_rows + row, log_sum - w * LN2 / (rest + own))
-        tl.store(statistics_ptr + 2 * num_rows + row, ((target >= m_row) & (logp == logp)).to(tl.float32))
+        hit = target >= m_row
+        if HAS_CAP:
+            top = tl.maximum(top, tl.max(tl.where(keep, x.to(tl.float32), -float("inf")), axis=0))
+            hit = x_label.to(tl.float32) >= top
+        tl.store(statistics_ptr + 2 * num_rows + row, (hit & (logp == logp)).to(tl.float32))
 
 
 @triton.jit
@@ -119,18 +125,18 @@ def _logps_fwd_kernel(
         return
     x_ptr = logits_ptr + b * stride_xb + t * stride_xt
     head, body = cut(x_ptr, V)
-    m, s, w, total = reduce_span(
+    m, s, w, total, top = reduce_span(
         x_ptr + head, 0, body, label - head, multiplier * LOG2E, inv_cap, HAS_CAP, STATISTICS, ROWS, BLOCK_V
     )
     _finish_row(
-        logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, x_ptr, row, num_rows, label, m, s, w, total, head, body, V,
-        multiplier, inv_cap, HAS_CAP, STATISTICS,
+        logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, x_ptr, row, num_rows, label, m, s, w, total, top, head,
+        body, V, multiplier, inv_cap, HAS_CAP, STATISTICS,
     )  # fmt: skip
 
 
 @triton.jit
 def _logps_split_kernel(
-    partials_ptr,  # (4, B T_out, SPLITS) fp32: maximum, sum of 2^t, and with STATISTICS sum of t 2^t, sum of values
+    partials_ptr,  # (2 to 5, B T_out, SPLITS) fp32, as `reduce_span` returns them
     logits_ptr,  # (B, T, V)
     labels_ptr,  # (B, T) int64
     stride_xb,
@@ -162,7 +168,7 @@ def _logps_split_kernel(
     x_ptr = logits_ptr + b * stride_xb + t * stride_xt
     head, body = cut(x_ptr, V)
     begin = split * span
-    m, s, w, total = reduce_span(
+    m, s, w, total, top = reduce_span(
         x_ptr + head,
         begin,
         tl.minimum(begin + span, body),
@@ -181,6 +187,8 @@ def _logps_split_kernel(
     if STATISTICS:
         tl.store(partial_ptr + 2 * stride, w)
         tl.store(partial_ptr + 3 * stride, total)
+        if HAS_CAP:
+            tl.store(partial_ptr + 4 * stride, top)
 
 
 @triton.jit
@@ -189,7 +197,7 @@ def _logps_merge_kernel(
     row_max_ptr,  # (B, T_out) fp32, contiguous
     log_sum_ptr,  # (B, T_out) fp32, contiguous
     statistics_ptr,  # (3, B, T_out) fp32, contiguous; unused without STATISTICS
-    partials_ptr,  # (4, B T_out, SPLITS) fp32
+    partials_ptr,  # (2 to 5, B T_out, SPLITS) fp32
     logits_ptr,  # (B, T, V)
     labels_ptr,  # (B, T) int64
     stride_xb,
@@ -223,13 +231,16 @@ def _logps_merge_kernel(
     s = tl.load(partial_ptrs + stride)
     w = tl.zeros((SPLITS,), tl.float32)
     total = tl.zeros((SPLITS,), tl.float32)
+    top = tl.zeros((SPLITS,), tl.float32)
     if STATISTICS:
         w = tl.load(partial_ptrs + 2 * stride)
         total = tl.load(partial_ptrs + 3 * stride)
-    m, s, w, total = meet(m, s, w, total, multiplier * LOG2E, STATISTICS)
+        if HAS_CAP:
+            top = tl.load(partial_ptrs + 4 * stride)
+    m, s, w, total, top = meet(m, s, w, total, top, multiplier * LOG2E, STATISTICS)
     _finish_row(
-        logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, x_ptr, row, num_rows, label, m, s, w, total, head, body, V,
-        multiplier, inv_cap, HAS_CAP, STATISTICS,
+        logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, x_ptr, row, num_rows, label, m, s, w, total, top, head,
+        body, V, multiplier, inv_cap, HAS_CAP, STATISTICS,
     )  # fmt: skip
 
 

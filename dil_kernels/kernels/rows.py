@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dil_kernels.kernels.scalar_math import processed
+from dil_kernels.kernels.scalar_math import TOTAL_SCALE, processed
 
 # Below every finite fp32 logit that matters, and finite, so that a lane of -inf gives exp2(-inf) = 0 and not NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -77,11 +77,11 @@ def accumulate(m, s, w, v, scale, STATISTICS: tl.constexpr):
 
 
 @triton.jit
-def meet(m, s, w, total, scale, STATISTICS: tl.constexpr):
+def meet(m, s, w, total, top, scale, STATISTICS: tl.constexpr):
     """Lanes or splits to one."""
     m_all = tl.max(m, axis=0)
     s, w = rescale(m, m_all, s, w, scale, STATISTICS)
-    return m_all, tl.sum(s, axis=0), tl.sum(w, axis=0), tl.sum(total, axis=0)
+    return m_all, tl.sum(s, axis=0), tl.sum(w, axis=0), tl.sum(total, axis=0), tl.max(top, axis=0)
 
 
 @triton.jit
@@ -97,7 +97,8 @@ def reduce_span(
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Maximum, sums of 2^t and of t 2^t, and sum of the values over elements [begin, end) of a body without its label.
+    """Over elements [begin, end) of a body without its label: maximum, sums of 2^t and of t 2^t, TOTAL_SCALE times the
+    sum of the values, and the largest logit before softcapping, which may round different ones to the same value.
 
     begin and end are multiples of a 16-byte vector, and all indices count from the start of the body.
     """
@@ -108,6 +109,7 @@ def reduce_span(
     s = tl.zeros((BLOCK_V,), tl.float32)
     w = tl.zeros((BLOCK_V,), tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
+    top = tl.full((BLOCK_V,), -float("inf"), tl.float32)
     num_full = tl.maximum(end - begin, 0) // TILE
     label_tile = tl.where(label >= begin, tl.minimum((label - begin) // TILE, num_full), num_full).to(tl.int32)
     has_label = (label_tile < num_full).to(tl.int32)
@@ -118,7 +120,9 @@ def reduce_span(
         v = processed(x, inv_cap, HAS_CAP)
         m, s, w = accumulate(m, s, w, v, scale, STATISTICS)
         if STATISTICS:
-            total += tl.sum(v, axis=0)
+            total += tl.sum(v * TOTAL_SCALE, axis=0)
+            if HAS_CAP:
+                top = tl.maximum(top, tl.max(x.to(tl.float32), axis=0))
     # The tile that the span ends in, if any, and the label's, if it is another.
     for j in range((begin + num_full * TILE >= end).to(tl.int32), 1 + has_label):
         index = begin + tl.where(j == 0, num_full, label_tile) * TILE + offsets
@@ -127,5 +131,7 @@ def reduce_span(
         v = tl.where(keep, processed(x, inv_cap, HAS_CAP), -float("inf"))
         m, s, w = accumulate(m, s, w, v, scale, STATISTICS)
         if STATISTICS:
-            total += tl.sum(tl.where(keep, v, 0.0), axis=0)
-    return meet(m, s, w, total, scale, STATISTICS)
+            total += tl.sum(tl.where(keep, v * TOTAL_SCALE, 0.0), axis=0)
+            if HAS_CAP:
+                top = tl.maximum(top, tl.max(tl.where(keep, x.to(tl.float32), -float("inf")), axis=0))
+    return meet(m, s, w, total, top, scale, STATISTICS)

@@ -25,12 +25,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dil_kernels.scalar_losses import tanh_slope
+
 # A row's reference is renewed, and what was written with the old one rescaled, where another entry than the label
 # exceeds it by more (nats): small enough that s keeps its digits, large enough that it is rare.
 SLACK = 4.0
 # Rows of the stash start at multiples of this many elements, as fast matrix products want.
 STASH_ALIGNMENT = 64
 SCALED_ROWS = 1024
+TOTAL_SCALE = 2.0**-24  # of the state `total`: csrc/cpu/row_kernels.h, kernels/scalar_math.py
 
 
 def stash_stride(V: int) -> int:
@@ -206,8 +209,8 @@ class _TileSteps:
 
 
 def _fresh_state(like: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
-    """reference, rest, label, others_max, dot, total: see csrc/cpu/head_kernels.h."""
-    state = torch.zeros(6, rows, dtype=dtype, device=like.device)
+    """reference, rest, label, others_max, dot, total, uncapped: see csrc/cpu/head_kernels.h."""
+    state = torch.zeros(7, rows, dtype=dtype, device=like.device)
     state[0].fill_(-math.inf)
     state[2].fill_(math.nan)
     state[3].fill_(-math.inf)
@@ -286,7 +289,7 @@ def head_forward(
 class _Chunk:
     hidden: Tensor  # [R, D]
     labels: Tensor  # [R]
-    state: Tensor  # [6, R]
+    state: Tensor  # [7, R]
     sums: Tensor | None  # [R, D], sum of h @ weight without the label's entry
     stash: Tensor | None  # [R, V]
 
@@ -301,7 +304,7 @@ class _Finished(NamedTuple):
 
 def _finish(chunk: _Chunk, head: Head, references: Tensor | None, steps: _TileSteps) -> _Finished:
     """Put the label's entry in, and bring everything to the row's last reference."""
-    reference, rest, label, others_max, dot, total = chunk.state
+    reference, rest, label, others_max, dot, total, uncapped = chunk.state
     T, V = head.temperature, head.weight.shape[0]
     invalid = (chunk.labels < 0) | (chunk.labels >= V)
     columns = chunk.labels.masked_fill(invalid, 0)
@@ -316,16 +319,15 @@ def _finish(chunk: _Chunk, head: Head, references: Tensor | None, steps: _TileSt
     logps = torch.where(ahead, -torch.log1p(rest * e), behind)
     label_grad = rest
     if head.softcap:
-        t = label / head.softcap
-        label_grad = rest * (1 - t) * (1 + t)
+        label_grad = rest * tanh_slope(uncapped / head.softcap)
     label_grad = label_grad.masked_fill(invalid, math.nan)
     spread = torch.where(ahead, rest * d - dot / T, -dot / T - torch.where(e == 0, 0, e * d))
     spread = torch.where(rest == 0, 0, spread) * factor
     statistics = torch.stack(
         [
-            ((total if steps.statistics else label) / (V * T)).masked_fill(invalid, math.nan),
+            (total / V / TOTAL_SCALE / T).masked_fill(invalid, math.nan),
             spread + torch.where(ahead, torch.log1p(rest * e), torch.log(rest + e)),
-            ((label >= others_max) & ~logps.isnan()).to(rest.dtype),
+            (((uncapped if head.softcap else label) >= others_max) & ~logps.isnan()).to(rest.dtype),
         ]
     )
     norm = torch.ones_like(rest)
