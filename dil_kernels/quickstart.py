@@ -37,9 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     start = time.monotonic()
     try:
-        _run(options)
-    except (RuntimeError, OSError) as error:
+        from dil_kernels.option_names import as_on_command_line
+        from dil_kernels.training.output_dir import OutputDirError, output_directory
+    except ImportError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
+        return 1
+    # A run of its own may be made again.
+    overwrite = (options.output_dir / "trainer_state.json").is_file() or None
+    try:
+        with output_directory(options.output_dir, overwrite=overwrite, inputs={"--model-dir": str(options.model_dir)}):
+            _run(options)
+    except (RuntimeError, OSError, OutputDirError) as error:
+        print(f"quickstart: error: {as_on_command_line(str(error), ['output_dir'])}", file=sys.stderr)
         return 1
     print(f"done in              {time.monotonic() - start:.0f} s")
     return 0

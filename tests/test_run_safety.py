@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tiny_model import make_model, make_pairs, make_tokenizer
 
-from dil_kernels import cli
-from dil_kernels.trainer import DILTrainer
+from dil_kernels import cli, quickstart
+from dil_kernels.trainer import DILConfig, DILTrainer
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +244,23 @@ def test_a_failure_in_training_has_no_traceback_unless_asked_for(
     assert last_line(capsys) == ("RuntimeError: out of memory on two lines; no checkpoint had been written before it")
     with pytest.raises(Exception, match="out of memory"):
         cli.main(arguments(inputs, tmp_path / "other", traceback=True))
+
+
+def test_memory_is_pinned_only_where_there_is_a_device_to_copy_to(tmp_path: Path) -> None:
+    config = DILConfig(str(tmp_path))  # torch warns of it otherwise
+    assert config.dataloader_pin_memory == (config.device.type != "cpu")
+
+
+def test_the_quickstart_overwrites_its_own_runs_only(tmp_path: Path, monkeypatch, capsys) -> None:
+    runs = []
+    monkeypatch.setattr(quickstart, "_run", runs.append)
+    (tmp_path / "README.md").write_text("mine")
+    options = ["--output-dir", str(tmp_path)]
+    assert quickstart.main(options) == 1
+    assert capsys.readouterr().err == (
+        f"quickstart: error: --output-dir {tmp_path} holds what this run did not write (README.md): name another "
+        "directory\n"
+    )
+    (tmp_path / "trainer_state.json").write_text("{}")
+    assert quickstart.main(options) == 0
+    assert len(runs) == 1

@@ -30,7 +30,7 @@ class OutputDirError(ValueError):
 def output_directory(
     output_dir: str | os.PathLike[str],
     *,
-    overwrite: bool = False,
+    overwrite: bool | None = False,
     checkpoint: str | os.PathLike[str] | None = None,
     inputs: Mapping[str, str | None] | None = None,
 ) -> Iterator[None]:
@@ -38,7 +38,8 @@ def output_directory(
 
     Args:
         output_dir: of the run; checked on the main process alone, which writes to it.
-        overwrite: accept a directory that holds something, and say what will be overwritten.
+        overwrite: accept a directory that holds something, and say what will be overwritten; None where the user has
+            no option for that.
         checkpoint: from which the run goes on; that of a run in this directory may be continued in it.
         inputs: directories that the run reads from, by the names that messages have for them.
 
@@ -76,7 +77,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 
 def _refuse(
-    path: Path, overwrite: bool, checkpoint: str | os.PathLike[str] | None, inputs: Mapping[str, str | None]
+    path: Path, overwrite: bool | None, checkpoint: str | os.PathLike[str] | None, inputs: Mapping[str, str | None]
 ) -> None:
     if path.exists() and not path.is_dir():
         raise OutputDirError(f"output_dir={path}: it is a file, not a directory")
@@ -102,7 +103,7 @@ def _refuse_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
                 raise OutputDirError(f"output_dir={path} holds {name} in {directory.name}, which would be overwritten")
 
 
-def _refuse_entries(path: Path, overwrite: bool) -> None:
+def _refuse_entries(path: Path, overwrite: bool | None) -> None:
     entries = sorted(entry.name for entry in path.iterdir())
     if not entries:
         return
@@ -112,6 +113,8 @@ def _refuse_entries(path: Path, overwrite: bool) -> None:
         print(f"{path}: to be overwritten: {_listed(replaced)}; left as they are: {_listed(kept)}")
         return
     holds = f"output_dir={path} holds "
+    if overwrite is None:
+        raise OutputDirError(f"{holds}what this run did not write ({_listed(entries)}): name another directory")
     if _checkpoints(path):
         holds += "checkpoints of an earlier run: continue it with resume_from_checkpoint, "
     else:
