@@ -4,150 +4,34 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from fused_head_models import (
+    ARCHITECTURES,
+    COMMON,
+    IGNORE,
+    RELATIVE,
+    V,
+    assert_close,
+    assert_same,
+    assert_same_gradients,
+    batch,
+    fused,
+    gradients,
+    largest,
+    make,
+    own,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from dil_kernels.modeling import (
-    FusedHeadOutput,
-    UnsupportedHeadError,
-    fused_head_problem,
-    install_fused_head,
-    remove_fused_head,
-)
-
-IGNORE = -100
-RELATIVE = 1e-5  # fp32 against fp32, of the largest entry: two layers, a few hundred terms a sum
-V = 211
-
-COMMON = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,  # far from uniform
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
-EXPERTS["experts_implementation"] = "eager"  # the grouped product has no fp64
-MINICPM = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-}
-FREE = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}  # of dropout
-
-# model class: config, logit scale, softcap
-ARCHITECTURES: dict[str, tuple[dict[str, Any], float, float | None]] = {
-    "LlamaForCausalLM": (COMMON, 1.0, None),  # also SmolLM and SmolLM2
-    "MistralForCausalLM": (COMMON, 1.0, None),
-    "Qwen2ForCausalLM": (COMMON | {"tie_word_embeddings": True}, 1.0, None),
-    "Qwen3ForCausalLM": (COMMON | {"head_dim": 8}, 1.0, None),
-    "GemmaForCausalLM": (COMMON | {"head_dim": 8, "tie_word_embeddings": True}, 1.0, None),
-    "Gemma2ForCausalLM": (COMMON | {"head_dim": 8, "final_logit_softcapping": 3.0}, 1.0, 3.0),
-    "Gemma3ForCausalLM": (COMMON | {"head_dim": 8, "final_logit_softcapping": 3.0}, 1.0, 3.0),
-    "GraniteForCausalLM": (COMMON | {"logits_scaling": 0.7}, 1 / 0.7, None),
-    "CohereForCausalLM": (COMMON | {"logit_scale": 0.25, "tie_word_embeddings": True}, 0.25, None),
-    "Cohere2ForCausalLM": (COMMON | {"logit_scale": 0.25, "head_dim": 8}, 0.25, None),
-    "PhiForCausalLM": (COMMON, 1.0, None),  # bias
-    "Phi3ForCausalLM": (COMMON, 1.0, None),
-    "SmolLM3ForCausalLM": (COMMON, 1.0, None),
-    "Olmo2ForCausalLM": (COMMON, 1.0, None),
-    "StableLmForCausalLM": (COMMON, 1.0, None),
-    "Starcoder2ForCausalLM": (COMMON | {"embedding_dropout": 0.0, "residual_dropout": 0.0}, 1.0, None),
-    "GPTNeoXForCausalLM": (COMMON, 1.0, None),  # Pythia
-    "GPT2LMHeadModel": (GPT | FREE, 1.0, None),
-    "GPTJForCausalLM": (GPT | FREE | {"rotary_dim": 4}, 1.0, None),  # bias
-    "OPTForCausalLM": (COMMON | {"ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 16, "init_std": 0.2}, 1.0, None),
-    "MixtralForCausalLM": (COMMON | EXPERTS, 1.0, None),
-    "MiniCPM3ForCausalLM": (COMMON | MINICPM | {"dim_model_base": 16}, 1.0, None),  # scales before the head
-    "HyperCLOVAXForCausalLM": (COMMON | {"logits_scaling": 0.7}, 0.7, None),  # multiplies where Granite divides
-}
-
-
-def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    model_class = getattr(transformers, name)
-    config = model_class.config_class(**copy.deepcopy(ARCHITECTURES[name][0]))
-    model = model_class(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lm_head.bias"):
-            nn.init.normal_(parameter)
-    return model.to(dtype)
-
-
-def batch(T: int = 9, seed: int = 0) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Inputs of a right-padded batch [3, T], labels that score a part of it, an upstream gradient [3, T - 1]."""
-    gen = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, V, (3, T), generator=gen)
-    mask = (torch.arange(T) < torch.tensor([[T], [T - 2], [T - 4]])).long()
-    labels = torch.where(mask.bool() & (torch.arange(T) > 2), ids, IGNORE)
-    return {"input_ids": ids, "attention_mask": mask}, labels, torch.randn(3, T - 1, generator=gen)
-
-
-def logps_of_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    logps = (logits[:, :-1] / temperature).log_softmax(-1)
-    targets = labels[:, 1:]
-    return torch.where(targets == IGNORE, 0.0, logps.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1))
-
-
-def own(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, **options: Any) -> Tensor:
-    return logps_of_logits(model(**inputs).logits, labels, **options)
-
-
-def fused(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, **options: Any) -> Tensor:
-    output = model(**inputs, score_labels=labels, score_options=options)
-    assert isinstance(output, FusedHeadOutput)
-    return output.token_logps
-
-
-def gradients(model: nn.Module, logps: Tensor, upstream: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    logps.backward(upstream.to(logps.dtype))
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def largest(tensor: Tensor) -> float:
-    return tensor.abs().max().item()
-
-
-def assert_close(actual: Tensor, expected: Tensor, allowed: float, what: str) -> None:
-    error = (actual - expected).abs().max().item()
-    assert error <= allowed, f"{what}: {error:.2e} off, {allowed:.2e} allowed"
-
-
-def assert_same(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, upstream: Tensor, **options: Any) -> None:
-    """Log-probs and every gradient of the fused head are those of the model's logits, in fp32."""
-    expected = own(model, inputs, labels, **options)
-    expected_grads = gradients(model, expected, upstream)
-    actual = fused(model, inputs, labels, **options)
-    assert_close(actual, expected, RELATIVE * largest(expected), "log-probs")
-    assert_same_gradients(gradients(model, actual, upstream), expected_grads)
-
-
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    noise = 1e-7 * max(map(largest, expected.values()))  # of gradients that cancel to zero, as a key's bias
-    for name, grad in expected.items():
-        assert_close(actual[name], grad, RELATIVE * largest(grad) + noise, name)
+from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head, remove_fused_head
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -243,34 +127,6 @@ def test_other_instances_are_left_alone():
     assert "forward" not in vars(other.lm_head)
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
-def test_deep_copy_has_its_own_head(name):
-    model = make(name)
-    inputs, labels, upstream = batch()
-    install_fused_head(model)
-    clone = copy.deepcopy(model)
-    expected = own(model, inputs, labels)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert_close(fused(clone, inputs, labels), expected, RELATIVE * largest(expected), "log-probs")
-    assert_same(clone, inputs, labels, upstream)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_saved_checkpoint_is_as_without_the_head(tmp_path):
-    model = make("Qwen2ForCausalLM")
-    inputs, labels, _ = batch()
-    keys = list(model.state_dict())
-    install_fused_head(model)
-    assert list(model.state_dict()) == keys
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert "forward" not in vars(loaded)
-    install_fused_head(loaded)
-    assert torch.equal(fused(loaded, inputs, labels), fused(model, inputs, labels))
-
-
 def test_autocast():
     model = make("LlamaForCausalLM")
     inputs, labels, upstream = batch()
@@ -349,25 +205,6 @@ def test_unknown_post_processing_is_refused(change, reason, monkeypatch):
     assert {module: set(vars(module)) for module in model.modules()} == attributes
 
 
-def test_config_that_changes_later_is_noticed():
-    model = make("Gemma2ForCausalLM")
-    inputs, labels, upstream = batch()
-    install_fused_head(model)
-    model.config.final_logit_softcapping = None
-    with pytest.raises(RuntimeError, match="install it again"):
-        fused(model, inputs, labels)
-    assert install_fused_head(model).final_logit_softcapping is None
-    assert_same(model, inputs, labels, upstream)
-
-
-def test_head_that_is_replaced_later_is_noticed():
-    model = make("LlamaForCausalLM")
-    install_fused_head(model)
-    model.resize_token_embeddings(V + 5)
-    with pytest.raises(RuntimeError, match="install it again"):
-        fused(model, *batch()[:2])
-
-
 class ScaledLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -419,6 +256,8 @@ def test_weights_need_not_be_there():
         ({"score_labels": batch()[1][:, 1:]}, ValueError, r"score_labels must be \[3, 9\]"),
         ({"logits_to_keep": 1}, ValueError, "logits_to_keep"),
         ({"score_options": {"logit_scale": 2.0}}, TypeError, "logit_scale"),
+        ({"score_options": {"shift": False}}, TypeError, "score_options must be among temperature, .*, got 'shift'"),
+        ({"score_labels": None, "score_options": {"temperature": 2.0}}, TypeError, "but no score_labels"),
     ],
 )
 def test_bad_calls(options, error, message):
@@ -428,71 +267,6 @@ def test_bad_calls(options, error, message):
     with pytest.raises(error, match=message):
         model(**inputs, **{"score_labels": labels, **options})
     assert_same(model, inputs, labels, upstream)
-
-
-def with_lora(base: PreTrainedModel, **options: Any) -> nn.Module:
-    torch.manual_seed(3)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=7, lora_dropout=0.0, task_type="CAUSAL_LM", **options))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "modules_to_save" in name:  # not as at the start of training
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@pytest.mark.parametrize("installed_first", [False, True])
-def test_lora_on_the_body(installed_first):
-    base = make("Gemma2ForCausalLM")
-    if installed_first:
-        install_fused_head(base)
-    model = with_lora(base, target_modules=["q_proj", "v_proj", "down_proj"])
-    if not installed_first:
-        install_fused_head(model)
-    assert_same(model, *batch())
-
-
-@pytest.mark.parametrize(
-    "adapter",
-    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
-)
-@pytest.mark.parametrize("name", ["GraniteForCausalLM", "PhiForCausalLM"])
-def test_adapted_head(name, adapter):
-    model = with_lora(make(name), **adapter)
-    install_fused_head(model)
-    inputs, labels, upstream = batch()
-    assert_same(model, inputs, labels, upstream)
-    with model.disable_adapter():
-        base = own(model, inputs, labels)
-        assert_close(fused(model, inputs, labels), base, RELATIVE * largest(base), "log-probs of the base model")
-    assert largest(fused(model, inputs, labels) - base) > 0.1
-
-
-def test_merged_adapter():
-    model = with_lora(make("LlamaForCausalLM"), target_modules=["lm_head"])
-    inputs, labels, _ = batch()
-    install_fused_head(model)
-    expected = own(model, inputs, labels)
-    model.merge_adapter()
-    assert_close(fused(model, inputs, labels), expected, RELATIVE * largest(expected), "log-probs")
-
-
-def test_head_that_is_adapted_after_the_installation_is_noticed():
-    model = make("LlamaForCausalLM")
-    install_fused_head(model)
-    model = with_lora(model, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    with pytest.raises(RuntimeError, match="install it again"):
-        fused(model, *batch()[:2])
-    install_fused_head(model)
-    assert_same(model, *batch())
-
-
-def test_adapters_that_are_refused():
-    dora = with_lora(make("LlamaForCausalLM"), target_modules=["lm_head"], use_dora=True)
-    assert "other than plain LoRA" in fused_head_problem(dora)
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    prompted = get_peft_model(make("LlamaForCausalLM"), config)
-    install_fused_head(prompted)
-    with pytest.raises(ValueError, match="virtual tokens"):
-        fused(prompted, *batch()[:2])
 
 
 SHARDED = [

@@ -302,7 +302,7 @@ def test_a_micro_batch_does_not_wait_for_the_device(tmp_path: Path) -> None:
         trainer.get_batch_samples(iter([batch, batch]), 2, torch.device("cpu"))
         trainer.compute_loss(trainer.model, batch)
     # transformers looks for padding; the rest is checked on the CPU only
-    assert set(reads.files) <= {"masking_utils.py", "checks.py", "modeling.py", "linear.py"}
+    assert set(reads.files) <= {"masking_utils.py", "checks.py", "logit_processing.py", "linear.py"}
 
 
 def test_a_head_that_cannot_be_fused_is_scored_from_logits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,1 @@
+"""What is put into Hugging Face models."""
