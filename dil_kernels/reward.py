@@ -24,6 +24,8 @@ except ImportError as error:
         f"dil_kernels.reward needs the extra [train]: pip install 'dil-kernels[train]' ({error})"
     ) from error
 
+from dil_kernels.models.evaluation import evaluating
+from dil_kernels.models.reward_head import install_end_of_row, scores_at_end
 from dil_kernels.tokenization import TOKEN_COLUMNS, PairTokenizer, PreferenceCollator, tokenize_dataset
 
 Conversation = str | list[dict[str, str]]
@@ -66,6 +68,9 @@ class RewardTrainer(Trainer):
     def __init__(self, *args: Any, loss_options: Mapping[str, Any], **kwargs: Any) -> None:
         self._loss_options = dict(loss_options)
         super().__init__(*args, **kwargs)
+        model: Any = self.model
+        install_end_of_row(model)
+        self._config = model.config  # wrappers do not have it
         # Each micro-batch is a mean of its own, which the Trainer averages.
         self.model_accepts_loss_kwargs = False
 
@@ -77,8 +82,7 @@ class RewardTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """The fit of log r on one batch."""
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        scores = outputs.logits.squeeze(-1).float()
+        scores, outputs = scores_at_end(model, self._config, inputs["input_ids"], inputs["attention_mask"])
         loss = density_ratio_reward_loss(scores, inputs.get("is_chosen"), **self._loss_options)
         return (loss, outputs) if return_outputs else loss
 
@@ -126,7 +130,8 @@ def train_reward(
 class DensityRatioReward:
     """``log r(x, y)`` of a fitted model as a reward function: ``(prompts, completions, **kwargs) -> list[float]``.
 
-    Eq. 17 maximises it under a KL penalty to the reference of weight beta = 1.
+    Eq. 17 maximises it under a KL penalty to the reference of weight beta = 1. The score is that of the last token of a
+    response, its EOS, also where the padding token is EOS.
 
     Args:
         model: a sequence-classification model with one output.
@@ -154,8 +159,9 @@ class DensityRatioReward:
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer must have a padding token, as a batch is of sequences of any length")
         _lengths(max_length)  # refuses what leaves no room
-        if config.get_text_config().pad_token_id is None:  # transformers finds the last token of a row by it
+        if config.get_text_config().pad_token_id is None:  # transformers takes no batches without
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        install_end_of_row(model)
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
 
@@ -177,16 +183,16 @@ class DensityRatioReward:
         for prompt, completion in zip(prompts, completions, strict=True):
             ids = to_ids({"prompt": prompt, "completion": completion}, "reward")
             sequences.append(list(itertools.chain.from_iterable(to_ids.truncated(ids, **lengths))))
-        training, device = self.model.training, next(self.model.parameters()).device
+        config: Any = self.model.config
+        device = next(self.model.parameters()).device
         collator = PreferenceCollator(self.tokenizer.pad_token_id)
-        self.model.eval()
         scores: list[float] = []
-        for start in range(0, len(sequences), self.batch_size):
-            rows = sequences[start : start + self.batch_size]
-            batch = collator([{"prompt_ids": [], "completion_ids": ids, "label": True} for ids in rows])
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            scores += self.model(**inputs).logits.squeeze(-1).float().tolist()
-        self.model.train(training)
+        with evaluating(self.model):
+            for start in range(0, len(sequences), self.batch_size):
+                rows = sequences[start : start + self.batch_size]
+                batch = collator([{"prompt_ids": [], "completion_ids": ids, "label": True} for ids in rows])
+                inputs = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+                scores += scores_at_end(self.model, config, *inputs)[0].tolist()
         return scores
 
 

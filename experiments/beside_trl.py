@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 
 from dil_kernels import sequence_logps
 from dil_kernels.environment import describe_environment
+from dil_kernels.models.evaluation import evaluating
 from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
 from experiments.beside_trl_report import write_report
 from experiments.tables import RESULTS
@@ -142,16 +143,14 @@ class Watch(TrainerCallback):
     @torch.no_grad()
     def score(self, model: Any) -> torch.Tensor:
         """Mean log-probs a token of the chosen and of the rejected responses, [2, pairs] fp64."""
-        training = model.training
-        model.eval()
         scores = []
-        for batch in self.batches:
-            tokens = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
-            labels = tokens.pop("labels")
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                logits = model(**tokens, use_cache=False).logits
-            scores.append(sequence_logps(logits, labels, average_log_prob=True).double().cpu().view(2, -1))
-        model.train(training)
+        with evaluating(model):
+            for batch in self.batches:
+                tokens = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
+                labels = tokens.pop("labels")
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+                    logits = model(**tokens, use_cache=False).logits
+                scores.append(sequence_logps(logits, labels, average_log_prob=True).double().cpu().view(2, -1))
         return torch.cat(scores, dim=1)
 
 

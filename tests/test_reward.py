@@ -11,11 +11,18 @@ import datasets
 import pytest
 import torch
 from tiny_model import make_pairs, make_tokenizer
-from transformers import LlamaConfig, LlamaForSequenceClassification, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    TrainingArguments,
+)
 
 from dil_kernels.divergences import divergence_names, get_divergence
-from dil_kernels.reward import DensityRatioReward, density_ratio_reward_loss, train_reward
+from dil_kernels.reward import DensityRatioReward, RewardTrainer, density_ratio_reward_loss, train_reward
 from dil_kernels.tabular import tabular_policy
+from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_stage_reward.py"
 SEPARABLE = [name for name in divergence_names() if get_divergence(name).separable]
@@ -160,3 +167,59 @@ def test_the_example_recovers_pi_chosen(capsys, monkeypatch: pytest.MonkeyPatch)
     example.main()
     *_, last = capsys.readouterr().out.strip().splitlines()
     assert float(last.split()[-1]) < 0.05  # the total variation to pi_ref is 0.4
+
+
+def score_of_eos(model: Any, tokenizer: Any, prompt: str, completion: str) -> float:
+    ids = [*tokenizer(prompt)["input_ids"], *tokenizer(completion)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        hidden_states = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state
+        return model.score(hidden_states[0, -1]).item()
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "GPT2"])
+def test_the_score_is_that_of_eos_where_padding_is_eos_too(architecture: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    model: Any = make_reward_model()
+    if architecture == "GPT2":
+        config = GPT2Config(vocab_size=288, n_embd=32, n_layer=2, n_head=4, num_labels=1, initializer_range=0.2)
+        model = GPT2ForSequenceClassification(config)
+    model.eval()
+    pairs = [("w1 w2", "w7 w1 w2", "w2"), ("w3", "w8", "w9 w9"), ("w4 w5 w6", "w9 w1", "w8 w7 w6 w5")]
+    prompts, *sides = (list(column) for column in zip(*pairs, strict=True))
+    chosen, rejected = ([score_of_eos(model, tokenizer, *xy) for xy in zip(prompts, ys, strict=True)] for ys in sides)
+    assert DensityRatioReward(model, tokenizer)(prompts, sides[0]) == pytest.approx(chosen, rel=1e-5, abs=1e-6)
+
+    columns = dict(zip(("prompt", "chosen", "rejected"), (prompts, *sides), strict=True))
+    lengths = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
+    rows = tokenize_dataset(datasets.Dataset.from_dict(columns), tokenizer, **lengths)
+    batch = PreferenceCollator(tokenizer.pad_token_id)(list(rows))
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    loss = RewardTrainer(model=model, args=args, loss_options={"loss_type": "ukl"}).compute_loss(model, batch)
+    expected = sum(math.exp(u_l) - u_w for u_w, u_l in zip(chosen, rejected, strict=True)) / len(pairs)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_row_whose_end_cannot_be_told_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    model = make_reward_model(pad_token_id=tokenizer.eos_token_id)
+    model.head = model.score
+    del model.score
+    object.__setattr__(model, "score", lambda hidden_states: model.head(hidden_states))  # under another name
+    with pytest.raises(ValueError, match=rf"other than config.pad_token_id={tokenizer.eos_token_id}, which is not"):
+        DensityRatioReward(model, tokenizer)(["w1"], ["w2 w3"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_keeps_its_mode(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_reward_model().train()
+    model.model.layers[0].eval()  # a frozen part, say
+    modes = {name: module.training for name, module in model.named_modules()}
+    reward = DensityRatioReward(model, make_tokenizer())
+    if fails:
+        monkeypatch.setattr(model.model, "forward", None)
+        with pytest.raises(TypeError):
+            reward(["w1"], ["w2"])
+    else:
+        reward(["w1"], ["w2"])
+    assert {name: module.training for name, module in model.named_modules()} == modes

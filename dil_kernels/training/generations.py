@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dil_kernels.models.evaluation import evaluating
 from dil_kernels.training.model_checks import pad_token_id, position_limit, vocabulary_size
 
 GENERATIONS_NAME, RECORD_NAME = "generations.md", "generations.jsonl"
@@ -112,14 +113,11 @@ def _generate(trainer: Any, prompts: Sequence[list[int]]) -> list[str]:
     if not sharded and not trainer.is_world_process_zero():
         return []
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    training = model.training
-    model.eval()
     size = trainer.args.per_device_eval_batch_size
     answers = []
-    with torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
+    with evaluating(model), torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
         for start in range(0, len(prompts), size):
             answers += _generate_batch(trainer, model, prompts[start : start + size], sharded)
-    model.train(training)
     return answers
 
 

@@ -23,6 +23,8 @@ try:
 except ImportError as error:
     raise ImportError(f"packing needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
+from dil_kernels.models.evaluation import evaluating
+
 __all__ = ["UnsupportedPackingError", "install_packed_attention", "packed_inputs", "packing_problem"]
 
 NAME = "dil_packed_sdpa"  # of the attention, among those of transformers
@@ -154,15 +156,11 @@ def packing_problem(model: nn.Module) -> str | None:
     name = type(model).__name__
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return f"{name} does not have its weights whole at construction, so that packing could not be checked"
-    training = model.training
-    model.eval()
     try:
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             problem = _measured_problem(model, name)
     except Exception as error:  # whatever a model's own code may raise
         problem = f"{name} cannot run on several sequences in one row: {error}"
-    finally:
-        model.train(training)
     if problem is None and _attention_of(model) == "eager":
         problem = f"{name} attends with 'eager', which forms the scores of all pairs of tokens of a row"
     return problem

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from dil_kernels.models.evaluation import evaluating
 from dil_kernels.training.adapters import (
     can_be_copied,
     changes_nothing,
@@ -106,15 +107,9 @@ class ReferencePolicy:
         if self.model is not None:
             yield self.model
             return
-        training = self._policy.training  # of the model itself; wrappers do not keep theirs
-        if training:
-            self._policy.eval()
-        try:
-            with switched(self._policy, self._adapter) if self._switches else contextlib.nullcontext():
-                yield policy
-        finally:
-            if training:
-                self._policy.train()
+        switch = switched(self._policy, self._adapter) if self._switches else contextlib.nullcontext()
+        with evaluating(self._policy), switch:  # the model itself; wrappers do not keep their modes
+            yield policy
 
     def left_out_of_saving(self) -> contextlib.AbstractContextManager[None]:
         """While this is entered, `save_pretrained` writes the trained adapter alone."""
