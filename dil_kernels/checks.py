@@ -1,6 +1,6 @@
 """Checks of the public functions' arguments: each error names the argument, what it got and what it wants.
 
-Checks that would read a tensor run on the CPU only, and not while torch.compile traces.
+Checks that would read a tensor run on the CPU only, and not where there are no values.
 """
 
 from __future__ import annotations
@@ -31,6 +31,22 @@ def check_ignore_index(ignore_index: int) -> None:
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must be an int64 as the labels are, got {ignore_index}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is anything to read: not while torch.compile traces, nor of a fake or a meta tensor."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return True
+    from torch._subclasses.fake_tensor import FakeTensor  # only now: its import takes long
+
+    return not isinstance(tensor, FakeTensor)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def check_logits(
@@ -64,7 +80,7 @@ def check_logits(
             f"logits {shape_of(logits)} have {logits.shape[-2]} position(s); with shift=True at least 2 are needed, "
             "since position t predicts label t + 1"
         )
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(labels):
         check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
     check_processing(logits.dtype, final_logit_softcapping, temperature)
 
@@ -112,7 +128,7 @@ def check_head(
             f"{hidden_name} {shape_of(hidden_states)} have {labels.shape[-1]} position(s); with shift=True at least 2 "
             "are needed, since position t predicts label t + 1"
         )
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(labels):
         check_label_range(labels[..., 1:] if shift else labels, V, ignore_index)
 
 
@@ -197,7 +213,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, packed: Tensor, name: str = "logits", w
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
     if cu_seqlens.device != packed.device:
         raise ValueError(f"cu_seqlens are on {cu_seqlens.device}, but {name} are on {packed.device}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(cu_seqlens):
         if int(cu_seqlens[0]) != 0:
             raise ValueError(f"cu_seqlens must start at 0, got {int(cu_seqlens[0])}")
         if bool((cu_seqlens.diff() < 0).any()):

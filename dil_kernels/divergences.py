@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid  # exact everywhere; softplus turns linear above 20
 
+from dil_kernels.checks import has_values
+
 Elementwise = Callable[..., Tensor]
 PARAMETER_NAMES = ("beta", "power")  # the keywords that functions with a loss_type have
 LARGEST_U_OF_H = 300.0  # a loss given by h alone sees ratios from e^-300 to e^300: their squares are finite in fp64
@@ -232,10 +234,12 @@ def resolve_non_negative(parameters: LossParameters, constant: float | None, red
         return None
     if not 0.0 < constant < 1.0:
         raise ValueError(f"non_negative must be between 0 and 1 (it is below 1 / sup r), got {constant}")
-    # torch.compile cannot read a number from a tensor; there such a loss gives a loss that is not finite.
-    if not get_divergence(parameters.loss_type).separable or not (
-        torch.compiler.is_compiling() or math.isfinite(floor_of_P(parameters))
-    ):
+    has_floor = get_divergence(parameters.loss_type).separable
+    if has_floor:
+        floor = floor_of_P(parameters)
+        # A number cannot be read under torch.compile; there such a loss gives a loss that is not finite.
+        has_floor = not has_values(floor) or math.isfinite(floor)
+    if not has_floor:
         raise ValueError(
             f"non_negative={constant} was given, but loss_type={parameters.loss_type!r} has no non-negative part: it "
             "needs a separable loss with a finite P(-inf)"
@@ -249,7 +253,7 @@ def resolve_non_negative(parameters: LossParameters, constant: float | None, red
 
 def floor_of_P(parameters: LossParameters) -> Tensor:
     """P of a separable loss at r = 0, its least value; [] fp64."""
-    u = torch.full((), -math.inf, dtype=torch.float64)
+    u = torch.full((), -math.inf, dtype=torch.float64, device="cpu")
     return get_divergence(parameters.loss_type).term("P", u, parameters.parameter)
 
 

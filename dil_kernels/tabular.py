@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dil_kernels.checks import has_values
+
 
 def tabular_policy(ref_probs: Tensor, log_ratios: Tensor, *, beta: float = 1.0) -> tuple[Tensor, Tensor]:
     """The policy ``pi = pi_ref r^(1/beta) / Z``, which maximises ``E[log r] - beta KL(pi || pi_ref)`` (DIL, eq. 17).
@@ -33,7 +35,9 @@ def tabular_policy(ref_probs: Tensor, log_ratios: Tensor, *, beta: float = 1.0) 
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be a finite number > 0, got {beta}")
     sums = ref_probs.sum(-1)
-    if bool((ref_probs < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), rtol=1e-5, atol=1e-5):
+    if has_values(ref_probs) and (
+        bool((ref_probs < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), rtol=1e-5, atol=1e-5)
+    ):
         raise ValueError("ref_probs must be distributions over the last dimension: non-negative, summing to 1")
     log_weights = ref_probs.log() + log_ratios / beta
     log_weights = torch.where((ref_probs == 0) & ~log_ratios.isnan(), -torch.inf, log_weights)

@@ -19,6 +19,7 @@ from dil_kernels.checks import (
     check_number,
     check_processing,
     check_tensors,
+    has_values,
     shape_of,
 )
 from dil_kernels.functional.logps import LogitStatistics, mask_boundaries
@@ -47,7 +48,7 @@ class _HeadOptions:
     def __post_init__(self) -> None:
         check_ignore_index(self.ignore_index)
         check_number("logit_scale", self.logit_scale)
-        if not math.isfinite(self.logit_scale) or self.logit_scale == 0:
+        if not 0 < abs(self.logit_scale) < math.inf:
             raise ValueError(f"logit_scale must be a finite number other than 0, got {self.logit_scale}")
         for name, value in (("stash_bytes", self.stash_bytes), ("max_scored_tokens", self.max_scored_tokens)):
             if value is not None and (not isinstance(value, int) or value < 0):
@@ -116,15 +117,18 @@ def linear_memory_bytes(
 
 def _as_autocast(tensor: Tensor | None) -> Tensor | None:
     """In the precision that torch.autocast gives matrix products, where it is on."""
-    if tensor is None or not tensor.is_floating_point() or not torch.is_autocast_enabled(tensor.device.type):
+    if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if tensor.dtype != torch.float64 else tensor
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _num_rows(targets: Tensor, options: _HeadOptions) -> int:
     """How many rows to make place for: the scored ones, or a bound on them."""
     N, bound = targets.numel(), options.max_scored_tokens
-    if torch.compiler.is_compiling() or (targets.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not has_values(targets) or (targets.is_cuda and torch.cuda.is_current_stream_capturing()):
         return N if bound is None else min(N, bound)  # a count would have to come from the device
     if bound is not None and targets.is_cuda:
         return min(N, bound)

@@ -150,11 +150,11 @@ def density_ratio(
         )
     known = parameters.loss_type in backends.compiled_losses()
     loss, losses, logratios, logps, lengths, counts = DensityRatio.apply(
-        token_logps,
+        token_logps.contiguous(),
         labels,
         None if cu_seqlens is None else cu_seqlens.contiguous(),
-        None if ref_token_logps is None else ref_token_logps.to(token_logps.dtype),
-        None if ref_logps is None else ref_logps.double(),
+        None if ref_token_logps is None else ref_token_logps.to(token_logps.dtype).contiguous(),
+        None if ref_logps is None else ref_logps.double().contiguous(),
         None if is_chosen is None else is_chosen.contiguous(),
         parameters.loss_type if known else "none",
         parameters.parameter,

@@ -1,0 +1,92 @@
+"""Every public function under torch.compile with shapes and options that change, on meta tensors and on fake ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from public_calls import CALLS, Call, parameters_of, public_functions
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+SIZES = (4, 6)
+
+
+def every_call(*backends: str) -> pytest.MarkDecorator:
+    """Every call with each of these backends that it knows."""
+    return pytest.mark.parametrize(
+        ("call", "backend"),
+        [
+            pytest.param(call, {"backend": backend} if backend else {}, id=f"{call}-{backend}")
+            for call in CALLS
+            for backend in call.backends or ("",)
+            if backend in backends or not backend
+        ],
+    )
+
+
+@pytest.mark.parametrize("function", public_functions())
+def test_every_argument_is_in_some_call(function: Any) -> None:
+    calls = [call for call in CALLS if call.function is function]
+    tensors = set().union(*(call.make(4) for call in calls))
+    assert tensors == parameters_of(function, "Tensor")
+    varying = set().union(*(call.varying for call in calls))
+    assert varying >= parameters_of(function, "float") | parameters_of(function, "int")
+
+
+def outputs_and_gradients(call: Call, run: Any, tensors: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
+    outputs = run(tensors, options)
+    differentiable = [x for x in outputs if x.requires_grad]
+    inputs = [tensors[name] for name in call.gradients]
+    upstream = [torch.linspace(1.0, 2.0, x.numel()).view(x.shape).to(x.dtype) for x in differentiable]
+    gradients = torch.autograd.grad(differentiable, inputs, upstream) if inputs else ()
+    return [x.detach() for x in (*outputs, *gradients)]
+
+
+def assert_compiled_as_called(call: Call, options: dict[str, Any], **how: Any) -> None:
+    """Calls of other shapes and options through one compiled function."""
+    torch._dynamo.reset()
+    compiled = torch.compile(call.run, fullgraph=True, backend="aot_eager", **how)
+    for turn, size in enumerate(SIZES):
+        given = call.options(turn) | options
+        actual, expected = (
+            outputs_and_gradients(call, run, call.inputs(size, turn), given) for run in (compiled, call.run)
+        )
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@every_call("cpp", "auto")
+def test_dynamic_shapes_and_options(call: Call, backend: dict[str, str]) -> None:
+    assert_compiled_as_called(call, backend, dynamic=True)
+
+
+@every_call("eager")
+def test_shapes_and_options_that_change(call: Call, backend: dict[str, str]) -> None:
+    assert_compiled_as_called(call, backend)
+
+
+@every_call("cpp", "triton", "auto", "eager")
+def test_fake_tensors(call: Call, backend: dict[str, str]) -> None:
+    options = call.options(0) | backend
+    expected = outputs_and_gradients(call, call.run, call.inputs(4), options)
+    with FakeTensorMode() as mode:
+        tensors = {name: mode.from_tensor(x) for name, x in call.inputs(4).items()}
+        actual = outputs_and_gradients(call, call.run, tensors, options)
+    assert_alike(actual, expected, "cpu")
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_meta_tensors(call: Call) -> None:
+    options = call.options(0)
+    expected = outputs_and_gradients(call, call.run, call.inputs(4), options)
+    with torch.device("meta"):
+        tensors = {name: x.detach().to("meta").requires_grad_(x.requires_grad) for name, x in call.inputs(4).items()}
+        actual = outputs_and_gradients(call, call.run, tensors, options)
+    assert_alike(actual, expected, "meta")
+
+
+def assert_alike(actual: list[Tensor], expected: list[Tensor], device: str) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.shape, a.dtype, a.device.type) == (e.shape, e.dtype, device)
