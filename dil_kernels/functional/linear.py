@@ -80,7 +80,7 @@ def linear_memory_bytes(
     hidden_states_grad: bool = True,
     lm_head_weight_grad: bool = True,
     lm_head_bias_grad: bool = False,
-    stash_bytes: int = 0,
+    stash_bytes: int | None = 0,
     device: torch.device | str = "cuda",
 ) -> int:
     """An upper bound of the memory that `linear_token_logps` takes, forward and backward, known before running it.
@@ -92,7 +92,7 @@ def linear_memory_bytes(
         dtype: of hidden states and weight.
         num_tokens: all positions, if more.
         hidden_states_grad, lm_head_weight_grad, lm_head_bias_grad: what requires a gradient.
-        stash_bytes: as given to `linear_token_logps`.
+        stash_bytes: as given to `linear_token_logps`; None stands for its default on the device of this machine.
         device: where it runs.
 
     Returns:
@@ -108,7 +108,7 @@ def linear_memory_bytes(
         dtype,
         tile=tile,
         cuda=torch.device(device).type == "cuda",
-        stash_bytes=stash_bytes,
+        stash_bytes=default_stash_bytes(torch.device(device)) if stash_bytes is None else stash_bytes,
         grad_hidden=hidden_states_grad,
         grad_weight=lm_head_weight_grad,
         grad_bias=lm_head_bias_grad,

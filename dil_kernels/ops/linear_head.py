@@ -33,6 +33,7 @@ SLACK = 4.0
 # Rows of the stash start at multiples of this many elements, as fast matrix products want.
 STASH_ALIGNMENT = 64
 SCALED_ROWS = 1024
+RESCALED_ROWS = 32
 TOTAL_SCALE = 2.0**-24  # of the state `total`: csrc/cpu/row_kernels.h, kernels/scalar_math.py
 
 
@@ -203,8 +204,10 @@ class _TileSteps:
 
             return head_rescale(stash, factors, self.head.tile.columns)
         for (start, end), factor in zip(self.head.tiles(), factors, strict=True):
-            if bool((factor != 1).any()):
-                stash[:, start:end].mul_(factor.unsqueeze(1))
+            # A product of other dtypes than its output's takes wide copies: a few rows at a time.
+            for part, by in zip(stash[:, start:end].split(RESCALED_ROWS), factor.split(RESCALED_ROWS), strict=True):
+                if bool((by != 1).any()):
+                    part.mul_(by.unsqueeze(1))
         return None
 
 
@@ -344,7 +347,9 @@ def _finish(chunk: _Chunk, head: Head, references: Tensor | None, steps: _TileSt
     if chunk.stash is not None:
         assert references is not None
         steps.rescale(chunk.stash, _ratio(references, chunk.state[0], T) * norm)
-        chunk.stash.scatter_(1, columns.unsqueeze(1), (label_grad * norm).unsqueeze(1).to(chunk.stash.dtype))
+        # Not scatter_, which copies 16-bit tensors on the CPU.
+        own = (torch.arange(columns.shape[0], device=columns.device), columns)
+        chunk.stash.index_put_(own, (label_grad * norm).to(chunk.stash.dtype))
     return _Finished(logps, reference, rest * norm, factor / norm, statistics)
 
 
@@ -393,6 +398,7 @@ def head_backward(
         assert d_weight is not None
         return d_hidden, _product(d_weight, forward.stash[:, : weight.shape[0]].t(), scaled_x), None
 
+    converted = not same_dtype or (grad_bias and weight.dtype != c.dtype)  # what of the stash is multiplied
     steps = _TileSteps(head, statistics=False)
     recompute = head.chunks(stash_rows, index.shape[0])
     labels = state = None
@@ -414,8 +420,9 @@ def head_backward(
         if grad_bias:
             bias_sums = torch.zeros(stop - start, dtype=c.dtype, device=weight.device)
         if stash_rows:
-            h = forward.stash[:, start:stop]
-            _add_weighted_rows(h, scaled_x[:stash_rows], coefs[:stash_rows], weight_sums, bias_sums, alone=False)
+            for begin, end in head.chunks(0, stash_rows) if converted else [(0, stash_rows)]:
+                h = forward.stash[begin:end, start:stop]
+                _add_weighted_rows(h, scaled_x[begin:end], coefs[begin:end], weight_sums, bias_sums, alone=False)
         for begin, end in recompute:
             assert labels is not None
             assert state is not None
@@ -440,13 +447,18 @@ def _times_weight(stash: Tensor, head: Head) -> Tensor:
     if stash.dtype == head.operand_dtype:
         return _product(out, stash[:, :V], head.weight) if stash.shape[0] else out
     for start, stop in head.tiles() if stash.shape[0] else ():
-        _add_product(out, stash[:, start:stop].to(out.dtype), head.weight[start:stop].to(out.dtype))
+        weight = head.weight[start:stop].to(out.dtype)
+        for begin, end in head.chunks(0, stash.shape[0]):
+            _add_product(out[begin:end], stash[begin:end, start:stop].to(out.dtype), weight)
+        del weight  # before the next tile is converted
     return out
 
 
 def _scaled(values: Tensor, coefs: Tensor, dtype: torch.dtype) -> Tensor:
     """Row r of values [R, D] times coefs[r], rounded once."""
-    return (values * coefs.unsqueeze(1)).to(dtype)
+    if values.dtype == coefs.dtype or values.is_cuda:
+        return (values * coefs.unsqueeze(1)).to(dtype)
+    return values.to(coefs.dtype).mul_(coefs.unsqueeze(1)).to(dtype)  # the product would convert a copy of its own
 
 
 def _row_slices(rows: int) -> list[tuple[int, int]]:
@@ -489,35 +501,46 @@ def peak_memory(
     with_head = grad_weight or grad_bias
     size, acc = dtype.itemsize, 8 if dtype == torch.float64 else 4
     operand = size if cuda else acc
+    same, half = operand == size, size != acc
     stash_rows = stash_rows_within(stash_bytes, rows, V, dtype) if with_head else 0
-    R, columns = min(tile.rows, rows), min(tile.columns, V)
-    tiles = -(-V // tile.columns)
-    # Index, labels, states and the other vectors of a few numbers a row.
-    vectors = 4096 + 80 * N + (24 * acc + 24 + 2 * tiles * acc) * rows + 4 * acc * V * grad_bias
-    sums = (rows - stash_rows) * D * size * grad_hidden
-    kept = stash_rows * stash_stride(V) * size + sums
-    tile_bytes = R * columns * acc
-    converted = columns * D * acc if operand != size else 0  # a tile of the weight
-    converted_h = R * columns * acc if operand != size else 0
-    grads = R * columns * size if size != acc else 0
-    gathered = R * D * (size + (operand if operand != size else 0))  # of hidden states, before and after conversion
-    slices = min(SCALED_ROWS, rows) * D * (acc + (size if size != acc else 0))
-    forward = tile_bytes + converted + gathered
-    recomputed = stash_rows < rows
+    others = rows - stash_rows
+    recomputed = others > 0
+    columns, tiles = min(tile.columns, V), -(-V // tile.columns)
+    R, R_kept, R_others = (min(tile.rows, n) for n in (rows, stash_rows, others))
+    S = min(SCALED_ROWS, rows)
+    # Index, labels, states and the other vectors of a few numbers a row; the bias.
+    vectors = 4096 + 80 * N + (24 * acc + 24) * rows + 6 * tiles * acc * R + acc * V * (1 + grad_bias)
+    kept = stash_rows * stash_stride(V) * size + others * D * size * grad_hidden
+    weight_tile = 0 if same else columns * D * acc  # converted
+    # Each: what is held throughout, then the largest of what is needed in turns.
+    forward = R * (columns * acc + D * operand)
     if grad_hidden and recomputed:
-        forward += grads + R * D * acc + max(slices, converted_h)
-    times_weight = stash_rows * D * operand + (converted + stash_rows * columns * acc if operand != size else 0)
-    for_hidden = (times_weight + slices) * grad_hidden
+        forward += R * columns * size * half + R_others * D * acc
+    forward += max(
+        0 if same else R * D * size,  # hidden states before their conversion
+        weight_tile + (R_others * columns * acc if grad_hidden and not same else 0),
+        S * D * (size + acc * half * (not cuda)) * grad_hidden,  # the labels' rows of the weight
+        2 * min(RESCALED_ROWS, R_kept) * columns * acc * half * (not cuda),
+    )
+    for_hidden = stash_rows * D * operand + max(
+        S * D * (acc + size * half), 0 if same else weight_tile + R_kept * columns * acc
+    )
     for_weight = 0
     if with_head:
-        for_weight = rows * D * operand + slices
-        added = operand != size or grad_bias or (0 < stash_rows < rows) or rows - stash_rows > tile.rows
-        if recomputed or added:
-            held = max(stash_rows, R) if operand != size or (grad_bias and size != acc) else 0
-            for_weight += columns * D * acc * (grad_weight and added) + held * columns * acc
-            for_weight += (tile_bytes + grads + gathered + converted) * recomputed
-    backward = max(for_hidden, for_weight)
-    return vectors + kept + max(forward, backward)
+        converted = not same or (grad_bias and half)
+        all_kept = not recomputed and same and not grad_bias
+        alone = stash_rows == 0 and 0 < rows <= tile.rows and same
+        parts = R_others * columns * (acc + size * half)
+        if grad_weight and not alone and not all_kept:
+            parts += columns * D * acc
+        parts += max(
+            R_kept * columns * acc * converted,
+            (weight_tile + R_others * D * (size + (0 if same else operand))) * recomputed,
+            R_others * columns * acc * converted,
+        )
+        scaled = S * D * (size + acc + size * half * cuda)
+        for_weight = rows * D * operand + max(scaled, 0 if all_kept else parts)
+    return vectors + kept + max(forward, for_hidden * grad_hidden, for_weight)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

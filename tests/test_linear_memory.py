@@ -1,0 +1,96 @@
+"""`linear_memory_bytes` is an upper bound of what the head takes, and not a loose one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from allocations import peak_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dil_kernels import linear_memory_bytes, linear_token_logps
+from dil_kernels.functional.linear import default_stash_bytes
+from dil_kernels.ops import linear_head
+from dil_kernels.ops.linear_head import TileShape, stash_stride
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WANTED = list(itertools.product((True, False), repeat=3))
+
+
+def used_and_predicted(
+    num_scored: int, N: int, D: int, V: int, dtype: torch.dtype, wanted: tuple[bool, ...], stash_bytes: int
+) -> tuple[int, int]:
+    """Bytes beyond inputs, log-probs and gradients, over forward and backward; what they were said to be."""
+    gen = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, D, generator=gen).to(dtype) for n in (N, V))
+    bias = torch.randn(V, generator=gen).to(dtype)
+    labels = torch.randint(0, V, (N,), generator=gen)
+    labels[torch.randperm(N, generator=gen)[num_scored:]] = -100
+    inputs = [x.requires_grad_() for x, is_wanted in zip((hidden, weight, bias), wanted, strict=True) if is_wanted]
+
+    def run() -> list[Tensor]:
+        logps = linear_token_logps(
+            hidden,
+            weight,
+            labels,
+            lm_head_bias=bias if wanted[2] else None,
+            shift=False,
+            stash_bytes=stash_bytes,
+            backend="cpp",
+        )
+        return [logps, *(torch.autograd.grad(logps, inputs, torch.ones_like(logps)) if inputs else ())]
+
+    results, peak = peak_bytes(run)
+    names = ("hidden_states_grad", "lm_head_weight_grad", "lm_head_bias_grad")
+    predicted = linear_memory_bytes(
+        num_scored,
+        D,
+        V,
+        dtype,
+        num_tokens=N,
+        stash_bytes=stash_bytes,
+        device="cpu",
+        **dict(zip(names, wanted, strict=True)),
+    )
+    return peak - sum(x.numel() * x.element_size() for x in results), predicted
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_the_bound_holds_and_is_tight(data: st.DataObject) -> None:
+    N = data.draw(st.integers(2, 400))
+    num_scored = data.draw(st.integers(0, N))
+    D, V = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 3000))
+    dtype, wanted = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(WANTED))
+    stash_rows = data.draw(st.integers(0, num_scored))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(linear_head.TILE_SHAPES, "cpu", TileShape(32, 512))
+        stash_bytes = stash_rows * stash_stride(V) * dtype.itemsize
+        used, predicted = used_and_predicted(num_scored, N, D, V, dtype, wanted, stash_bytes)
+    assert used <= predicted <= 1.3 * used + (1 << 17)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_stash_of_a_16_bit_head_takes_no_wide_copy(dtype: torch.dtype) -> None:
+    stash_bytes = 300 * stash_stride(20000) * 2
+    used, predicted = used_and_predicted(300, 300, 64, 20000, dtype, (True, True, False), stash_bytes)
+    assert used <= predicted <= 1.1 * used
+    # The stash, a tile of logits in fp32, and not the stash in fp32 beside them.
+    assert used <= 1.2 * (stash_bytes + 300 * 4096 * 4)
+
+
+def test_the_default_stash() -> None:
+    sizes = (10, 8, 20, torch.float32)
+    default = default_stash_bytes(torch.device("cpu"))
+    expected = linear_memory_bytes(*sizes, stash_bytes=default, device="cpu")
+    assert linear_memory_bytes(*sizes, stash_bytes=None, device="cpu") == expected
+    assert expected > linear_memory_bytes(*sizes, stash_bytes=0, device="cpu")
+
+
+def test_the_measurement_sees_what_an_op_allocates_inside() -> None:
+    x, factor = torch.ones(1000, 1024, dtype=torch.bfloat16), torch.ones(1000, 1)
+    _, peak = peak_bytes(lambda: x.mul_(factor))  # works in fp32
+    assert peak >= x.numel() * 4
