@@ -113,7 +113,8 @@ def linear_logits(
         scored = torch.nn.functional.pad(scored[:, 1:], (0, 1))
     hidden_states = torch.where(scored.unsqueeze(-1), hidden_states, 0).to(dtype)
     bias = None if lm_head_bias is None else lm_head_bias.to(dtype)
-    casts = torch.is_autocast_enabled(device)  # which it would do to the product again
+    # Autocast would convert the product's factors again.
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
         return torch.nn.functional.linear(hidden_states, lm_head_weight.to(dtype), bias) * logit_scale
 
