@@ -60,6 +60,7 @@ from dil_kernels.training.precompute import ReferencePass, has_reference, open_r
 from dil_kernels.training.prepare import prepare_dataset
 from dil_kernels.training.ref_cache import ReferenceCache
 from dil_kernels.training.reference_policy import ReferencePolicy
+from dil_kernels.training.rotary_lengths import keep_lengths_apart
 from dil_kernels.training.set_up import disable_dropout, install_fused_heads, refuse_inexact_setups
 from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
 from dil_kernels.training.start import (
@@ -172,6 +173,7 @@ class DILTrainer(Trainer):
         )
         self._reference: ReferencePolicy | None = reference
         models = [model] if reference.model is None else [model, reference.model]
+        self.lengths_kept_apart = keep_lengths_apart(*models)
         self.uses_fused_head = install_fused_heads(models, args.fused_head, tell=self.is_world_process_zero())
         if args.padding_free:
             self._pack_batches(data_collator, models)
@@ -235,6 +237,7 @@ class DILTrainer(Trainer):
             "backend": self.args.backend,
             "matmul_precision": torch.get_float32_matmul_precision(),
             "adapter": self.args.ref_adapter_name,
+            **({"lengths": "kept apart"} if self.lengths_kept_apart else {}),
         }
         return open_ref_cache(self.args.ref_cache_dir, model, self.data_collator, settings)
 

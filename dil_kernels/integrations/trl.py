@@ -37,6 +37,7 @@ from dil_kernels.modeling import UnsupportedHeadError, install_fused_head
 from dil_kernels.reference import accumulation_dtype
 from dil_kernels.training.loss_watch import NonFinitePairs
 from dil_kernels.training.metrics import METRICS, counted_pairs, means, pair_metrics
+from dil_kernels.training.rotary_lengths import keep_lengths_apart
 
 __all__ = ["DILConfig", "DILTrainer"]
 
@@ -223,7 +224,7 @@ class DILTrainer(DPOTrainer):
         """The one place where the forward of a model and the kernels meet."""
         model_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
         options: dict[str, Any] = {"backend": self.args.backend}
-        if not keep_logits and self._has_fused_head(model):
+        if self._has_fused_head(model) and not keep_logits:
             options |= {"return_statistics": return_statistics, "stash_bytes": self.args.stash_bytes}
             options["max_scored_tokens"] = inputs.get("num_scored")
             outputs = model(**model_inputs, use_cache=False, score_labels=labels, score_options=options, **kwargs)
@@ -243,9 +244,13 @@ class DILTrainer(DPOTrainer):
         return Scores(logps, statistics, outputs)
 
     def _has_fused_head(self, model: nn.Module) -> bool:
-        """Whether the model scores labels without logits; teaches it on the first call, if it can."""
+        """Whether the model scores labels without logits; teaches it on the first call, if it can.
+
+        That call also makes it take each sequence by its own length.
+        """
         model = self.accelerator.unwrap_model(model)
         if model not in self._fused_heads:
+            keep_lengths_apart(model)
             problem = self._fused_head_problem(model)
             if problem is not None and self.args.fused_head:
                 raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")

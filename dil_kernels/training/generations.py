@@ -113,7 +113,8 @@ def _generate(trainer: Any, prompts: Sequence[list[int]]) -> list[str]:
     if not sharded and not trainer.is_world_process_zero():
         return []
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    size = trainer.args.per_device_eval_batch_size
+    # Caches of some of these models are rebuilt by the width of the batch.
+    size = 1 if trainer.lengths_kept_apart else trainer.args.per_device_eval_batch_size
     answers = []
     with evaluating(model), torch.random.fork_rng(), torch.no_grad(), trainer.compute_loss_context_manager():
         for start in range(0, len(prompts), size):

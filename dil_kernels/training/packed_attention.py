@@ -24,6 +24,7 @@ except ImportError as error:
     raise ImportError(f"packing needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
 from dil_kernels.models.evaluation import evaluating
+from dil_kernels.training.rotary_lengths import keep_lengths_apart
 
 __all__ = ["UnsupportedPackingError", "install_packed_attention", "packed_inputs", "packing_problem"]
 
@@ -56,6 +57,7 @@ def install_packed_attention(*models: nn.Module) -> None:
             if _attention_of(model) != attention:
                 _set_attention(model, attention)
         raise UnsupportedPackingError(problem)
+    keep_lengths_apart(*models)
 
 
 def packed_inputs(input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
