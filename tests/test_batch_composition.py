@@ -216,7 +216,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("name", ["llama", "llama dynamic", "phi3 longrope"])
+@pytest.mark.parametrize("name", ["llama dynamic", "phi3 longrope"])
 def test_rewards_stay_zero_at_learning_rate_0(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     if "peft_config" in options:
         options = {**options, "peft_config": pytest.importorskip("peft").LoraConfig(**options["peft_config"])}
@@ -243,7 +243,7 @@ def test_rewards_stay_zero_at_learning_rate_0(tmp_path: Path, name: str, options
 
 
 @pytest.mark.parametrize("options", [{}, {"fused_head": False}, {"peft_config": ADAPTER}], ids=["", "logits", "LoRA"])
-@pytest.mark.parametrize("name", ["llama", "llama dynamic", "phi3 longrope"])
+@pytest.mark.parametrize("name", ["llama dynamic", "phi3 longrope"])
 def test_rewards_stay_zero_in_trl(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     pytest.importorskip("trl", reason="needs the extra [trl]")
     from dil_kernels.integrations.trl import DILConfig, DILTrainer
