@@ -25,7 +25,8 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -104,6 +105,21 @@ def find_ninja() -> str:
         path = str(Path(ninja.BIN_DIR) / "ninja")
     if path is None:
         raise Unavailable("ninja was not found (pip install ninja)")
+    return path
+
+
+def find_pybind11() -> str:
+    try:
+        import pybind11
+    except ImportError:
+        raise Unavailable("pybind11 was not found (pip install pybind11)") from None
+    return pybind11.get_include()
+
+
+def find_python_headers() -> str:
+    path = sysconfig.get_path("include")
+    if not (Path(path) / "Python.h").exists():
+        raise Unavailable(f"Python.h was not found in {path} (Debian: apt install python3-dev)")
     return path
 
 
@@ -212,14 +228,8 @@ class BuildExtension(build_ext):
     def plan_cpu(self) -> Path:
         torch, cxx = find_torch(), find_cxx()
         find_ninja()
-        try:
-            import pybind11
-        except ImportError:
-            raise Unavailable("pybind11 was not found (pip install pybind11)") from None
         # torch 2.10 to 2.12 bundle a pybind11 that refuses TORCH_TARGET_VERSION: ours comes first.
-        includes = [pybind11.get_include(), torch / "include", sysconfig.get_path("include")]
-        if not (Path(includes[-1]) / "Python.h").exists():
-            raise Unavailable(f"Python.h was not found in {includes[-1]} (Debian: apt install python3-dev)")
+        includes = [find_pybind11(), torch / "include", find_python_headers()]
         x86 = platform.machine() in ("x86_64", "AMD64")
         objects = []
         for source in [ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
@@ -255,6 +265,24 @@ class BuildExtension(build_ext):
         return [f"-L{shell(lib)}", "-ltorch_cpu", "-lc10"] + ["-undefined dynamic_lookup"] * (sys.platform == "darwin")
 
 
+class Build(build):
+    def get_sub_commands(self) -> list[str]:
+        """With build_ext in any case: it records what was built, and why the rest was not."""
+        return list(dict.fromkeys([*super().get_sub_commands(), "build_ext"]))
+
+
+class Package(Distribution):
+    """A wheel without the extension is tagged for any machine."""
+
+    def has_ext_modules(self) -> bool:
+        try:
+            for find in (find_torch, find_cxx, find_ninja, find_pybind11, find_python_headers):
+                find()
+        except Unavailable:
+            return False
+        return build_choice() != "none"
+
+
 def build_requirements() -> list[str]:
     """torch, for a build-isolated environment, where one is needed and none is installed."""
     if build_choice() == "none":
@@ -273,8 +301,16 @@ def build_requirements() -> list[str]:
 if sys.platform == "win32":
     os.environ.setdefault("DIL_KERNELS_BUILD", "none")
 
-setup(
+package = setup(
+    distclass=Package,
     ext_modules=[Extension("dil_kernels._C", sources=[])],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build": Build, "build_ext": BuildExtension},
     setup_requires=build_requirements(),
 )
+outcome = getattr(package.get_command_obj("build_ext"), "report", {}).get("extension", "built")
+if outcome != "built":
+    print(
+        f"dil_kernels: NO EXTENSION IN THIS BUILD: {outcome}. On the CPU plain PyTorch takes its place, several times "
+        "slower. To have it, install what is missing and then this package again; dil-env says what runs.",
+        flush=True,
+    )

@@ -67,7 +67,11 @@ def extension_rows() -> list[Row]:
         rows.append((name, "available" if problem is None else f"unavailable: {problem}"))
     rows += [(f"build of {part}", outcome) for part, outcome in backends.build_report().items()]
     extension = backends.load_extension()
-    if extension is not None:
+    if extension is None:
+        rows.append(
+            ("remedy", "install what is missing, then this package again; until then plain PyTorch serves the CPU")
+        )
+    else:
         rows += [(name.replace("_", " "), value) for name, value in extension.build_info().items()]
     return rows
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pybind11
@@ -27,9 +28,11 @@ touch "$2/_C.so" "$2/_cuda.so"
 
 @pytest.fixture
 def build(tmp_path: Path):
-    """Run build_ext with only the given tools on the PATH."""
+    """Run build_ext, or another command of setup.py, with only the given tools on the PATH."""
 
-    def run(*tools: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    build_ext = ["build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
+
+    def run(*tools: str, command: list[str] = build_ext, **environment: str) -> subprocess.CompletedProcess[str]:
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
         for tool in tools:
@@ -42,16 +45,8 @@ def build(tmp_path: Path):
         # /usr/bin holds sh; it may hold compilers too, so PATH is the folder alone and the scripts name /bin/sh
         # themselves.
         clean |= {"PATH": str(folder), **environment}
-        command = [
-            sys.executable,
-            "setup.py",
-            "build_ext",
-            "--build-temp",
-            str(tmp_path),
-            "--build-lib",
-            str(tmp_path / "lib"),
-        ]
-        return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
+        process = [sys.executable, "setup.py", *command]
+        return subprocess.run(process, cwd=ROOT, env=clean, capture_output=True, text=True)
 
     return run
 
@@ -81,7 +76,24 @@ def test_auto_without_a_compiler(build, tmp_path: Path) -> None:
     result = build()
     assert result.returncode == 0
     assert "extension: no C++ compiler was found" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("dil_kernels: NO EXTENSION IN THIS BUILD: no C++ compiler was found")
     assert report(tmp_path)["cuda"] == "the extension itself was not built"
+
+
+@STAND_INS
+@pytest.mark.parametrize("tools", [(), ("g++", "ninja")])
+def test_a_wheel_without_the_extension_is_for_any_machine(build, tmp_path: Path, tools: tuple[str, ...]) -> None:
+    folders = ["build", "-b", str(tmp_path), "egg_info", "-e", str(tmp_path), "bdist_wheel", "-d", str(tmp_path)]
+    path = f"{tmp_path / 'bin'}:/bin"
+    result = build(*tools, command=folders, PATH=path, CUDA_HOME=str(tmp_path), CXX="g++" if tools else "none")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl") == (not tools)
+    assert ("NO EXTENSION" in result.stdout) == (not tools)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "dil_kernels/_build_report.py" in names
+    assert any(name.endswith(".so") for name in names) == bool(tools)
 
 
 @STAND_INS
@@ -202,7 +214,7 @@ def test_the_source_distribution_holds_every_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "baseline"])
-def test_every_simd_level_is_exact(capability: str) -> None:
+def test_every_simd_level_is_exact(capability: str, tmp_path: Path) -> None:
     """The oracle tests of the C++ backend again, with the CPU's better instructions left unused."""
     levels = ["AVX-512", "AVX2", "baseline"]
     current = compiled.build_info()["cpu_capability"]
@@ -210,8 +222,8 @@ def test_every_simd_level_is_exact(capability: str) -> None:
         pytest.skip(f"this CPU offers {current}: {capability} is tested already, or cannot run")
     environment = os.environ | {"DIL_KERNELS_CPU_CAPABILITY": capability.lower()}
     check = f"from dil_kernels import _C; assert _C.build_info()['cpu_capability'] == {capability!r}"
-    subprocess.run([sys.executable, "-c", check], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", check], check=True, env=environment, cwd=tmp_path)
     tests = ["-k", "cpp and not packed", str(ROOT / "tests" / "test_logps.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
