@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,13 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for bad input (nothing was written), 1 for a failed training.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    # transformers imports peft, peft bitsandbytes, and that warns of a kernel for 4 bits on the CPU that it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        if list(argv) in (["-h"], ["--help"]):
+            from dil_kernels.help_text import help_text
+
+            print(help_text(), end="")
+            raise SystemExit(0)
         from dil_kernels.arguments import in_options, parse_arguments
         from dil_kernels.data import PreferenceDataError
         from dil_kernels.option_names import describe_error
         from dil_kernels.training.checkpoints import where_to_resume
 
-        options, config = parse_arguments(sys.argv[1:] if argv is None else argv)
+        options, config = parse_arguments(argv)
     except ImportError as error:
         return _fail(f"dil-train needs the extra [train]: pip install 'dil-kernels[train]' ({error})", BAD_INPUT)
     except KeyboardInterrupt:

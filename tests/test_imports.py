@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
+from dil_kernels import help_text
 from dil_kernels.backends import constant_in_graphs
+
+HELP = """
+import json, sys
+from dil_kernels import cli
+try:
+    cli.main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+print(json.dumps([*sys.modules]), file=sys.stderr)
+"""
 
 
 def imported_by(statement: str) -> set[str]:
@@ -32,3 +45,31 @@ def test_constants_are_marked_as_torch_marks_them() -> None:
     def theirs() -> None: ...
 
     assert vars(constant_in_graphs(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+def test_help_imports_no_trainer_once_it_is_kept(tmp_path: Path) -> None:
+    """And says nothing beside its text: bitsandbytes would, at its import."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    first, second = (
+        subprocess.run([sys.executable, "-c", HELP], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    )
+    assert "--learning-rate" in first.stdout
+    assert second.stdout == first.stdout
+    (modules,) = first.stderr.splitlines()
+    assert "transformers.training_args" in json.loads(modules)
+    (modules,) = second.stderr.splitlines()
+    heavy = {"torch._dynamo", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "pandas", "triton"}
+    assert not heavy & set(json.loads(modules))
+
+
+def test_kept_help_of_other_sources_is_not_shown(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "dil_kernels").mkdir()
+    kept = tmp_path / "dil_kernels" / "help.txt"
+    kept.write_text("another key\nstale")
+    text = help_text.help_text()
+    assert "--learning-rate" in text
+    assert kept.read_text() == f"{help_text._key()}\n{text}"
+    monkeypatch.setattr(help_text, "divergence_names", lambda: ["one", "more"])
+    assert not kept.read_text().startswith(help_text._key())
