@@ -301,7 +301,8 @@ def _logps_bwd_kernel(
     index = head + offsets
     dx_ptrs = aligned(dx_ptr, index, BLOCK_V)
     edge, edge_mask = edges(head, body, V, VEC)
-    edge_mask &= (block == 0).to(tl.int1)  # the interpreter of Triton 3.9 takes a comparison of scalars for an integer
+    # As a tensor: the interpreter of Triton 3.9 gives a comparison of scalars their own type.
+    edge_mask &= tl.full((2 * VEC,), block, tl.int32) == 0
     has_label = t < T_out
     label = tl.load(labels_ptr + b * stride_yb + (t + SHIFT) * stride_yt, mask=has_label, other=ignore_index)
     if label == ignore_index:
