@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help install quickstart test lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
+.PHONY: help install quickstart test test-oldest test-newest lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
 
 help:
 	@echo "make quickstart   train SmolLM2-135M with the fused DIL loss and show what it learned"
 	@echo "make test         the whole test suite; says what could not run here and why"
+	@echo "make test-oldest  the core tests with the oldest torch, triton, transformers and Python that the package admits"
+	@echo "make test-newest  the same with the newest ones"
 	@echo "make bench        the CPU benchmarks, into benchmarks/results/"
 	@echo "make gpu-check    on an NVIDIA GPU: the GPU tests"
 	@echo "make gpu-sanitize on an NVIDIA GPU: every kernel on small cases under compute-sanitizer"
@@ -23,7 +25,7 @@ help:
 # torch comes first, so that the extension builds against it without a second copy in an isolated build environment.
 $(VENV)/.installed: $(SOURCES) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel pybind11 ninja
+	$(PIP) "setuptools>=77" wheel pybind11 ninja
 	$(PIP) torch
 	$(PIP) --no-build-isolation -e ".[train]"
 	@touch $@
@@ -39,6 +41,24 @@ quickstart: install
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Each in an environment of its own, with a torch that lacks its CUDA libraries, on another Python where there is one. Last, the
+# binary built against one torch runs under the other.
+oldest_PYTHON := $(shell python3.10 -c "import sys; print(sys.executable)" 2>/dev/null || echo $(PYTHON))
+newest_PYTHON := $(shell python3.13 -c "import sys; print(sys.executable)" 2>/dev/null || echo $(PYTHON))
+oldest_PINS := -c tests/versions/oldest.txt
+CORE_TESTS := $(addprefix tests/test_,bad_input.py build.py fused_loss.py imports.py linear.py logps.py losses.py ops.py scalar_losses.py)
+TORCH_OF = $$($(1)/bin/python -c "import torch; print(torch.__path__[0])")
+test-oldest test-newest: test-%: $(VENV)/.installed-dev
+	$($*_PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q $($*_PINS) --no-deps torch triton accelerate
+	$(VENV)-$*/bin/python tests/versions/stub_cuda.py
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q $($*_PINS) -r tests/versions/requirements.txt
+	DIL_KERNELS_BUILD=cpu $(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps .
+	$(VENV)-$*/bin/dil-env
+	$(VENV)-$*/bin/pytest -n 2 $(CORE_TESTS) $(ARGS)
+	$(VENV)-$*/bin/pytest tests/test_stable_abi.py --other-torch $(call TORCH_OF,$(BIN)/..)
+	$(BIN)/pytest tests/test_stable_abi.py --other-torch $(call TORCH_OF,$(VENV)-$*)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -101,4 +121,4 @@ env: install
 	$(BIN)/dil-env
 
 clean:
-	rm -rf build *.egg-info $(VENV)/.installed $(VENV)/.installed-dev dil_kernels/*.so dil_kernels/_build_report.py
+	rm -rf build *.egg-info $(VENV)-oldest $(VENV)-newest $(VENV)/.installed $(VENV)/.installed-dev dil_kernels/*.so dil_kernels/_build_report.py
