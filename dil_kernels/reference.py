@@ -185,7 +185,7 @@ def density_ratio(
     else:
         scored = (labels[..., 1:] if shift else labels) != ignore_index
     values = torch.where(scored, token_logps.to(dtype), 0)
-    num_tokens = values.shape[-1] + shift
+    num_tokens = values.shape[-1] + int(shift)  # torch 2.10 cannot add a bool to a symbolic size
     logps = sequence_sums(values, cu_seqlens, num_tokens)
     lengths = sequence_sums(scored.to(dtype), cu_seqlens, num_tokens)
     if ref_token_logps is not None:

@@ -170,7 +170,7 @@ def _token_logps(
     # torch's pad takes a float, which does not hold every int64.
     unscored = labels.new_full((labels.shape[0], 1), ignore_index)
     targets = torch.cat([labels[:, 1:], unscored], 1) if shift else labels
-    T_out = labels.shape[1] - shift
+    T_out = labels.shape[1] - int(shift)
     if backend == "eager":
         logits = reference.linear_logits(
             hidden, weight, bias, labels, ignore_index=ignore_index, shift=shift, logit_scale=options.logit_scale
