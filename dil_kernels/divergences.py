@@ -12,6 +12,7 @@ holds the same math for the compiled backend, and a test ties the two together. 
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid  # exact everywhere; softplus turns linear above 20
 
-from dil_kernels.checks import has_values
+from dil_kernels.checks import check_number, has_values
 
 Elementwise = Callable[..., Tensor]
 PARAMETER_NAMES = ("beta", "power")  # the keywords that functions with a loss_type have
@@ -50,7 +51,8 @@ class Parameter:
             raise ValueError(f"a parameter must be named one of {', '.join(PARAMETER_NAMES)}, got {self.name!r}")
 
     def check(self, value: float) -> float:
-        """The value as a float; a ``ValueError`` if it is out of range."""
+        """The value as a float; a ``ValueError`` if it is out of range, a ``TypeError`` if it is no number."""
+        check_number(self.name, value)
         if not (self.minimum <= value < math.inf) or (self.exclusive and value == self.minimum):
             bound = f"{'>' if self.exclusive else '>='} {self.minimum:g}"
             raise ValueError(f"{self.name} must be a finite number {bound}, got {value}")
@@ -70,7 +72,7 @@ class Divergence:
         source: where the formula stands.
         A: ``u -> h'(e^u)``.
         P: ``u -> e^u h'(e^u) - h(e^u)``, up to a constant.
-        dA: ``u -> A'(u)``; A is differentiated if not given.
+        dA: ``u -> A'(u)``; A is differentiated if not given. Goes with A and P only.
         dP: ``u -> P'(u)``; likewise.
         h: ``r -> h(r)``, strictly convex on r > 0. Log ratios beyond +-300 are taken as +-300.
         pair: ``(u_w, u_l) -> loss``, for a loss that is not separable; differentiated by autograd.
@@ -98,6 +100,11 @@ class Divergence:
             raise ValueError(
                 f"divergence {self.name!r} needs either both A and P, or h alone (separable), or pair (coupled)"
             )
+        unused = ("dA", "dP") if self.h is not None else ("dA", "dP", "log_A", "log_P", "log_dP")
+        for name in unused if self.A is None else ():
+            if getattr(self, name) is not None:
+                given = "h, which is differentiated" if self.h is not None else "pair"
+                raise ValueError(f"divergence {self.name!r} is given by {given}: it does not use {name}; leave it out")
         terms: dict[str, Elementwise] = {}
         if self.h is not None:
             terms = _terms_of_generator(self.h)
@@ -191,6 +198,7 @@ def resolve_options(
 
     Raises:
         ValueError: unknown loss, an option that the loss does not use, or a value out of range.
+        TypeError: a value that is no number; a tensor among them, since no gradient would flow to it.
     """
     divergence = get_divergence(loss_type)
     own = divergence.parameter
@@ -201,6 +209,9 @@ def resolve_options(
         if own is None or own.name != name:
             raise ValueError(f"{name}={value} was given, but loss_type={loss_type!r} has no {name}; leave it out")
         parameter = own.check(value)
+    numbers = {"alpha": alpha, "chosen_weight": chosen_weight, "rejected_weight": rejected_weight}
+    for name, value in (numbers | ({} if max_log_ratio is None else {"max_log_ratio": max_log_ratio})).items():
+        check_number(name, value)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     if max_log_ratio is not None and not 0.0 < max_log_ratio < math.inf:
@@ -229,9 +240,11 @@ def resolve_non_negative(parameters: LossParameters, constant: float | None, red
 
     Raises:
         ValueError: C is out of range, the loss has no lower bound of P to correct by, or nothing is averaged.
+        TypeError: C is no number.
     """
     if constant is None:
         return None
+    check_number("non_negative", constant)
     if not 0.0 < constant < 1.0:
         raise ValueError(f"non_negative must be between 0 and 1 (it is below 1 / sup r), got {constant}")
     has_floor = get_divergence(parameters.loss_type).separable
@@ -262,9 +275,10 @@ def register_divergence(divergence: Divergence) -> Divergence:
 
     A separable divergence is checked on a grid of log ratios in fp64: ``A'(u) > 0`` (``h`` strictly convex),
     ``P'(u) = e^u A'(u)``, ``dA`` and ``dP``, where given, against autograd, and ``log_A``, ``log_P`` and ``log_dP``
-    against what they are the logarithms of. The terms of an ``h`` may cancel in fp64: a warning names the log ratios
-    where they do not, if those do not cover [-40, 40]. A coupled one is checked to be elementwise. The compiled kernels
-    sum log ratios for it; its own math runs in torch on those, a number a sequence.
+    against what they are the logarithms of. Nothing may change its arguments, nor jump on [-8, 8]. The terms of an
+    ``h`` may cancel in fp64: a warning names the log ratios where they do not, if those do not cover [-40, 40].
+    A coupled one is checked to be elementwise. The compiled kernels sum log ratios for it; its own math runs in torch on
+    those, a number a sequence.
 
     Args:
         divergence: the loss; its name must be new.
@@ -278,6 +292,7 @@ def register_divergence(divergence: Divergence) -> Divergence:
     if divergence.name in _REGISTRY or divergence.name == "none":
         raise ValueError(f"divergence {divergence.name!r} is already registered")
     parameter = 0.0 if divergence.parameter is None else divergence.parameter.default
+    _check_arguments_stay(divergence, parameter)
     if divergence.h is not None:
         low, high = _range_of_generator(divergence, parameter)
         problem = (
@@ -291,10 +306,47 @@ def register_divergence(divergence: Divergence) -> Divergence:
     if divergence.separable:
         _check_on_grid(divergence, parameter)
         _check_logarithms(divergence, parameter)
+        for name in ("A", "P") if divergence.h is None else ():
+            _check_no_jump(divergence, name, functools.partial(divergence.term, name, parameter=parameter))
     else:
         _check_pair(divergence, parameter)
     _REGISTRY[divergence.name] = divergence
     return divergence
+
+
+def _check_arguments_stay(divergence: Divergence, parameter: float) -> None:
+    """No function of the loss writes to its arguments: they are those of the caller."""
+    own = () if divergence.parameter is None else (parameter,)
+    for name in ("h", "pair", "A", "P", "dA", "dP", "log_A", "log_P", "log_dP"):
+        function = getattr(divergence, name)
+        if function is None:
+            continue
+        arguments = [torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) for _ in range(1 + (name == "pair"))]
+        before = [argument.clone() for argument in arguments]
+        function(*arguments, *own)
+        if not all(map(torch.equal, arguments, before)):
+            raise ValueError(f"divergence {divergence.name!r}: {name} changes its argument in place")
+
+
+def _check_no_jump(divergence: Divergence, what: str, f: Callable[[Tensor], Tensor]) -> None:
+    """The increments of f over small cells are the integrals of its derivative; kinks are allowed."""
+    cells = 2**12
+    u = torch.linspace(-8.0, 8.0, cells + 1, dtype=torch.float64)
+    step = 16.0 / cells
+    with torch.enable_grad():
+        x = u.clone().requires_grad_()
+        value = f(x)
+        (slope,) = torch.autograd.grad(value.sum(), x)
+    value, ends = value.detach(), torch.stack([slope[:-1], slope[1:]])
+    beyond = torch.maximum(ends.amin(0) - value.diff() / step, value.diff() / step - ends.amax(0))
+    # By the mean value theorem the quotient lies between slopes of the cell; those inside it differ from its ends by
+    # about as much as the next cells do.
+    spread = (ends[0] - ends[1]).abs()
+    spread = torch.nn.functional.max_pool1d(spread[None], 3, stride=1, padding=1)[0]
+    rounding = 1e-12 * torch.maximum(value[:-1].abs(), value[1:].abs()).clamp(min=1.0) / step
+    if bool((beyond > spread + rounding).any()):
+        at = u[int((beyond - spread - rounding).argmax())]
+        raise ValueError(f"divergence {divergence.name!r}: {what} jumps near a log ratio of {at:.3g}")
 
 
 def _check_on_grid(divergence: Divergence, parameter: float) -> None:
@@ -332,6 +384,15 @@ def _check_pair(divergence: Divergence, parameter: float) -> None:
     each = [divergence.pair(u_w[i : i + 1], u_l[i : i + 1], *own) for i in range(2)]
     if both.shape != (2,) or not torch.allclose(both, torch.cat([loss.reshape(1) for loss in each])):
         raise ValueError(f"divergence {divergence.name!r}: pair must be elementwise, the loss of each pair on its own")
+    for fixed in (-1.0, 0.0, 0.5):
+        _check_no_jump(divergence, "pair", functools.partial(_slice_of_pair, divergence.pair, own, fixed, False))
+        _check_no_jump(divergence, "pair", functools.partial(_slice_of_pair, divergence.pair, own, fixed, True))
+
+
+def _slice_of_pair(pair: Elementwise, own: tuple[float, ...], fixed: float, of_rejected: bool, u: Tensor) -> Tensor:
+    """The loss of a pair over one log ratio, the other one fixed."""
+    other = torch.full_like(u, fixed)
+    return pair(other, u, *own) if of_rejected else pair(u, other, *own)
 
 
 def _range_of_generator(divergence: Divergence, parameter: float) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dil_kernels.checks import has_values
+from dil_kernels.checks import check_positive, check_tensors, has_values
 
 
 def tabular_policy(ref_probs: Tensor, log_ratios: Tensor, *, beta: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -27,13 +27,13 @@ def tabular_policy(ref_probs: Tensor, log_ratios: Tensor, *, beta: float = 1.0) 
         ValueError: shapes that differ, rows that are no distribution, or a beta that is not positive.
         TypeError: probabilities or log ratios that are no floating-point numbers.
     """
+    check_tensors(ref_probs=ref_probs, log_ratios=log_ratios)
     for name, tensor in (("ref_probs", ref_probs), ("log_ratios", log_ratios)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating-point, got {tensor.dtype}")
     if ref_probs.shape != log_ratios.shape:
         raise ValueError(f"log_ratios must be {list(ref_probs.shape)} as ref_probs, got {list(log_ratios.shape)}")
-    if not 0 < beta < float("inf"):
-        raise ValueError(f"beta must be a finite number > 0, got {beta}")
+    check_positive("beta", beta)
     sums = ref_probs.sum(-1)
     if has_values(ref_probs) and (
         bool((ref_probs < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), rtol=1e-5, atol=1e-5)

@@ -194,3 +194,82 @@ def test_registration_refuses_what_would_mislead(registry) -> None:
     with pytest.raises(ValueError, match="a parameter must be named one of beta, power, got 'tau'"):
         Parameter(name="tau", default=1.0, minimum=0.0)
     assert "wrong" not in registry
+
+
+def test_registration_refuses_derivatives_that_would_not_be_used(registry) -> None:
+    lsif = get_divergence("lsif")
+    for given in ({"h": lambda r: (r - 1) ** 2 / 2}, {"pair": lambda w, l: (w - l).exp()}):
+        for name in ("dA", "dP"):
+            with pytest.raises(ValueError, match=f"it does not use {name}; leave it out"):
+                Divergence(name="wrong", source="", **given, **{name: getattr(lsif, name)})
+    with pytest.raises(ValueError, match="it does not use log_A; leave it out"):
+        Divergence(name="wrong", source="", pair=lambda w, l: (w - l).exp(), log_A=lsif.log_A)
+
+
+def jump(u: torch.Tensor) -> torch.Tensor:
+    return torch.where(u > 1.7, 0.05, 0.0).to(u.dtype)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"A": lambda u: u.exp() + jump(u), "P": lambda u: 0.5 * (2 * u).exp()},
+        {"A": lambda u: u.exp(), "P": lambda u: 0.5 * (2 * u).exp() - jump(u)},
+        {"A": lambda u: u.exp() + jump(u), "P": lambda u: 0.5 * (2 * u).exp(), "dA": lambda u: u.exp()},
+        {"pair": lambda w, l: (l - w).exp() + jump(w)},
+        {"pair": lambda w, l: (l - w).exp() + jump(l)},
+    ],
+)
+def test_registration_refuses_what_jumps(registry, given) -> None:
+    with pytest.raises(ValueError, match=r"jumps near a log ratio of 1\.7"):
+        register_divergence(Divergence(name="wrong", source="", **given))
+    assert "wrong" not in registry
+
+
+def test_registration_takes_kinks(registry) -> None:
+    register_divergence(Divergence(name="hinge", source="", pair=lambda w, l: (1.0 - (w - l)).relu()))
+    bent = lambda u: torch.where(u > 1.0, 3.0 * u - 2.0, u)  # noqa: E731  A' is 1, then 3
+    P = lambda u: torch.where(u > 1.0, 3.0 * u.exp() - 2.0 * torch.e, u.exp())  # noqa: E731
+    register_divergence(Divergence(name="bent", source="", A=bent, P=P))
+    assert {"hinge", "bent"} <= set(registry)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"A": lambda u: u.exp_(), "P": lambda u: 0.5 * (2 * u).exp()},
+        {"A": lambda u: u.exp(), "P": lambda u: 0.5 * u.mul_(2).exp()},
+        {"A": lambda u: u.exp(), "P": lambda u: 0.5 * (2 * u).exp(), "dP": lambda u: u.mul_(2).exp()},
+        {"h": lambda r: r.sub_(1) ** 2 / 2},
+        {"pair": lambda w, l: l.sub_(w).exp()},
+    ],
+)
+def test_registration_refuses_what_changes_its_argument(registry, given) -> None:
+    with pytest.raises(ValueError, match="changes its argument in place"):
+        register_divergence(Divergence(name="wrong", source="", **given))
+    assert "wrong" not in registry
+
+
+@pytest.mark.parametrize("function", [dil_loss, fused_dil_loss])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 0.5},
+        {"loss_type": "dpo", "beta": 0.1},
+        {"loss_type": "power", "power": 0.5},
+        {"max_log_ratio": 2.0},
+        {"chosen_weight": 2.0},
+        {"rejected_weight": 2.0},
+        {"non_negative": 0.5, "reduction": "mean"},
+    ],
+)
+def test_options_that_are_tensors_are_refused(function, options) -> None:
+    name = next(reversed([key for key in options if key not in ("loss_type", "reduction")]))
+    with_tensor = options | {name: torch.tensor(options[name], requires_grad=True)}
+    ones = torch.ones(2, requires_grad=True)
+    logits, labels = torch.randn(4, 3, 5, requires_grad=True), torch.ones(4, 3, dtype=torch.int64)
+    arguments = (ones, ones, ones, ones) if function is dil_loss else (logits, labels)
+    named = {} if function is dil_loss else {"ref_logits": logits.detach()}
+    function(*arguments, **named, **options)
+    with pytest.raises(TypeError, match=f"{name} must be a number, got a Tensor"):
+        function(*arguments, **named, **with_tensor)
