@@ -203,6 +203,7 @@ def test_lora_from_the_command_line(tmp_path: Path, capsys) -> None:
     assert (adapter["r"], adapter["lora_alpha"]) == (3, 6)
     assert set(adapter["target_modules"]) == {"q_proj", "up_proj"}
     capsys.readouterr()
+    argv[argv.index("--output-dir") + 1] = str(tmp_path / "other")
     assert cli.main([*argv, "--lora-rank", "3", "--lora-target-modules", "query"]) == 2
     assert "--lora-rank 3: Target modules {'query'} not found" in capsys.readouterr().err
     with pytest.raises(SystemExit):
