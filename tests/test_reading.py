@@ -222,6 +222,24 @@ def test_messages_that_are_json_text_are_read_as_messages(
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        '[{"value": 3}]',
+        '[{"content": "w3", "title": "w4"}]',
+        '[{"from": "w3", "to": "w4"}]',
+        "[{'value': 3}]",
+        '[{"role": "w3", "rights": 1}] is what?',
+        '[{"role": "user", "content": "w3"}] is what?',
+        '[{"value": 3}, ...]',
+    ],
+)
+def test_lists_of_other_objects_are_text(text: str) -> None:
+    for name in ("prompt", "chosen", "rejected"):
+        pair = {"prompt": "w1", "chosen": "w2", "rejected": "w3", name: text}
+        assert check_pair(pair, "row") == pair
+
+
+@pytest.mark.parametrize(
     ("change", "problem"),
     [
         (

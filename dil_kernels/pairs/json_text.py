@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any
 
-# The start of a list of messages, as JSON or as Python prints it.
-_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
+_OBJECTS = re.compile(r"""\s*\[\s*\{\s*["']""")  # the start of a list of objects, as JSON or as Python prints it
+_KEYS_OF_MESSAGES = (("role", "content"), ("role", "tool_calls"), ("from", "value"))
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -26,8 +26,19 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def looks_like_messages(text: str) -> bool:
-    """Whether a text begins as a list of messages that was made into text."""
-    return _MESSAGES.match(text) is not None
+    """Whether a text is a list of messages that was made into text, or such a list that cannot be read.
+
+    Lists of other objects are not, nor is a list with more text behind it: answers and questions may be of such.
+    """
+    if _OBJECTS.match(text) is None:
+        return False
+    try:
+        named = parse_json(text)[0].keys()
+    except ValueError as error:
+        if getattr(error, "msg", "") == "Extra data":
+            return False
+        named = set(re.findall(r"""["'](\w+)["']\s*:""", text))
+    return any(named >= {*keys} for keys in _KEYS_OF_MESSAGES)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def messages_of_text(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
         where: its place, for the message.
 
     Raises:
-        PreferenceDataError: a text begins as a list of messages, and is no JSON, or has something else in the list.
+        PreferenceDataError: a text is a list of messages as Python prints it, or of broken JSON.
     """
     found = {}
     for name, text in columns.items():
