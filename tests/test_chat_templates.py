@@ -89,6 +89,11 @@ def test_contents_reach_a_template_that_wants_parts() -> None:
     )
     parts = [{"type": "text", "text": "yes"}, {"type": "text", "text": " or no"}]
     assert texts(OF_PARTS, [said("assistant", parts)])[1] == "yes or no<|im_end|>"
+    # As Idefics 3's, which looks at the first part of every content.
+    first = OF_PARTS.replace("<|{{ m.role }}|>", "<|{{ m.role }}|>{{ ':' if m.content[0].type == 'text' }}")
+    assert texts(first, [said("assistant", "yes")], [said("system", ""), *ASKED[1:]])[0] == (
+        "<|system|>:<|im_end|><|user|>:Is it 1?<|im_end|><|assistant|>"
+    )
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ class Form(NamedTuple):
         if self.parts:
             messages = [
                 {**message, "content": [{"type": "text", "text": message["content"]}]}
-                if message["content"]
+                if message["content"] is not None
                 else message
                 for message in messages
             ]
