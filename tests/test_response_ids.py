@@ -108,7 +108,8 @@ def test_a_rendered_turn_that_ends_with_the_end_and_a_line_gets_no_second_one() 
     assert tokenizer.decode(ids) == "<|im_end|> is an end<|im_end|>"
 
 
-def test_an_end_in_a_content_that_the_template_ends_too_is_scored_once() -> None:
+@pytest.mark.parametrize("content", ["yes</s>", "yes</s>\n", "yes</s></s> \n"])
+def test_an_end_in_a_content_that_the_template_ends_too_is_scored_once(content: str) -> None:
     tokenizer = byte_level(False)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}"
@@ -117,7 +118,7 @@ def test_an_end_in_a_content_that_the_template_ends_too_is_scored_once() -> None
     adding(tokenizer, "<s> $A")
     pair = {
         "prompt": [{"role": "user", "content": "Is it 1?"}],
-        "chosen": [{"role": "assistant", "content": "yes</s>"}],
+        "chosen": [{"role": "assistant", "content": content}],
         "rejected": [{"role": "assistant", "content": "no"}],
     }
     prompt_ids, chosen, rejected = tokenize_pair(pair, tokenizer, "row 1")

@@ -75,6 +75,8 @@ class TextEncoder:
     def ended(self, ids: list[int], *, append: bool) -> list[int]:
         """The ids of a response with one end-of-sequence token at its end, however often it stands there.
 
+        Blanks between two of them go with the first.
+
         Args:
             ids: of the response.
             append: add the token where it is missing; blanks may follow one that is there.
@@ -83,8 +85,11 @@ class TextEncoder:
             last = len(ids) - 1 - ids[::-1].index(self._end)
             if not self._decode(ids[last + 1 :]).strip():
                 first = last
-                while first and ids[first - 1] == self._end:
-                    first -= 1
+                for at in range(last - 1, -1, -1):
+                    if ids[at] == self._end:
+                        first = at
+                    elif self._decode([ids[at]]).strip():
+                        break
                 return ids[:first] + ids[last:]
         return [*ids, self._end] if append else ids
 
