@@ -217,7 +217,7 @@ class Machine:
         return scope["run"]
 
     def _instr(self, instr: Instr, guard: str | None, lines: list[str]) -> None:
-        op, o = instr.op, instr.operands
+        op, o = instr.op.replace(".shared::cta", ".shared"), instr.operands  # which is what .shared alone means
         parts = op.split(".")
         root, ty = parts[0], parts[-1]
         read, setr = self._read, lambda name, expr, t=None: self._set(name, expr, guard, lines, t)
