@@ -188,6 +188,13 @@ def test_arguments_that_are_no_object_are_named(arguments: str, problem: str) ->
     assert refusal(THINKING, [called(arguments)]) == f"row 3, column 'completion', message 1, call 1: {problem}"
 
 
+def test_no_content_beside_calls_is_an_empty_one_for_a_template_that_looks_into_it() -> None:
+    template = THINKING.replace("m.content or ''", "m.content if '</think>' in m.content else m.content")  # as Qwen 3's
+    end = said("assistant", "Paris")
+    expected = texts(THINKING, [called(ARGUMENTS), said("tool", "x"), end])
+    assert texts(template, [called(ARGUMENTS), said("tool", "x"), end]) == expected
+
+
 @pytest.mark.parametrize("calls", [[], None, "[]"])
 def test_no_calls_are_none(calls: Any) -> None:
     assert texts(CALLING, [said("assistant", "yes", tool_calls=calls)])[1] == "yes<|im_end|>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -96,15 +97,18 @@ class MarkedConversation:
 
 
 class Form(NamedTuple):
-    """How a template takes messages: contents as lists of parts, arguments of calls as JSON text."""
+    """How a template takes messages: arguments as JSON text, no content as an empty one, contents as lists of parts."""
 
-    parts: bool = False
     text_arguments: bool = False
+    text_contents: bool = False
+    parts: bool = False
 
     def of(self, messages: Messages) -> Messages:
         """Messages in this form."""
         if self.text_arguments:
             messages = [_with_text_arguments(message) for message in messages]
+        if self.text_contents:
+            messages = [{**message, "content": message["content"] or ""} for message in messages]
         if self.parts:
             messages = [
                 {**message, "content": [{"type": "text", "text": message["content"]}]}
@@ -139,6 +143,8 @@ def probe(marked: MarkedConversation, options: Mapping[str, Any], apply: Callabl
         text = _attempt(marked, form, marked_options, apply)
         if text is not None and (best is None or len(marked.lost(text)) < len(best[0])):
             best = marked.lost(text), form, text
+            if not best[0]:
+                break
     if best is None:
         return Shape(Form())
     lost, form, text = best
@@ -153,7 +159,9 @@ def _forms(messages: Messages) -> list[Form]:
     has_arguments = any(
         "arguments" in _function(call) for message in messages for call in message.get("tool_calls", [])
     )
-    return [Form(parts, text) for text in (False, True)[: 1 + has_arguments] for parts in (False, True)]
+    has_none = any(message["content"] is None for message in messages)
+    choices = [(False, True)[: 1 + possible] for possible in (has_arguments, has_none, True)]
+    return [Form(*chosen) for chosen in itertools.product(*choices)]
 
 
 def _attempt(
