@@ -44,8 +44,11 @@ test: $(VENV)/.installed-dev
 
 # Each in an environment of its own, with a torch that lacks its CUDA libraries, on another Python where there is one. Last, the
 # binary built against one torch runs under the other.
-oldest_PYTHON := $(shell python3.10 -c "import sys; print(sys.executable)" 2>/dev/null || echo $(PYTHON))
-newest_PYTHON := $(shell python3.13 -c "import sys; print(sys.executable)" 2>/dev/null || echo $(PYTHON))
+# A shim of pyenv answers only for versions that are chosen: here all that it has.
+python_or_ours = $(shell PYENV_VERSION="$$(pyenv versions --bare 2>/dev/null | paste -sd:)" \
+  $(1) -c "import ensurepip, sys; print(sys.executable)" 2>/dev/null || echo $(PYTHON))
+oldest_PYTHON = $(call python_or_ours,python3.10)
+newest_PYTHON = $(call python_or_ours,python3.13)
 oldest_PINS := -c tests/versions/oldest.txt
 CORE_TESTS := $(addprefix tests/test_,bad_input.py build.py fused_loss.py imports.py linear.py logps.py losses.py ops.py scalar_losses.py)
 TORCH_OF = $$($(1)/bin/python -c "import torch; print(torch.__path__[0])")
