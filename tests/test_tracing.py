@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from public_calls import CALLS, Call, parameters_of, public_functions
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dil_kernels
 
 SIZES = (4, 6)
 
@@ -65,6 +69,38 @@ def test_dynamic_shapes_and_options(call: Call, backend: dict[str, str]) -> None
 @every_call("eager")
 def test_shapes_and_options_that_change(call: Call, backend: dict[str, str]) -> None:
     assert_compiled_as_called(call, backend)
+
+
+def compiled_calls(run: Any, values: Sequence[Any], **how: Any) -> int:
+    """How often torch compiles for calls with these values, which agree with those of no compiler."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter, **how)
+    logits, labels = torch.randn(2, 5, 9), torch.randint(0, 9, (2, 5))
+    for value in values:
+        torch.testing.assert_close(compiled(logits, labels, value), run(logits, labels, value))
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_what_torch_compiles_anew(dynamic: bool | None) -> None:
+    many = [0.5 + i / 8 for i in range(torch._dynamo.config.recompile_limit + 2)]
+
+    def tempered(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        return dil_kernels.token_logps(logits, labels, temperature=temperature)
+
+    def scaled(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
+        return dil_kernels.token_logps(logits * scale, labels)
+
+    def bounded(logits: Tensor, labels: Tensor, most: int) -> Tensor:
+        return dil_kernels.linear_token_logps(logits, logits[0], labels % 5, max_scored_tokens=most, stash_bytes=most)
+
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        compiled_calls(tempered, many, dynamic=dynamic)
+    with torch._dynamo.config.patch(recompile_limit=2 * len(many)):
+        assert compiled_calls(tempered, many, dynamic=dynamic) >= len(many)
+    assert compiled_calls(scaled, many, dynamic=dynamic) <= 2
+    assert compiled_calls(bounded, [10 * i for i in range(1, len(many) + 1)], dynamic=dynamic) <= 2
 
 
 @every_call("cpp", "triton", "auto", "eager")
