@@ -27,6 +27,7 @@ except ImportError as error:
 from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.reward_head import install_end_of_row, scores_at_end
 from dil_kernels.tokenization import TOKEN_COLUMNS, PairTokenizer, PreferenceCollator, tokenize_dataset
+from dil_kernels.training.rotary_lengths import keep_lengths_apart
 
 Conversation = str | list[dict[str, str]]
 
@@ -70,6 +71,7 @@ class RewardTrainer(Trainer):
         super().__init__(*args, **kwargs)
         model: Any = self.model
         install_end_of_row(model)
+        keep_lengths_apart(model)
         self._config = model.config  # wrappers do not have it
         # Each micro-batch is a mean of its own, which the Trainer averages.
         self.model_accepts_loss_kwargs = False
@@ -141,6 +143,7 @@ class DensityRatioReward:
 
     Raises:
         ValueError: a model without one output, a tokenizer without a padding token, or a max_length below 2.
+        NotImplementedError: a model whose scores would depend on what else is in a batch.
     """
 
     __name__ = "density_ratio_reward"  # under which TRL logs it
@@ -162,6 +165,7 @@ class DensityRatioReward:
         if config.get_text_config().pad_token_id is None:  # transformers takes no batches without
             config.get_text_config().pad_token_id = tokenizer.pad_token_id
         install_end_of_row(model)
+        keep_lengths_apart(model)
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
 

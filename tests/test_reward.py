@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from test_batch_composition import FAMILIES, ORIGINAL
 from tiny_model import make_pairs, make_tokenizer
 from transformers import (
     GPT2Config,
@@ -198,6 +199,19 @@ def test_the_score_is_that_of_eos_where_padding_is_eos_too(architecture: str, tm
     loss = RewardTrainer(model=model, args=args, loss_options={"loss_type": "ukl"}).compute_loss(model, batch)
     expected = sum(math.exp(u_l) - u_w for u_w, u_l in zip(chosen, rejected, strict=True)) / len(pairs)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama dynamic", "llama longrope"])
+def test_the_score_is_the_same_beside_and_after_long_responses(name: str) -> None:
+    def make_model() -> LlamaForSequenceClassification:
+        return make_reward_model(**FAMILIES[name], head_dim=8).eval()
+
+    tokenizer, prompt = make_tokenizer(), "w1 w2 "
+    completions = [" ".join(f"w{n % 99}" for n in range(count)) for count in (60, 4, ORIGINAL, 2)]
+    alone = [score_of_eos(make_model(), tokenizer, prompt, completion) for completion in completions]
+    beside, after = (DensityRatioReward(make_model(), tokenizer, batch_size=size) for size in (4, 1))
+    assert beside([prompt] * 4, completions) == pytest.approx(alone, rel=1e-4)
+    assert after([prompt] * 4, completions) == pytest.approx(alone, rel=1e-4)
 
 
 def test_a_row_whose_end_cannot_be_told_is_refused() -> None:
