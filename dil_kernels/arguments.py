@@ -19,14 +19,14 @@ from transformers import TrainingArguments
 from dil_kernels.backends import BACKENDS
 from dil_kernels.divergences import divergence_names
 from dil_kernels.option_names import as_on_command_line, describe_error, did_you_mean, option_string
-from dil_kernels.option_types import boolean, checkpoint, nonempty, type_options
-from dil_kernels.recipes import find_recipe, packaged_recipes
+from dil_kernels.option_types import nonempty, type_options
+from dil_kernels.recipes import find_recipe
+from dil_kernels.run_options import RunOptions, add_class_options, add_run_options, check_run_options, run_options
 from dil_kernels.tokenization import TRUNCATION_MODES
+from dil_kernels.training.class_options import plain_bnb_fields, plain_lora_fields
 from dil_kernels.training.config import DILConfig
-from dil_kernels.training.ranges import check_numbers
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
-REQUIRED = ("model", "train_file", "output_dir")
+REQUIRED = ("model", "output_dir")
 COMMON_FIELDS = (
     "learning_rate",
     "num_train_epochs",
@@ -66,33 +66,10 @@ OMITTED_FIELDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """What `dil-train` needs beside its `DILConfig`."""
-
-    model: str
-    train_file: str
-    eval_file: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    ref_model: str | None = None
-    dtype: str = "float32"
-    attn_implementation: str | None = None
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    lora_target_modules: tuple[str, ...] = ("all-linear",)
-    load_in_4bit: bool = False
-    resume_from_checkpoint: str | bool = False
-    import_modules: tuple[str, ...] = ()
-    overwrite_output_dir: bool = False
-    traceback: bool = False
-
-
 def in_options(message: str) -> str:
     """A message on one line, with the options in it as the command line spells them."""
-    return as_on_command_line(
-        message, [field.name for kind in (RunOptions, DILConfig) for field in dataclasses.fields(kind)]
-    )
+    names = [field.name for kind in (RunOptions, DILConfig) for field in dataclasses.fields(kind)]
+    return as_on_command_line(message, [*names, *plain_lora_fields(), *plain_bnb_fields()])
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,28 +112,16 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
     values = {} if recipe is None else read_recipe(recipe, parser)
     values.update(command_line)
     missing = [option_string(name) for name in REQUIRED if values.get(name) is None]
+    if values.get("train_file") is None and values.get("datasets") is None:
+        missing.insert(min(1, len(missing)), "--train-file")
     if missing:
         parser.error(f"{', '.join(missing)} must be given, here or in a recipe (--config)")
-    run_fields = {field.name for field in dataclasses.fields(RunOptions)}
-    if values.get("lora_rank") is None and {"lora_alpha", "lora_target_modules"} & values.keys():
-        parser.error("--lora-alpha and --lora-target-modules need --lora-rank")
-    if values.get("lora_rank") is None and values.get("load_in_4bit"):
-        parser.error("--load-in-4bit needs --lora-rank: weights in 4 bits cannot be trained")
-    values["lora_target_modules"] = tuple(values.get("lora_target_modules", RunOptions.lora_target_modules))
-    run = RunOptions(
-        **{**{name: value for name, value in values.items() if name in run_fields}, "import_modules": modules}
-    )
     try:
-        check_numbers(run)
-        config = DILConfig(**{name: value for name, value in values.items() if name not in run_fields})
+        run, others = run_options(values, modules)
+        config = DILConfig(**others)
+        check_run_options(run, config)
     except Exception as error:  # whatever transformers and accelerate raise of a value
         parser.error(in_options(describe_error(error)))
-    if run.eval_file is None and config.eval_strategy != "no":
-        parser.error(
-            f"--eval-strategy {getattr(config.eval_strategy, 'value', config.eval_strategy)} needs --eval-file"
-        )
-    if run.eval_file is None and config.num_generations_at_eval:
-        parser.error("--num-generations-at-eval needs --eval-file")
     return run, config
 
 
@@ -233,6 +198,8 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
             parser.error(f"unknown option {key!r}" + (f"; did you mean {nearest!r}?" if nearest else ""))
         if value is None:
             values[actions[option].dest] = None
+        elif isinstance(value, list) and not value:
+            parser.error(f"option {key!r}: the list is empty")
         elif isinstance(value, list) and actions[option].nargs != "+":
             parser.error(f"option {key!r} takes one value, got a list")
         else:
@@ -247,7 +214,7 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
 def _as_tokens(name: str, value: Any) -> list[str]:
     """The command line that sets an option to a value of a recipe."""
     if isinstance(value, list):
-        return [option_string(name), *map(str, value)]
+        return [option_string(name), *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
     if isinstance(value, dict):
         return [f"{option_string(name)}={json.dumps(value)}"]
     return [f"{option_string(name)}={value}"]
@@ -264,7 +231,8 @@ def build_parser() -> Parser:
         usage="dil-train --model MODEL --train-file FILE --output-dir DIR [options]\n"
         "       dil-train --config RECIPE.yaml [options]",
     )
-    _add_run_options(parser)
+    add_run_options(parser.add_argument_group("model, data and output"))
+    add_class_options(parser)
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     omitted = OMITTED_FIELDS | {old for old, new in RENAMED.items() if new in inherited}
     fields = {field.name: field for field in dataclasses.fields(DILConfig) if field.name not in omitted}
@@ -281,97 +249,6 @@ def build_parser() -> Parser:
         for name in names:
             _add_field(group, fields[name], hints[name], brief)
     return parser
-
-
-def _add_run_options(parser: Parser) -> None:
-    group = parser.add_argument_group("model, data and output")
-    group.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML recipe of any of these options, which the command line overrides; or one of the package's: "
-        + ", ".join(packaged_recipes()),
-    )
-    group.add_argument(
-        "--import",
-        dest="import_modules",
-        action="append",
-        metavar="MODULE",
-        help="import a Python module first, such as one that calls register_divergence; may be repeated",
-    )
-    group.add_argument("--model", metavar="NAME", help="the model to train: a directory, or a name on the hub")
-    group.add_argument(
-        "--train-file",
-        metavar="FILE",
-        help="preference pairs (prompt, chosen, rejected) or single responses (prompt, completion, label): a .jsonl, "
-        ".json or .parquet file, or a data set on the hub",
-    )
-    group.add_argument("--eval-file", metavar="FILE", help="held-out pairs for the before/after table; likewise")
-    group.add_argument("--output-dir", metavar="DIR", help="where checkpoints, model, table and plot are written")
-    group.add_argument(
-        "--overwrite-output-dir",
-        metavar="BOOL",
-        type=boolean,
-        nargs="?",
-        const=True,
-        help="write into a directory that holds something: what will be overwritten is named, and checkpoints of an "
-        "earlier run are removed when training begins",
-    )
-    group.add_argument("--train-split", metavar="NAME", help="split of a hub data set to train on (default: train)")
-    group.add_argument(
-        "--eval-split",
-        metavar="NAME",
-        help="split of a hub data set to evaluate on (default: test; train of a file)",
-    )
-    group.add_argument(
-        "--ref-model",
-        metavar="NAME",
-        help="the reference model (default: the model as it is before training)",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="precision of the weights (default: float32, which small learning rates need; see --bf16 for the rest)",
-    )
-    group.add_argument(
-        "--attn-implementation", metavar="NAME", help="attention of transformers, e.g. flash_attention_2"
-    )
-    group.add_argument(
-        "--lora-rank",
-        metavar="INT",
-        type=int,
-        help="train LoRA adapters of this rank (needs peft; default: all weights)",
-    )
-    group.add_argument("--lora-alpha", metavar="FLOAT", type=float, help="scale of LoRA (default: twice the rank)")
-    group.add_argument(
-        "--lora-target-modules",
-        metavar="NAME",
-        nargs="+",
-        help="layers that LoRA adapts (default: all-linear, every linear layer but the output head)",
-    )
-    group.add_argument(
-        "--load-in-4bit",
-        metavar="BOOL",
-        type=boolean,
-        nargs="?",
-        const=True,
-        help="hold the base weights in 4 bits, in NF4 of bitsandbytes, under LoRA",
-    )
-    group.add_argument(
-        "--resume-from-checkpoint",
-        metavar="DIR",
-        nargs="?",
-        const=True,
-        type=checkpoint,
-        help="continue from this checkpoint, or without DIR from the last complete one in --output-dir",
-    )
-    group.add_argument(
-        "--traceback",
-        metavar="BOOL",
-        type=boolean,
-        nargs="?",
-        const=True,
-        help="show where an error arose, for a report of it",
-    )
 
 
 def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any, brief: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import datasets
 
-    from dil_kernels.arguments import RunOptions
+    from dil_kernels.run_options import RunOptions
     from dil_kernels.trainer import DILConfig
 
 BAD_INPUT = 2
@@ -111,10 +110,10 @@ def train(options: RunOptions, config: DILConfig) -> None:
 
 
 def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | None) -> None:
-    train_dataset, eval_dataset = _load_data(options)
+    tokenizer = _load_tokenizer(options)  # which is small, before the data
+    train_dataset, eval_dataset = _load_data(options, config)
     from dil_kernels.training.run import SetupError, TrainingError, run_training
 
-    tokenizer = _load_tokenizer(options.model)
     model = _with_lora(_load_model(options.model, options), options, config)
     ref_model = None if options.ref_model is None else _load_model(options.ref_model, options)
     try:
@@ -137,12 +136,9 @@ def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | No
 
 def _sources(options: RunOptions) -> dict[str, Any]:
     """The options beside `DILConfig` that the model card states: those that were given."""
-    kept = {}
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if value != field.default and field.name not in OF_ONE_RUN:
-            name = "import" if field.name == "import_modules" else field.name
-            kept[name] = list(value) if isinstance(value, tuple) else value
+    kept = {name: value for name, value in options.given().items() if name not in OF_ONE_RUN}
+    if "import_modules" in kept:
+        kept["import"] = kept.pop("import_modules")
     return kept
 
 
@@ -171,65 +167,92 @@ def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | None:
     return str(checkpoint)
 
 
-def _load_data(options: RunOptions) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    from dil_kernels.data import FILE_SUFFIXES, load_preference_pairs
+def _load_data(options: RunOptions, config: DILConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    from dil_kernels.data import is_local_file, load_preference_pairs
+    from dil_kernels.mixture import data_sources, load_mixture, split_off_test
 
-    train_dataset = load_preference_pairs(options.train_file, split=options.train_split)
+    def load(source: str, split: str) -> datasets.Dataset:
+        name = None if is_local_file(source) else options.dataset_config
+        return load_preference_pairs(source, split=split, name=name)
+
+    if options.train_file is None:
+        train_dataset = load_mixture(data_sources(options.datasets))
+    else:
+        train_dataset = load(options.train_file, options.train_split)
+    if options.test_split_size is not None:
+        return split_off_test(train_dataset, options.test_split_size, config.seed)
     if options.eval_file is None:
         return train_dataset, None
-    path = Path(options.eval_file)
-    is_file = path.is_file() or path.suffix.lower() in FILE_SUFFIXES
-    split = options.eval_split or ("train" if is_file else "test")
-    return train_dataset, load_preference_pairs(options.eval_file, split=split)
+    split = options.eval_split or ("train" if is_local_file(options.eval_file) else "test")
+    return train_dataset, load(options.eval_file, split)
 
 
-def _load_tokenizer(name: str) -> Any:
+def _load_tokenizer(options: RunOptions) -> Any:
+    from jinja2 import TemplateSyntaxError
     from transformers import AutoTokenizer
 
+    from dil_kernels.run_options import read_chat_template
+
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(options.model, **_of_the_hub(options.model, options))
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {name}: no tokenizer could be loaded: {' '.join(str(error).split())}") from error
+        problem = " ".join(str(error).split())
+        raise InputError(f"--model {options.model}: no tokenizer could be loaded: {problem}") from error
+    if options.pad_token is not None:
+        if options.pad_token not in tokenizer.get_vocab():
+            raise InputError(f"--pad-token {options.pad_token}: the tokenizer of {options.model} has no such token")
+        tokenizer.pad_token = options.pad_token
+    if options.chat_template_path is not None:
+        tokenizer.chat_template = read_chat_template(options.chat_template_path)
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            where = f"--chat-template-path {options.chat_template_path}, line {error.lineno}"
+            raise InputError(f"{where}: {error.message}") from error
+        except Exception:  # a template may ask for other messages; those of the data are looked at one by one
+            pass
+    return tokenizer
+
+
+def _of_the_hub(name: str, options: RunOptions) -> dict[str, Any]:
+    """Arguments of `from_pretrained`, of tokenizer and model; the revision is that of --model."""
+    revision = options.model_revision if name == options.model else None
+    return {
+        **({} if revision is None else {"revision": revision}),
+        **({"trust_remote_code": True} if options.trust_remote_code else {}),
+    }
 
 
 def _load_model(name: str, options: RunOptions) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    quantization = {}
-    if options.load_in_4bit:
-        quantization["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=options.dtype
-        )
+    given: dict[str, Any] = {**_of_the_hub(name, options), **(options.model_init_kwargs or {})}
+    quantization = options.quantization_config()
+    if quantization is not None:
+        given["quantization_config"] = quantization
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=options.dtype, attn_implementation=options.attn_implementation, **quantization
+            name, dtype=options.dtype, attn_implementation=options.attn_implementation, **given
         )
     except (OSError, ValueError, ImportError) as error:
         problem = " ".join(str(error).split())
         if isinstance(error, ImportError) and options.attn_implementation is not None:
             problem += " (--attn-implementation sdpa needs no further package)"
         raise InputError(f"model {name} could not be loaded: {problem}") from error
+    except TypeError as error:
+        if options.model_init_kwargs is None:
+            raise
+        raise InputError(f"model {name} could not be loaded with --model-init-kwargs: {error}") from error
 
 
 def _with_lora(model: Any, options: RunOptions, config: DILConfig) -> Any:
     """The model with the adapters asked for; without any, as it is."""
-    if options.lora_rank is None:
+    lora = options.lora_config()
+    if lora is None:
         return model
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError(f"--lora-rank needs peft: pip install peft ({error})") from error
     from dil_kernels.training.adapters import with_adapter
 
-    modules = list(options.lora_target_modules)
-    alpha = 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
     try:
-        lora = peft.LoraConfig(
-            r=options.lora_rank,
-            lora_alpha=alpha,
-            target_modules=modules[0] if modules == ["all-linear"] else modules,
-            task_type="CAUSAL_LM",
-        )
         return with_adapter(model, lora, config)
     except ValueError as error:
         raise InputError(f"--lora-rank {options.lora_rank}: {error}") from error

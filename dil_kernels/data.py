@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from dil_kernels.pairs.columns import (
     unused_columns,
     without_padding,
 )
-from dil_kernels.pairs.files import FILE_SUFFIXES, ROWS_PER_CHUNK, Record, read_file, read_json
+from dil_kernels.pairs.files import ROWS_PER_CHUNK, Record, kind_of_file, read_csv, read_file, read_json
 from dil_kernels.pairs.messages import (
     EXTRA,
     JSON_COLUMNS,
@@ -56,11 +56,12 @@ from dil_kernels.pairs.pair_storage import (
 )
 
 __all__ = [
-    "FILE_SUFFIXES",
     "Pair",
     "PreferenceDataError",
+    "check_form",
     "check_pair",
     "is_conversational",
+    "is_local_file",
     "load_preference_pairs",
     "open_pairs",
     "response_columns",
@@ -69,7 +70,19 @@ __all__ = [
 Pair = dict[str, Any]  # prompt, chosen, rejected: strings, or lists of messages; or prompt, completion, label
 
 
-def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train") -> datasets.Dataset:
+def is_local_file(source: str | os.PathLike[str]) -> bool:
+    """Whether `load_preference_pairs` reads a source itself: it is a file, or is named as one of pairs."""
+    return Path(source).is_file() or kind_of_file(Path(source)) is not None
+
+
+def load_preference_pairs(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    name: str | None = None,
+    data_dir: str | None = None,
+    data_files: Any = None,
+) -> datasets.Dataset:
     """Load preference pairs and check every one of them.
 
     A pair is three strings, or three lists of ``{"role", "content"}`` messages, of which a response begins and ends
@@ -89,9 +102,12 @@ def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train
     What is read is what was written; docs/training.md says what is accepted beside this, and what is refused.
 
     Args:
-        source: a local .jsonl or .json (lines, one array, one object, or an object with one array of rows) or .parquet
-            file; or what `datasets.load_dataset` takes: a name on the hub, or a directory.
+        source: a local .jsonl or .json (lines, one array, one object, or an object with one array of rows), .csv or
+            .parquet file, the former also as .gz; or what `datasets.load_dataset` takes: a name on the hub, or a
+            directory.
         split: the split to take from a hub data set or a directory; a local file has only "train".
+        name, data_dir, data_files: as of `datasets.load_dataset`: the configuration of a hub data set, and which of
+            its files are read; not of a local file.
 
     Returns:
         A data set with the columns prompt, chosen and rejected (or prompt, completion and label), all strings or all
@@ -102,14 +118,18 @@ def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train
         PreferenceDataError: the source cannot be read, or a pair is broken.
     """
     path = Path(source)
-    if path.is_file() or path.suffix.lower() in FILE_SUFFIXES:
+    of_sets = {"name": name, "data_dir": data_dir, "data_files": data_files}
+    if is_local_file(path):
         if split != "train":
             raise PreferenceDataError(f"{path}: a local file has only the split 'train', not {split!r}")
+        if given := [option for option, value in of_sets.items() if value is not None]:
+            raise PreferenceDataError(f"{path}: a local file has no {given[0]}; got {of_sets[given[0]]!r}")
         return _checked_records(read_file(path), str(path))
     try:
-        builder = datasets.load_dataset_builder(str(source))
-        if builder.info.builder_name == "json" and builder.config.field is None:
-            records = _records_of_split(builder, str(source), split)
+        builder = datasets.load_dataset_builder(str(source), **of_sets)
+        read = _reader_of(builder)
+        if read is not None:
+            records = _records_of_split(builder, str(source), split, read)
         else:
             builder.download_and_prepare()
             return _checked_dataset(builder.as_dataset(split=split), str(source))
@@ -122,13 +142,27 @@ def load_preference_pairs(source: str | os.PathLike[str], *, split: str = "train
     return _checked_records(records, str(source))
 
 
-def _records_of_split(builder: Any, source: str, split: str) -> Iterator[Record]:
-    """The records of a directory or hub set of JSON files, as they were written: `datasets` would give them one type.
+def _reader_of(builder: Any) -> Callable[[Path, str], Iterator[Record]] | None:
+    """What reads the files of a builder of `datasets` as they were written, where there is such a thing."""
+    if builder.info.builder_name == "json" and builder.config.field is None:
+        return read_json
+    # Left to pandas, texts such as "None" and "NA" would be nulls.
+    plain = builder.info.builder_name == "csv" and builder.config == type(builder.config)(
+        **{field: getattr(builder.config, field) for field in ("name", "version", "data_dir", "data_files")}
+    )
+    return read_csv if plain else None
+
+
+def _records_of_split(
+    builder: Any, source: str, split: str, read_one: Callable[[Path, str], Iterator[Record]]
+) -> Iterator[Record]:
+    """The records of a directory or hub set of JSON or CSV files; `datasets` would give a column one type.
 
     Args:
         builder: of `datasets`.
         source: its name.
         split: a split of it, or what `datasets.ReadInstruction` makes of several and of parts.
+        read_one: reads a file, by its path and its name in messages.
     """
     config = datasets.DownloadConfig(token=builder.token, storage_options=builder.storage_options)
     downloads = datasets.DownloadManager(builder.dataset_name, download_config=config, base_path=builder.base_path)
@@ -137,7 +171,7 @@ def _records_of_split(builder: Any, source: str, split: str) -> Iterator[Record]
         names = builder.config.data_files[name]
         for shown, path in zip(names, downloads.download_and_extract(list(names)), strict=True):
             for file in downloads.iter_files([path]):
-                yield from read_json(Path(file), str(shown))
+                yield from read_one(Path(file), str(shown))
 
     known = list(map(str, builder.config.data_files))
     parts = [re.split(r"\W", part.strip(), maxsplit=1)[0] for part in split.split("+")]
@@ -280,7 +314,7 @@ def check_pair(record: Any, where: str, like: Pair | None = None) -> Pair:
         pair["label"] = _check_label(record, where)
     pair |= {name: _check_number(record[name], where, name) for name in GIVEN_REFERENCE if record.get(name) is not None}
     if like is not None:
-        _check_form(pair, like, where)
+        check_form(pair, like, where)
     if is_text and options:
         raise PreferenceDataError(
             f"{where}, column {next(iter(options))!r}: only conversations go through a chat template, but these are "
@@ -303,8 +337,17 @@ def _check_kinds(record: Mapping[str, Any], where: str, columns: tuple[str, ...]
     raise PreferenceDataError(f"{where}, column {lists[0]!r}: expected a string, got list")
 
 
-def _check_form(pair: Pair, like: Pair, where: str) -> None:
-    """Refuse a pair that has other columns, or another kind of columns, than one before it."""
+def check_form(pair: Pair, like: Pair, where: str) -> None:
+    """Refuse a pair that has other columns, or another kind of columns, than one before it.
+
+    Args:
+        pair: checked; it may be a row of a data set of such.
+        like: likewise.
+        where: the place of `pair`.
+
+    Raises:
+        PreferenceDataError: names both kinds.
+    """
     forms = [[name for name in form if name not in JSON_COLUMNS] for form in (pair, like)]
     if {*forms[0]} != {*forms[1]}:
         names = (", ".join(form) for form in forms)

@@ -12,10 +12,14 @@ ELSEWHERE = {
     "cutoff_len": "max_length",
     "dataset": "train_file",
     "dataset_name": "train_file",
+    "bnb_4bit_compute_dtype": "bnb_kwargs",
+    "bnb_4bit_quant_storage": "bnb_kwargs",
+    "chat_template": "chat_template_path",
     "dataset_test_split": "eval_split",
     "dataset_train_split": "train_split",
     "eval_dataset": "eval_file",
     "flash_attn": "attn_implementation",
+    "lora_r": "lora_rank",
     "lora_target": "lora_target_modules",
     "micro_batch_size": "per_device_train_batch_size",
     "model_name_or_path": "model",
@@ -26,6 +30,7 @@ ELSEWHERE = {
     "ref_model_name_or_path": "ref_model",
     "sequence_len": "max_length",
     "torch_dtype": "dtype",
+    "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
     "use_peft": "lora_rank",
 }
 

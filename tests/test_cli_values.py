@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from dil_kernels import backends, cli
-from dil_kernels.arguments import build_parser
+from dil_kernels.arguments import build_parser, parse_arguments
 from dil_kernels.option_names import as_on_command_line
 
 OPTIONS = {action.dest: action for action in build_parser()._actions if action.dest != "help"}
@@ -34,6 +35,7 @@ def run(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def load(*args: object) -> None:
         raise LoadedError
 
+    monkeypatch.setattr(cli, "_load_tokenizer", load)
     monkeypatch.setattr(cli, "_load_data", load)
     try:
         status = cli.main(argv)
@@ -101,6 +103,30 @@ def test_nonsense_is_refused_by_name_before_anything_is_loaded(
             "--max-prompt-length 8 was given, but --max-length none cuts nothing",
         ),
         ("--alpha=nan", "--alpha must be in [0, 1], got nan"),
+        ("--lora-dropout=0.1", "--lora-dropout 0.1 was given, but --disable-dropout true, the default, switches it"),
+        ('--lora-kwargs={"lora_dropout": 2}', "--lora-dropout must be at least 0 and below 1, got 2"),
+        (
+            '--lora-kwargs={"use_dorra": true}',
+            "--lora-kwargs: 'use_dorra' is no field of peft.LoraConfig; did you mean 'use_dora'?",
+        ),
+        ('--lora-kwargs={"r": 4}', "--lora-kwargs: 'r' is the option --lora-rank"),
+        ('--lora-kwargs={"bias": "some"}', "'bias' must be Literal['none', 'all', 'lora_only'], got 'some'"),
+        ('--lora-kwargs={"modules_to_save": ["a", 1]}', "'modules_to_save' must be Optional[list[str]], got ['a', 1]"),
+        ("--lora-kwargs={'x'}", "argument --lora-kwargs: expected a JSON object"),
+        ("--bnb-4bit-quant-type=nf4", "--bnb-4bit-quant-type needs --load-in-4bit"),
+        ("--load-in-4bit --llm-int8-threshold=5", "--llm-int8-threshold needs --load-in-8bit"),
+        ("--load-in-4bit --load-in-8bit", "--load-in-4bit true was given, and --load-in-8bit true, too: choose one"),
+        (
+            '--bnb-kwargs={"bnb_4bit_compute": "bfloat16"}',
+            "no field of transformers.BitsAndBytesConfig; did you mean 'bnb_4bit_compute_dtype'?",
+        ),
+        ('--bnb-kwargs={"load_in_8bit": true}', "--bnb-kwargs: 'load_in_8bit' is the option --load-in-8bit"),
+        ('--model-init-kwargs={"dtype": "auto"}', "--model-init-kwargs: 'dtype' is the option --dtype"),
+        ("--model=. --model-revision=v1", "--model-revision v1 was given, but . is a local directory"),
+        ("--chat-template-path=none.jinja", "--chat-template-path none.jinja: No such file or directory"),
+        ("--dataset-config=en", "--dataset-config en was given, but t.jsonl, e.jsonl is no hub data set"),
+        ("--test-split-size=0.1", "--test-split-size was given, and --eval-file, too: choose what is held out"),
+        ('--datasets={"path": "a.jsonl"}', "--train-file was given, and --datasets, too"),
     ],
 )
 def test_what_cannot_run_is_said_before_anything_is_loaded(
@@ -113,6 +139,68 @@ def test_what_cannot_run_is_said_before_anything_is_loaded(
     status, line = run([*base, *parts], monkeypatch, capsys)
     assert status == 2
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("datasets: []", "option 'datasets': the list is empty"),
+        ("datasets: [a.jsonl]", "argument --datasets: expected a JSON object, got 'a.jsonl'"),
+        ("datasets: [{name: en}]", "entry 1 of datasets: path is missing"),
+        ("datasets: [{path: a, spilt: test}]", "entry 1 of datasets: unknown key 'spilt'; did you mean 'split'?"),
+        ("datasets: [{path: a, columns: [chosen]}]", "entry 1 of datasets: columns cannot be chosen"),
+        ("datasets: [{path: a, fraction: 0}]", "entry 1 of datasets: fraction must be a number above 0, got 0"),
+        ("datasets: [{path: a, fraction: 1}, {path: b}]", "entry 2 of datasets has no fraction"),
+        ("datasets: [{path: 3}]", "entry 1 of datasets: path must be text, got 3"),
+        ("datasets: [{path: a}]\ntest_split_size: 2.5", "--test-split-size must be a share below 1 or a whole number"),
+        ("datasets: [{path: a}]\neval_strategy: epoch", "--eval-strategy epoch needs --eval-file or --test-split-size"),
+        ("train_file: a.jsonl\nuse_dora: true", "--use-dora: needs --lora-rank"),
+        ("train_file: a.jsonl\nload_in_8bit: true", "--load-in-8bit needs --lora-rank: weights in 8 bits cannot"),
+        ("train_file: a.jsonl\nlora_kwargs: 3", "argument --lora-kwargs: expected a JSON object"),
+    ],
+)
+def test_recipes_that_cannot_run(
+    recipe: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: m\noutput_dir: {tmp_path / 'out'}\nuse_cpu: true\n{recipe}\n")
+    status, line = run(["--config", str(path)], monkeypatch, capsys)
+    assert status == 2
+    assert message in line
+
+
+def test_fields_of_classes_are_options_by_the_names_of_trl(
+    base: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = "--lora-dropout=0.25 --disable-dropout=false --use-dora --use-rslora --load-in-8bit --llm-int8-threshold=4"
+    names = "--lora-modules-to-save lm_head --lora_target_parameters a.w b.w"
+    mappings = (
+        '--lora-kwargs={"bias": "lora_only", "rank_pattern": {"q": 8}, "init_lora_weights": "pissa_niter_4"}',
+        '--bnb-kwargs={"llm_int8_skip_modules": ["lm_head"]}',
+    )
+    run_options, _ = parse_arguments([*base, *given.split(), *names.split(), *mappings])
+    lora = run_options.lora_config()
+    assert (lora.r, lora.lora_alpha, lora.target_modules, lora.task_type) == (4, 8, "all-linear", "CAUSAL_LM")
+    assert (lora.lora_dropout, lora.use_dora, lora.use_rslora, lora.bias) == (0.25, True, True, "lora_only")
+    assert (lora.modules_to_save, lora.target_parameters) == (["lm_head"], ["a.w", "b.w"])
+    assert (lora.rank_pattern, lora.init_lora_weights) == ({"q": 8}, "pissa_niter_4")
+    quantization = run_options.quantization_config()
+    assert (quantization.load_in_8bit, quantization.load_in_4bit) == (True, False)
+    assert (quantization.llm_int8_threshold, quantization.llm_int8_skip_modules) == (4.0, ["lm_head"])
+    assert run_options.given()["lora_modules_to_save"] == ["lm_head"]  # for the model card
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_four_bits_are_nf4_in_the_precision_of_the_weights_unless_told(dtype: str, base: list[str]) -> None:
+    four = [*base, "--load-in-4bit", f"--dtype={dtype}"]
+    quantization = parse_arguments(four)[0].quantization_config()
+    assert quantization.bnb_4bit_quant_type == "nf4"
+    assert quantization.bnb_4bit_compute_dtype is (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    told = ['--bnb-kwargs={"bnb_4bit_compute_dtype": "float16"}', "--bnb-4bit-quant-type=fp4"]
+    quantization = parse_arguments([*four, *told, "--bnb-4bit-use-double-quant"])[0].quantization_config()
+    assert quantization.bnb_4bit_quant_type == "fp4"
+    assert quantization.bnb_4bit_compute_dtype is torch.float16
+    assert quantization.bnb_4bit_use_double_quant
 
 
 @pytest.mark.parametrize(

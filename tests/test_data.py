@@ -11,6 +11,7 @@ import pytest
 from tiny_model import make_pairs, make_tokenizer
 
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
+from dil_kernels.pairs.files import FILE_SUFFIXES
 from dil_kernels.tokenization import IGNORE_INDEX, PreferenceCollator, tokenize_dataset, tokenize_pair, truncate
 
 PLAIN = {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5"}
@@ -208,7 +209,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "none.jsonl"
     assert refusal(missing) == f"{missing}: no such file"
     other = write_lines(tmp_path / "pairs.txt", PLAIN)
-    assert refusal(other) == f"{other}: unknown kind of file; expected .json, .jsonl, .parquet"
+    assert refusal(other) == f"{other}: unknown kind of file; expected {', '.join(FILE_SUFFIXES)}"
     empty = write_lines(tmp_path / "empty.jsonl", "")
     assert refusal(empty) == f"{empty}: holds no preference pair"
     table = tmp_path / "pairs.parquet"

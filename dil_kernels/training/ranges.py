@@ -81,6 +81,14 @@ RANGES = {
     "generate_max_new_tokens": COUNT,
     "lora_rank": COUNT,
     "lora_alpha": POSITIVE,
+    "lora_dropout": Range(0, 1, below=True),
+    "lora_qalora_group_size": COUNT,
+    "llm_int8_threshold": NOT_NEGATIVE,
+    "test_split_size": POSITIVE,
+    "precompute_ref_batch_size": Range(1, 2**31),
+    "pad_to_multiple_of": Range(1, 2**15),
+    "ref_model_mixup_alpha": Range(0, 1, above=True),
+    "ref_model_sync_steps": COUNT,
 }
 
 
@@ -91,7 +99,15 @@ def check_numbers(options: Any) -> None:
         ValueError: names the field, its range and the value.
     """
     for field in dataclasses.fields(options):
-        value = getattr(options, field.name, None)
-        allowed = RANGES.get(field.name, Range())
-        if isinstance(value, int | float) and not isinstance(value, bool) and value not in allowed:
-            raise ValueError(f"{field.name} must be {allowed}, got {value}")
+        check_number(field.name, getattr(options, field.name, None))
+
+
+def check_number(name: str, value: Any) -> None:
+    """Check the value of an option, if it is a number.
+
+    Raises:
+        ValueError: names the option, its range and the value.
+    """
+    allowed = RANGES.get(name, Range())
+    if isinstance(value, int | float) and not isinstance(value, bool) and value not in allowed:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
