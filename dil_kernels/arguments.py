@@ -26,7 +26,7 @@ from dil_kernels.tokenization import TRUNCATION_MODES
 from dil_kernels.training.class_options import plain_bnb_fields, plain_lora_fields
 from dil_kernels.training.config import DILConfig
 
-REQUIRED = ("model", "output_dir")
+REQUIRED = ("model", "train_file", "output_dir")
 COMMON_FIELDS = (
     "learning_rate",
     "num_train_epochs",
@@ -111,9 +111,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:
     recipe = command_line.pop("config", None)
     values = {} if recipe is None else read_recipe(recipe, parser)
     values.update(command_line)
-    missing = [option_string(name) for name in REQUIRED if values.get(name) is None]
-    if values.get("train_file") is None and values.get("datasets") is None:
-        missing.insert(min(1, len(missing)), "--train-file")
+    given = {name for name, value in values.items() if value is not None}
+    given |= {"train_file"} if "datasets" in given else set()
+    missing = [option_string(name) for name in REQUIRED if name not in given]
     if missing:
         parser.error(f"{', '.join(missing)} must be given, here or in a recipe (--config)")
     try:

@@ -1,11 +1,12 @@
 """What `dil-train --help` prints, kept on disk.
 
-Its options are the fields of a class of transformers, whose import brings accelerate and peft, and peft bitsandbytes:
+Its options are the fields of classes of transformers and peft, whose import brings accelerate and bitsandbytes:
 seconds, for a text that changes only with what is installed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -43,7 +44,9 @@ def help_text() -> str:
 
 def _key() -> str:
     """Of all that the text depends on."""
-    versions = (sys.version, importlib.metadata.version("transformers"))
+    versions = [sys.version, importlib.metadata.version("transformers")]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions.append(importlib.metadata.version("peft"))
     parts = [*versions, *divergence_names(), str(sys.stdout.isatty())]
     for path in sorted(PACKAGE.rglob("*")):
         if path.suffix in (".py", ".yaml"):

@@ -222,9 +222,11 @@ class PreferenceCollator:
 
     Attributes:
         pad_token_id: fills the input ids; attention mask and labels keep it out of everything.
+        pad_to_multiple_of: T is a multiple of this.
     """
 
     pad_token_id: int
+    pad_to_multiple_of: int = 1
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of B pairs.
@@ -236,7 +238,8 @@ class PreferenceCollator:
             unpaired responses: [S, T], is_chosen [S] bool, rows [S] and ref_logps [S].
         """
         sides = responses_of(pairs)
-        shape = (len(sides), max(len(prompt) + len(response) for prompt, response in sides))
+        longest = max(len(prompt) + len(response) for prompt, response in sides)
+        shape = (len(sides), longest + -longest % self.pad_to_multiple_of)
         input_ids = torch.full(shape, self.pad_token_id)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX)

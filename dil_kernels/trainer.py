@@ -48,6 +48,7 @@ from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs
 from dil_kernels.training.metrics import batch_means, batch_metrics, predictions, zero_sums
 from dil_kernels.training.model_card import CardNotes, write_model_card
 from dil_kernels.training.model_checks import check_causal_lm, pad_token_id, vocabulary_size
+from dil_kernels.training.offloading import OffloadedActivations
 from dil_kernels.training.packed_attention import UnsupportedPackingError, install_packed_attention
 from dil_kernels.training.packed_batches import (
     PackedCollator,
@@ -60,11 +61,13 @@ from dil_kernels.training.precompute import ReferencePass, has_reference, open_r
 from dil_kernels.training.prepare import prepare_dataset
 from dil_kernels.training.ref_cache import ReferenceCache
 from dil_kernels.training.reference_policy import ReferencePolicy
+from dil_kernels.training.reference_sync import ReferenceSync
 from dil_kernels.training.rotary_lengths import keep_lengths_apart
 from dil_kernels.training.set_up import disable_dropout, install_fused_heads, refuse_inexact_setups
 from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
 from dil_kernels.training.start import (
     RECORD_NAME,
+    CannotStartError,
     StopWhenFinished,
     check_same_run,
     check_whole,
@@ -146,6 +149,8 @@ class DILTrainer(Trainer):
         check_causal_lm(model, "model")
         if ref_model is not None:
             check_causal_lm(ref_model, "ref_model")
+        if data_collator is not None and args.pad_to_multiple_of is not None:
+            raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} was given, but data_collator pads")
         self.data_report: dict[str, DataReport] = {}
         model = with_adapter(model, peft_config, args)
         prepare = functools.partial(
@@ -157,7 +162,7 @@ class DILTrainer(Trainer):
             args=args,
             train_dataset=prepare(train_dataset, name="train"),
             eval_dataset=prepare(eval_dataset, name="eval"),
-            data_collator=data_collator or PreferenceCollator(pad),
+            data_collator=data_collator or PreferenceCollator(pad, args.pad_to_multiple_of or 1),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -181,6 +186,11 @@ class DILTrainer(Trainer):
         self._reference_fingerprint = fingerprint_of_weights(models[-1])
         cache = self._open_ref_cache(models[-1]) if args.precompute_ref_log_probs else ""
         reference.place(self.accelerator)
+        self._reference_sync = None
+        if args.sync_ref_model:
+            mix: Any = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            self._reference_sync = ReferenceSync(model, reference.model, *mix, self.accelerator)
+            self.add_callback(self._reference_sync)
         if args.precompute_ref_log_probs:
             self._precompute_reference(model, cache)
             self._reference = None
@@ -221,9 +231,9 @@ class DILTrainer(Trainer):
             cache=cache,
             progress=not self.args.disable_tqdm,
         )
-        batch_size = self.args.per_device_eval_batch_size
-        self.train_dataset = reference.add_to_all(self.train_dataset, self.args.per_device_train_batch_size)
-        self.eval_dataset = reference.add_to_all(self.eval_dataset, batch_size)
+        args, rows = self.args, self.args.precompute_ref_batch_size
+        self.train_dataset = reference.add_to_all(self.train_dataset, rows or args.per_device_train_batch_size)
+        self.eval_dataset = reference.add_to_all(self.eval_dataset, rows or args.per_device_eval_batch_size)
 
     def _open_ref_cache(self, model: nn.Module) -> ReferenceCache | str:
         """The cache of the log-probs of `model`, on the main process; or why there is none."""
@@ -287,6 +297,8 @@ class DILTrainer(Trainer):
             check_whole(checkpoint)
             if self.is_world_process_zero():  # which may be the only one that has loaded the weights
                 check_same_run(checkpoint, self._run_record, allowed=self.args.resume_with_changes)
+            if self._reference_sync is not None and not self._reference_sync.load(checkpoint):
+                raise CannotStartError(f"{checkpoint} has no reference that follows the policy (sync_ref_model=True)")
         self._start_record()
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         check_weights(self.model, self.state.global_step, self.accelerator.gather)
@@ -325,7 +337,9 @@ class DILTrainer(Trainer):
         Returns:
             The loss []. Its sum over the micro-batches, averaged over the processes, is the mean over the step.
         """
-        output = self._run_batch(model, inputs)
+        offloading = OffloadedActivations(model) if self.args.activation_offloading else contextlib.nullcontext()
+        with offloading:
+            output = self._run_batch(model, inputs)
         if num_items_in_batch is None:
             loss = output.share(output.counts)
         else:
@@ -440,6 +454,8 @@ class DILTrainer(Trainer):
             if self.args.should_save:
                 directory.mkdir(parents=True, exist_ok=True)
                 (directory / RECORD_NAME).write_text(json.dumps(self._run_record, indent=2) + "\n")
+                if self._reference_sync is not None:
+                    self._reference_sync.save(directory)
             super()._save_checkpoint(model, trial)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
-from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_model import CHAT_TEMPLATE, make_model, make_pairs, make_tokenizer
 
 from dil_kernels import backends, cli
 from dil_kernels.arguments import build_parser
@@ -66,6 +67,63 @@ def test_a_run_from_a_recipe(model_dir: Path, pairs_file: Path, tmp_path: Path, 
     trained, original = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (output, model_dir))
     assert any(not trained[name].equal(original[name]) for name in original)
     assert len(AutoTokenizer.from_pretrained(output)) == len(make_tokenizer())
+
+
+def test_a_run_of_mixed_data_with_further_options(model_dir: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:
+    packed = tmp_path / "more.jsonl.gz"
+    chat = {
+        "prompt": [{"role": "user", "content": "w1"}],
+        "chosen": [{"role": "assistant", "content": "w2"}],
+        "rejected": [{"role": "assistant", "content": "w3"}],
+    }
+    packed.write_bytes(gzip.compress("".join([json.dumps(chat) + "\n"] * 8).encode()))
+    (tmp_path / "chats.csv").write_text(
+        'prompt,chosen,rejected\n"[{""role"": ""user"", ""content"": ""w4""}]",'
+        '"[{""role"": ""assistant"", ""content"": ""w5""}]","[{""role"": ""assistant"", ""content"": ""w6""}]"\n'
+    )
+    (tmp_path / "template.jinja").write_text(f"w77 {CHAT_TEMPLATE}")
+    output, recipe = tmp_path / "out", tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {model_dir}\noutput_dir: {output}\nmax_steps: 2\nper_device_train_batch_size: 2\n"
+        "report_to: none\nlearning_rate: 1e-3\nsave_strategy: no\nuse_cpu: true\ndisable_tqdm: true\n"
+        f"datasets:\n- path: {packed}\n  fraction: 8\n- {{path: {tmp_path / 'chats.csv'}, fraction: 1}}\n"
+        f"test_split_size: 3\npad_token: w9\nchat_template_path: {tmp_path / 'template.jinja'}\n"
+        "model_init_kwargs: {attention_bias: true}\n"
+        "lora_rank: 2\nuse_rslora: true\nlora_modules_to_save: [lm_head]\nlora_dropout: 0.5\ndisable_dropout: false\n"
+    )
+    assert cli.main(["--config", str(recipe)]) == 0
+    printed = capsys.readouterr().out
+    assert "3 held-out pairs" in printed
+    saved = json.loads((output / "adapter_config.json").read_text())
+    assert (saved["r"], saved["use_rslora"], saved["lora_dropout"]) == (2, True, 0.5)
+    assert "lm_head" in saved["modules_to_save"]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.pad_token == "w9"
+    assert tokenizer.chat_template.startswith("w77 ")
+    card = (output / "README.md").read_text()
+    assert "6 pairs of `more.jsonl.gz`, `chats.csv`" in card
+    assert "- path: more.jsonl.gz" in card
+    assert "use_rslora: true" in card
+    assert str(tmp_path) not in card
+
+
+def test_what_tokenizer_and_model_refuse(model_dir: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:
+    """The tokenizer's before the data are read, which are not there."""
+    (tmp_path / "broken.jinja").write_text("w1\n{% if %}")
+    argv = ["--model", str(model_dir), "--output-dir", str(tmp_path / "out"), "--use-cpu"]
+    nothing = [*argv, "--train-file", str(tmp_path / "none.jsonl")]
+    for options, message in (
+        (["--pad-token", "<none>"], f"--pad-token <none>: the tokenizer of {model_dir} has no such token"),
+        (["--chat-template-path", str(tmp_path / "broken.jinja")], f"{tmp_path / 'broken.jinja'}, line 2: "),
+    ):
+        assert message in refused([*nothing, *options], capsys)
+    argv += ["--train-file", str(pairs_file), "--model-init-kwargs", '{"hiden_size": 3}']
+    assert cli.main(argv) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "could not be loaded with --model-init-kwargs" in last
+    assert "hiden_size" in last
 
 
 def test_bad_data_starts_nothing(model_dir: Path, tmp_path: Path, capsys) -> None:

@@ -128,9 +128,7 @@ def test_files_and_configurations_of_sets(tmp_path: Path) -> None:
     found = load_preference_pairs("json", data_files={"held": [str(file) for file in files]}, split="held")
     assert found["chosen"][:] == ["a0", "a1", "b0", "b1", "b2"]
     assert refusal(files[0], name="en") == f"{files[0]}: a local file has no name; got 'en'"
-    card = (
-        "---\nconfigs:\n- config_name: en\n  data_files: one.jsonl\n- config_name: de\n  data_files: two.jsonl\n---\n"
-    )
+    configs = "- config_name: en\n  data_files: one.jsonl\n- config_name: de\n  data_files: two.jsonl\n"
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     assert len(load_preference_pairs(tmp_path, name="de")) == 3
     assert "Config name is missing" in refusal(tmp_path)

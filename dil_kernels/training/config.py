@@ -12,6 +12,8 @@ from dil_kernels.divergences import resolve_options
 from dil_kernels.tokenization import TRUNCATION_MODES
 from dil_kernels.training.ranges import check_numbers
 
+SYNC_DEFAULTS = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
+
 
 @dataclass
 class DILConfig(TrainingArguments):
@@ -75,6 +77,28 @@ class DILConfig(TrainingArguments):
         default=False,
         metadata={"help": "Compute the reference log-probs once, before training, and keep no reference model."},
     )
+    precompute_ref_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of a batch when they are precomputed; per_device_train_batch_size and "
+            "per_device_eval_batch_size if not given."
+        },
+    )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the reference follow the policy (TR-DPO): every ref_model_sync_steps steps it becomes a mix "
+            "of both; full fine-tuning only."
+        },
+    )
+    ref_model_mixup_alpha: float | None = field(
+        default=None,
+        metadata={"help": "Share of the policy in that mix, up to 1 (0.6 if not given)."},
+    )
+    ref_model_sync_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps between two such mixes (512 if not given)."},
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Switch off every dropout of the model."},
@@ -110,6 +134,14 @@ class DILConfig(TrainingArguments):
             "help": "Run the sequences of a batch one after another in one row, without padding; an error where the "
             "model would attend from one to another."
         },
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None,
+        metadata={"help": "Pad the sequences of a batch to a multiple of this many tokens."},
+    )
+    activation_offloading: bool = field(
+        default=False,
+        metadata={"help": "Keep activations in the memory of the host until the backward."},
     )
     ref_adapter_name: str | None = field(
         default=None,
@@ -165,12 +197,35 @@ class DILConfig(TrainingArguments):
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} was given, but no DIL loss has one")
         if self.padding_free and self.torch_compile:
             raise ValueError("padding_free=True was given, but with torch_compile=True every batch would be compiled")
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            raise ValueError(
+                f"pad_to_multiple_of={self.pad_to_multiple_of} was given, but padding_free=True pads nothing"
+            )
+        if self.activation_offloading and self.device.type != "cuda":
+            raise ValueError(f"activation_offloading=True was given, but activations are on the {self.device.type}")
+        if self.activation_offloading and self.torch_compile:
+            raise ValueError("activation_offloading=True was given, but torch_compile=True decides what is kept")
+        self._check_reference()
         if self.truncation_mode == "drop":
             self._check_drop()
         elif self.max_length is not None:
             self.max_prompt_length = _resolve_prompt_length(self.max_length, self.max_prompt_length)
         elif self.max_prompt_length is not None:
             raise ValueError(f"max_prompt_length={self.max_prompt_length} was given, but max_length=None cuts nothing")
+
+    def _check_reference(self) -> None:
+        if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:
+            raise ValueError(
+                f"precompute_ref_batch_size={self.precompute_ref_batch_size} was given, but "
+                "precompute_ref_log_probs=False"
+            )
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError("sync_ref_model=True was given, but precompute_ref_log_probs=True keeps no reference")
+        for name, default in SYNC_DEFAULTS.items():
+            if self.sync_ref_model and getattr(self, name) is None:
+                setattr(self, name, default)
+            elif not self.sync_ref_model and getattr(self, name) is not None:
+                raise ValueError(f"{name}={getattr(self, name)} was given, but sync_ref_model=False")
 
     def _check_drop(self) -> None:
         if self.max_length is None:

@@ -83,7 +83,8 @@ def write_model_card(trainer: Any, notes: CardNotes, **given: Any) -> Path:
 def _metadata(trainer: Any, notes: CardNotes, given: Mapping[str, Any]) -> dict[str, Any]:
     """The header that the hub reads; what is not known is left out, the licence above all."""
     tags = [*TAGS, *_listed(given.get("tags"))]
-    sources = (notes.sources.get("train_file"), notes.sources.get("eval_file"))
+    mixed = [entry["path"] for entry in notes.sources.get("datasets", ())]
+    sources = (notes.sources.get("train_file"), *mixed, notes.sources.get("eval_file"))
     data = [name for name in dict.fromkeys(sources) if _is_on_hub(name)]
     values = {
         "library_name": "peft" if hasattr(trainer.model, "peft_config") else "transformers",
@@ -109,6 +110,11 @@ def _base_model(trainer: Any, notes: CardNotes) -> str | None:
 
 def _is_on_hub(name: Any) -> bool:
     return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _public(source: str) -> str:
+    """A name on the hub, or that of a file without its directory."""
+    return source if _is_on_hub(source) else Path(source).name
 
 
 def _introduction(trainer: Any, notes: CardNotes, given: Mapping[str, Any]) -> str:
@@ -165,7 +171,9 @@ def _data(trainer: Any, notes: CardNotes) -> str:
                 continue
             rows = f"{len(part):,} {'responses' if 'label' in part.column_names else 'pairs'}"
             source, split = notes.sources.get(f"{key}_file"), notes.sources.get(f"{key}_split")
-            where = "" if source is None else f" of `{source if _is_on_hub(source) else Path(source).name}`"
+            where = "" if source is None else f" of `{_public(source)}`"
+            if key == "train" and "datasets" in notes.sources:
+                where = " of " + ", ".join(f"`{_public(entry['path'])}`" for entry in notes.sources["datasets"])
             where += "" if split is None or source is None else f", split `{split}`"
             lines.append(f"- {title}{f' ({name})' if name else ''}: {rows}{where}.")
     reports = getattr(trainer, "data_report", {})  # what truncation did to each data set, where that was counted
@@ -220,10 +228,12 @@ def _device(trainer: Any) -> str:
 
 
 def _reproduction(trainer: Any, notes: CardNotes) -> str:
-    sources = {
-        name: value if _is_on_hub(value) or not name.endswith(("model", "file")) else Path(value).name
+    sources: dict[str, Any] = {
+        name: _public(value) if name.endswith(("model", "file", "path")) else value
         for name, value in notes.sources.items()
     }
+    if "datasets" in sources:
+        sources["datasets"] = [{**entry, "path": _public(entry["path"])} for entry in sources["datasets"]]
     recipe = yaml.safe_dump({**sources, **recipe_of(trainer.args)}, sort_keys=False)
     processes = trainer.accelerator.num_processes
     launch = "" if processes == 1 else f"accelerate launch --num_processes {processes} -m dil_kernels.cli "

@@ -89,7 +89,9 @@ def pad_token_id(tokenizer: Any, size: int | None) -> int:
     return next((token for token in tokens if token is not None and (size is None or token < size)), 0)
 
 
-def check_fits(dataset: datasets.Dataset, name: str, models: Models, tokenizer: Any) -> None:
+def check_fits(
+    dataset: datasets.Dataset, name: str, models: Models, tokenizer: Any, pad_to_multiple_of: int | None = None
+) -> None:
     """Refuse token ids that a model has no embedding for, and sequences that are longer than its positions.
 
     Args:
@@ -97,11 +99,13 @@ def check_fits(dataset: datasets.Dataset, name: str, models: Models, tokenizer: 
         name: of the data set.
         models: the policy, and the reference if it is another model.
         tokenizer: of the data set.
+        pad_to_multiple_of: what sequences are padded to.
 
     Raises:
         ValueError: names both sizes.
     """
-    largest, longest = _largest_id_and_length(dataset)
+    largest, length = _largest_id_and_length(dataset)
+    longest = length + -length % (pad_to_multiple_of or 1)
     for argument, model in zip(("model", "ref_model"), models, strict=True):
         if model is None:
             continue
@@ -114,8 +118,9 @@ def check_fits(dataset: datasets.Dataset, name: str, models: Models, tokenizer: 
             )
         if positions is not None and longest > positions:
             raise ValueError(
-                f"the {name} data set has a sequence of {longest} tokens, but {argument} has only {positions} "
-                f"positions: set max_length={positions} or less"
+                f"the {name} data set has a sequence of {length} tokens"
+                + (f", padded to {longest} (pad_to_multiple_of={pad_to_multiple_of})" if longest > length else "")
+                + f", but {argument} has only {positions} positions: set max_length={positions} or less"
             )
 
 

@@ -74,7 +74,7 @@ def prepare_dataset(
     elif dataset.format["type"] == "custom":
         return dataset
     dataset = dataset.with_format(None)
-    check_fits(dataset, name, models, tokenizer)
+    check_fits(dataset, name, models, tokenizer, args.pad_to_multiple_of)
     if args.process_index == 0 and (name == "train" or not tokenised):
         _warn_of_one_side(dataset, name)
     return dataset

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from dil_kernels.training.ref_cache import dataset_fingerprint
+from dil_kernels.training.reference_sync import REFERENCE_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ FREE = re.compile(
     r"|torch_compile.*|torch_empty_cache_steps|activation_checkpointing.*|gradient_checkpointing.*|use_cache"
     r"|use_liger_kernel|liger_kernel_config|backend|fused_head|stash_bytes|padding_free|precompute_ref_log_probs"
     r"|ref_cache_dir|num_generations_at_eval|generate_max_new_tokens|ignore_data_skip|restore_callback_states.*"
-    r"|enable_jit_checkpoint"
+    r"|enable_jit_checkpoint|precompute_ref_batch_size|pad_to_multiple_of|activation_offloading"
 )
 ADAPTER_OPTIONS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora")
 
@@ -132,7 +133,7 @@ def _missing(checkpoint: Path) -> str | None:
     if any(name.startswith(("global_step", "pytorch_model_fsdp", "optimizer_")) for name in names):
         return None  # in the parts of DeepSpeed or FSDP
     weights = (path for pattern in ("*.safetensors", "*.bin") for path in checkpoint.rglob(pattern))
-    if all(path.name == TRAINING_ARGS_NAME for path in weights):
+    if all(path.name in (TRAINING_ARGS_NAME, REFERENCE_NAME) for path in weights):
         return "it holds no weights"
     for name in ("optimizer.pt", "scheduler.pt"):
         if name not in names:
