@@ -188,8 +188,10 @@ class DILTrainer(Trainer):
         reference.place(self.accelerator)
         self._reference_sync = None
         if args.sync_ref_model:
-            mix: Any = args.ref_model_mixup_alpha, args.ref_model_sync_steps
-            self._reference_sync = ReferenceSync(model, reference.model, *mix, self.accelerator)
+            alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            assert alpha is not None  # `DILConfig` fills them in
+            assert steps is not None
+            self._reference_sync = ReferenceSync(model, reference.model, alpha, steps, self.accelerator)
             self.add_callback(self._reference_sync)
         if args.precompute_ref_log_probs:
             self._precompute_reference(model, cache)
