@@ -129,7 +129,8 @@ def test_padding_to_a_multiple_changes_nothing_but_the_shape(tmp_path: Path) -> 
             return batch
 
     for multiple in (None, 16):
-        trainer = make_trainer(tmp_path, pad_to_multiple_of=multiple, max_steps=3, train_sampling_strategy="sequential")
+        options = {"max_steps": 3, "train_sampling_strategy": "sequential", "optim": "sgd"}  # Adam magnifies rounding
+        trainer = make_trainer(tmp_path, pad_to_multiple_of=multiple, **options)
         collator = trainer.data_collator
         trainer.data_collator = Watched(collator.pad_token_id, collator.pad_to_multiple_of)
         trainer.train()
