@@ -170,10 +170,10 @@ def check_bugs_are_named(check: Check) -> None:
 
 
 def main() -> None:
-    check = Check(stop_early=given.plant is not None)
+    check = Check(executor, stop_early=given.plant is not None)
     for part in (check_elementwise, check_reductions, check_integers, check_state_spaces):
         part(check)
-        check.launched(part.__name__, executor.take())
+        check.launched(part.__name__)
     check_bugs_are_named(check)
     check.finish()
 

@@ -112,7 +112,7 @@ def check_tile(check: Check, gen: torch.Generator, dtype: torch.dtype, n: int, R
         grad = tile if over_the_tile else torch.full((R, n), math.nan, dtype=dtype)
     how = (start, scale, cap, inverse_temperature)
     head.head_tile(tile, bias, label + start, state, grad, sums, *how, slack, statistics)
-    check.launched(what, executor.take())
+    check.launched(what)
     for k, name in enumerate(STATE):
         if k not in (3, 4, 5) or statistics:
             check.close(what, name, state[k], wanted_state[k], 1e-5, 1e-11 if name == "total" else 1e-5)
@@ -126,7 +126,7 @@ def check_tile(check: Check, gen: torch.Generator, dtype: torch.dtype, n: int, R
 
     again = torch.full((R, n), math.nan, dtype=dtype)
     head.head_tile_grad(original, bias, label + start, state, again, *how)
-    check.launched(what, executor.take())
+    check.launched(what)
     wanted = grad_again(z, slope, label, state, inverse_temperature)
     check.close(what, "gradient again", again, wanted, RTOL[dtype], ATOL[dtype])
 
@@ -139,7 +139,7 @@ def check_rescale(check: Check, gen: torch.Generator, dtype: torch.dtype, n: int
     factors = torch.rand(-(-V // columns), R, generator=gen)
     factors[:, 1] = 1.0
     head.head_rescale(stash, factors, columns)
-    check.launched(what, executor.take())
+    check.launched(what)
     wanted = before.double()[:, :V] * factors.double().repeat_interleave(columns, 0)[:V].t()
     rtol = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
     check.close(what, "rescaled", stash, wanted, rtol, 1e-7)
@@ -148,7 +148,7 @@ def check_rescale(check: Check, gen: torch.Generator, dtype: torch.dtype, n: int
 
 
 def main() -> None:
-    check = Check(stop_early=given.plant is not None, sources=[head.__file__, scalar_math.__file__])
+    check = Check(executor, stop_early=given.plant is not None, sources=[head.__file__, scalar_math.__file__])
     gen = torch.Generator().manual_seed(1)
     for dtype, n, R, D in SHAPES:
         for mode in MODES:

@@ -101,7 +101,7 @@ def check_backward(
     wanted = truth.grad(x, g, cap, temperature)
     before = x.clone()
     dx = ops.triton_logps_bwd(strided, x, y, *saved, *how)
-    check.launched(what, executor.take())
+    check.launched(what)
     check.expect(what, same(before, x), "the logits were written to")
     check.close(what, "grad", dx, wanted, RTOL[x.dtype], ATOL[x.dtype])
 
@@ -111,14 +111,14 @@ def check_backward(
     ours = torch.zeros(copy.shape, dtype=torch.bool)
     ours.as_strided(x.size(), x.stride(), x.storage_offset()).fill_(True)
     ops.triton_logps_bwd_(strided, over, y, *saved, *how)
-    check.launched(what, executor.take())
+    check.launched(what)
     check.close(what, "grad in place", over, wanted, RTOL[x.dtype], ATOL[x.dtype])
     check.expect(what, given.noise is not None or same(over, dx), "in place and out of place differ")
     check.expect(what, same(copy[~ours], storage[~ours]), "something around the logits was overwritten")
 
 
 def main() -> None:
-    check = Check(stop_early=given.plant is not None, sources=SOURCES)
+    check = Check(executor, stop_early=given.plant is not None, sources=SOURCES)
     vocabularies = (31, 1009, 4096, 50257, 128256) if given.full else (1009, 50257)
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if given.full else (torch.bfloat16, torch.float32)
     modes = ((0.0, False, 1.0), (0.0, True, 0.7), (20.0, False, 1.0), (20.0, True, 1.3))
@@ -142,7 +142,7 @@ def main() -> None:
                     truth = Truth.of(x, y, shift, cap, temperature)
                     how = (IGNORE, shift, cap, temperature)
                     token_logps, row_max, log_sum, measured = ops.triton_logps_fwd(x, labels, *how, statistics)
-                    check.launched(what, executor.take())
+                    check.launched(what)
                     check.close(what, "logps", token_logps, truth.logps, 4e-6, 4e-6)
                     for saved in (token_logps, row_max, log_sum):
                         check.expect(what, not saved[~truth.kept].any(), "an ignored row is not 0")

@@ -50,7 +50,7 @@ def check_special_rows(check: Check, V: int, dtype: torch.dtype, cap: float, num
     for statistics in (False, True):
         actual = ops.triton_logps_fwd(x, y, -100, False, cap, 0.7, statistics)
         expected = ops.cpp_logps_fwd(x, in_range, -100, False, cap, 0.7, statistics)
-        check.launched(what, executor.take())
+        check.launched(what)
         check.close(what, "logps", actual[0][:, kept], expected[0][:, kept], 2e-5, 1e-5)
         check.expect(what, bool(actual[0][:, ~kept].isnan().all()), "a label out of range does not give NaN")
         if statistics:
@@ -58,7 +58,7 @@ def check_special_rows(check: Check, V: int, dtype: torch.dtype, cap: float, num
     g = torch.randn(1, 14, generator=torch.Generator().manual_seed(V))
     dx = ops.triton_logps_bwd(g, x, y, *actual[1:3], -100, False, cap, 0.7)
     wanted = ops.cpp_logps_bwd(g, x, in_range, *expected[1:3], -100, False, cap, 0.7)
-    check.launched(what, executor.take())
+    check.launched(what)
     check.close(what, "grad", dx[:, kept], wanted[:, kept], 2e-5 if dtype == torch.float32 else 2e-2, 1e-6)
 
 
@@ -71,7 +71,7 @@ def check_large_vocabulary(check: Check, dtype: torch.dtype, num_sms: int) -> No
     truth = torch.log_softmax(x.double(), -1)
     token_logps, row_max, log_sum, _ = ops.triton_logps_fwd(x, y, -100, False, 0.0, 1.0, True)
     dx = ops.triton_logps_bwd(torch.ones(1, 3), x, y, row_max, log_sum, -100, False, 0.0, 1.0)
-    check.launched(what, executor.take())
+    check.launched(what)
     check.close(what, "logps", token_logps, truth.gather(-1, y[..., None])[..., 0], 1e-6, 1e-6)
     wanted = -truth.exp()
     wanted.scatter_add_(-1, y[..., None], torch.ones(1, 3, 1, dtype=torch.float64))
@@ -79,7 +79,7 @@ def check_large_vocabulary(check: Check, dtype: torch.dtype, num_sms: int) -> No
 
 
 def main() -> None:
-    check = Check(stop_early=given.plant is not None, sources=SOURCES)
+    check = Check(executor, stop_early=given.plant is not None, sources=SOURCES)
     dtypes = (torch.bfloat16, torch.float32, torch.float16) if given.full else (torch.bfloat16, torch.float32)
     for V, dtype, cap, num_sms in itertools.product((100, 9001), dtypes, (0.0, 20.0), (1, 132)):
         check_special_rows(check, V, dtype, cap, num_sms)

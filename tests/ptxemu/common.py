@@ -71,8 +71,8 @@ def source_line(where: str, files: Iterable[str]) -> str:
 class Check:
     """A run: what was launched and compared, and what was wrong with it."""
 
-    def __init__(self, stop_early: bool, sources: Iterable[str] = ()) -> None:
-        self.stop_early, self.sources = stop_early, list(sources)
+    def __init__(self, executor: runner.Executor | None, stop_early: bool, sources: Iterable[str] = ()) -> None:
+        self.executor, self.stop_early, self.sources = executor, stop_early, list(sources)
         self.counts: Counter[Any] = Counter()
         self.worst: defaultdict[str, float] = defaultdict(float)
         self.benign: Counter[Any] = Counter()
@@ -84,9 +84,9 @@ class Check:
         if self.stop_early:
             self.finish()
 
-    def launched(self, what: object, records: Iterable[runner.Record]) -> None:
-        """Take the problems of launches."""
-        for record in records:
+    def launched(self, what: object) -> None:
+        """Take the problems of the launches since the last time."""
+        for record in self.executor.take() if self.executor else ():
             self.counts[record.kernel, "launches"] += 1
             self.counts[record.kernel, "programs"] += int(torch.tensor(record.grid).prod())
             self.problems(what, record.kernel, record.problems)
@@ -105,7 +105,8 @@ class Check:
             self.fail(f"{kernel}, {what}: {first} ({line}), {count} times")
 
     def close(self, what: object, name: str, actual: Tensor, truth: Tensor, rtol: float, atol: float) -> None:
-        """Compare with fp64 values; NaN and infinities must be the same ones."""
+        """Compare what was launched last with fp64 values; NaN and infinities must be the same ones."""
+        self.launched(what)
         actual, truth = actual.double(), truth.double()
         same = (actual == truth) | (actual.isnan() & truth.isnan())
         error = torch.where(same, 0.0, (actual - truth).abs()) / (atol + rtol * truth.abs())
