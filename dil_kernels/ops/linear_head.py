@@ -510,10 +510,8 @@ def peak_memory(
     S = min(SCALED_ROWS, rows)
     # Index, labels, states and the other vectors of a few numbers a row; the bias.
     vectors = 4096 + 80 * N + (24 * acc + 24) * rows + 6 * tiles * acc * R + acc * V * (1 + grad_bias)
-    if rows == 0:
-        return vectors + D * size * grad_hidden  # the row for padding
     kept = stash_rows * stash_stride(V) * size + others * D * size * grad_hidden
-    weight_tile = 0 if same else columns * D * acc  # converted
+    weight_tile = 0 if same or rows == 0 else columns * D * acc  # converted
     # Each: what is held throughout, then the largest of what is needed in turns.
     forward = R * (columns * acc + D * operand)
     if grad_hidden and recomputed:
