@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import enum
+import functools
 import importlib
 import json
 import re
@@ -79,6 +80,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.color = False  # in which argparse of Python 3.14 writes where the terminal takes it
         self.register("type", None, nonempty)  # of options that are text
 
     def error(self, message: str) -> NoReturn:
@@ -163,7 +165,7 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
 
     Args:
         name: a file, or a recipe of the package: one mapping of option names, with dashes or underscores, to values;
-            null stands for None.
+            null stands for None, and for false.
         parser: as of `build_parser`.
 
     Returns:
@@ -174,13 +176,16 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     """
     parser.source = f"recipe {name}: "
     try:
-        recipe = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
+        text = find_recipe(name).read_text(encoding="utf-8")
+        recipe, twice = yaml.safe_load(text), _repeated_key(yaml.compose(text, yaml.SafeLoader))
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"cannot be read: {error}")
     except yaml.YAMLError as error:
         parser.error(f"broken YAML: {error}")
     if not isinstance(recipe, dict):
         parser.error(f"must be a mapping of options to values, got {type(recipe).__name__}")
+    if twice is not None:
+        parser.error(f"{twice!r} stands twice, and only one value would be read")
     recipe.pop("import", None)
     # By every name that the command line has for them.
     actions = {
@@ -191,13 +196,23 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     }
     values: dict[str, Any] = {}
     tokens: list[str] = []
+    names: dict[str, Any] = {}
     for key, value in recipe.items():
         option = _underscored(str(key))
         if option not in actions:
             nearest = did_you_mean(option, actions)
             parser.error(f"unknown option {key!r}" + (f"; did you mean {nearest!r}?" if nearest else ""))
+        dest = actions[option].dest
+        if dest in names:
+            parser.error(f"{names[dest]!r} and {key!r} are one option")
+        names[dest] = key
         if value is None:
-            values[actions[option].dest] = None
+            if dest in _null_values():
+                values[dest] = _null_values()[dest]
+            elif dest in _field_names():
+                parser.error(f"option {key!r} cannot be null; leave it out for its default")
+            else:  # of peft or bitsandbytes
+                values[dest] = None
         elif isinstance(value, list) and not value:
             parser.error(f"option {key!r}: the list is empty")
         elif isinstance(value, list) and actions[option].nargs != "+":
@@ -209,6 +224,34 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     values.update(vars(parser.parse_args(tokens)))
     parser.source = ""
     return values
+
+
+def _repeated_key(node: yaml.Node | None) -> str | None:
+    """A key that stands twice in a mapping of a YAML document, of which only the last one would be read."""
+    if not isinstance(node, yaml.CollectionNode):
+        return None
+    keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    nodes = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else node.value
+    twice = (key for index, key in enumerate(keys) if isinstance(key, str) and key != "<<" and key in keys[:index])
+    return next(filter(None, (*twice, *map(_repeated_key, nodes))), None)
+
+
+def _field_names() -> set[str]:
+    return {field.name for kind in (DILConfig, RunOptions) for field in dataclasses.fields(kind)}
+
+
+@functools.cache
+def _null_values() -> dict[str, bool | None]:
+    """What null in a recipe means: None where that is a value of the option, or nothing its default; or false."""
+    found: dict[str, bool | None] = {}
+    for kind in (DILConfig, RunOptions):
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if type(None) in typing.get_args(hints[field.name]) or field.name in REQUIRED:
+                found[field.name] = None
+            elif field.default is False:
+                found[field.name] = False
+    return found
 
 
 def _as_tokens(name: str, value: Any) -> list[str]:

@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"dil-train needs the extra [train]: pip install 'dil-kernels[train]' ({error})", BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted before training began", INTERRUPTED)
+    except Exception as error:  # whatever argparse, YAML and JSON raise beside their errors of syntax
+        return _fail(f"the options cannot be read: {type(error).__name__}: {error}", BAD_INPUT)
     try:
         train(options, config)
     except KeyboardInterrupt:
@@ -64,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # whatever models, data and packages raise
         if options.traceback:
             raise
-        if isinstance(error, InputError | PreferenceDataError | NotImplementedError):
+        if isinstance(error, PreferenceDataError):
+            return _fail(" ".join(str(error).split()), BAD_INPUT)  # its names are columns, not options
+        if isinstance(error, InputError | NotImplementedError):
             return _fail(in_options(str(error)), BAD_INPUT)
         expected = isinstance(error, RunError | FloatingPointError)
         message = str(error) if expected else f"{describe_error(error)} (--traceback shows where)"
@@ -112,6 +116,7 @@ def train(options: RunOptions, config: DILConfig) -> None:
 def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | None) -> None:
     tokenizer = _load_tokenizer(options)  # which is small, before the data
     train_dataset, eval_dataset = _load_data(options, config)
+    from dil_kernels.training.output_dir import continues
     from dil_kernels.training.run import SetupError, TrainingError, run_training
 
     model = _with_lora(_load_model(options.model, options), options, config)
@@ -126,7 +131,7 @@ def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | No
             ref_model=ref_model,
             resume_from_checkpoint=checkpoint or False,
             sources=_sources(options),
-            overwrite=options.overwrite_output_dir and checkpoint is None,
+            overwrite=options.overwrite_output_dir and not continues(str(config.output_dir), checkpoint),
         )
     except SetupError as error:
         raise InputError(str(error)) from error

@@ -21,8 +21,8 @@ PACKAGE = Path(__file__).parent
 
 def help_text() -> str:
     """The text, from the cache of the user (XDG_CACHE_HOME) where that is of these very sources and versions."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dil_kernels" / "help.txt"
-    key = _key()
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dil_kernels"
+    path, key = directory / "help.txt", _key()
     try:
         kept, _, text = path.read_text(encoding="utf-8").partition("\n")
         if kept == key:
@@ -32,22 +32,19 @@ def help_text() -> str:
     from dil_kernels.arguments import build_parser
 
     text = build_parser().format_help()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            file.write(f"{key}\n{text}")
-        os.replace(file.name, path)
-    except OSError:  # it is written for speed alone
-        pass
+    with contextlib.suppress(OSError):  # it is written for speed alone
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as fresh:
+            (Path(fresh) / path.name).write_text(f"{key}\n{text}", encoding="utf-8")
+            os.replace(Path(fresh) / path.name, path)
     return text
 
 
 def _key() -> str:
     """Of all that the text depends on."""
-    versions = [sys.version, importlib.metadata.version("transformers")]
+    parts = [sys.version, *map(importlib.metadata.version, ("torch", "transformers")), *divergence_names()]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions.append(importlib.metadata.version("peft"))
-    parts = [*versions, *divergence_names(), str(sys.stdout.isatty())]
+        parts.append(importlib.metadata.version("peft"))
     for path in sorted(PACKAGE.rglob("*")):
         if path.suffix in (".py", ".yaml"):
             status = path.stat()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import enum
-import json
+import os
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from dil_kernels.pairs.json_text import parse_json
 
 MAX_LISTED = 4  # choices that --help lists
 
@@ -72,17 +74,17 @@ def boolean(value: str) -> bool:
 def json_object(value: str) -> dict[str, Any]:
     """A JSON object."""
     try:
-        found = json.loads(value)
+        found = parse_json(value)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {value!r} ({error})") from error
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {value!r:.80} ({error})") from error
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {value!r}")
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {value!r:.80}")
     return found
 
 
 def json_or_file(value: str) -> dict[str, Any] | str:
     """A JSON object, or the path of a file of one."""
-    if not Path(value).is_file():
+    if not os.path.isfile(value):  # nor is a text that is too long for a path
         return json_object(value)
     try:
         json_object(Path(value).read_text(encoding="utf-8"))

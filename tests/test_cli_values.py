@@ -127,6 +127,9 @@ def test_nonsense_is_refused_by_name_before_anything_is_loaded(
         ("--dataset-config=en", "--dataset-config en was given, but t.jsonl, e.jsonl is no hub data set"),
         ("--test-split-size=0.1", "--test-split-size was given, and --eval-file, too: choose what is held out"),
         ('--datasets={"path": "a.jsonl"}', "--train-file was given, and --datasets, too"),
+        ('--lr-scheduler-kwargs={"a": 1, "a": 2}', "the key 'a' stands twice"),
+        ("--lr-scheduler-kwargs=" + "[" * 100_000 + "{", "(objects or lists are nested too deeply)"),
+        ("--deepspeed=" + "x" * 5000 + "{", "argument --deepspeed: expected a JSON object, got 'xxx"),
     ],
 )
 def test_what_cannot_run_is_said_before_anything_is_loaded(
@@ -212,8 +215,44 @@ def test_four_bits_are_nf4_in_the_precision_of_the_weights_unless_told(dtype: st
         ("set `max_steps` or --num_train_epochs", "set --max-steps or --num-train-epochs"),
         ("/data/max_length/seed=1.txt, column 'max_length'", "/data/max_length/seed=1.txt, column 'max_length'"),
         ("alpha must be in [0, 1]; alpha, my_max_length", "--alpha must be in [0, 1]; alpha, my_max_length"),
+        ("max_steps.jsonl, line 1; max_steps-1/x; max_steps.", "max_steps.jsonl, line 1; max_steps-1/x; --max-steps."),
     ],
 )
 def test_messages_name_options_as_the_command_line_does(said: str, spelled: str) -> None:
     names = ["beta", "alpha", "seed", "loss_type", "max_length", "max_steps", "num_train_epochs", "padding_free"]
     assert as_on_command_line(said, names) == spelled
+
+
+def test_a_long_json_object_is_no_path(base, monkeypatch, capsys) -> None:
+    options = ["--lr-scheduler-type=cosine_with_min_lr", '--lr-scheduler-kwargs={"min_lr_rate":' + " " * 5000 + "0.1}"]
+    assert run([*base, *options], monkeypatch, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("learning_rate: 1e-6\nlearning_rate: 1e-3", "'learning_rate' stands twice, and only one value would be read"),
+        ("learning_rate: 1e-6\nlearning-rate: 1e-3", "'learning_rate' and 'learning-rate' are one option"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}", "'a' stands twice, and only one value would be read"),
+        ("learning_rate: null", "option 'learning_rate' cannot be null; leave it out for its default"),
+        ("disable_dropout:", "option 'disable_dropout' cannot be null; leave it out for its default"),
+        ("lr_scheduler_kwargs: {a: 2024-01-01}", "TypeError: Object of type date is not JSON serializable"),
+        ("lr_scheduler_kwargs: " + "[" * 5000 + "]" * 5000, "RecursionError: maximum recursion depth exceeded"),
+        ("lr_scheduler_kwargs: &a {b: *a}", "RecursionError: maximum recursion depth exceeded"),
+    ],
+)
+def test_what_no_option_can_be_in_a_recipe(
+    recipe: str, message: str, base, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    status, line = run([*base, f"--config={tmp_path / 'recipe.yaml'}"], monkeypatch, capsys)
+    assert status == 2
+    assert message in line
+
+
+def test_null_in_a_recipe_is_none_or_false(base, tmp_path: Path) -> None:
+    names = "bf16", "load_in_4bit", "lora_alpha", "max_length", "report_to", "resume_from_checkpoint"
+    (tmp_path / "recipe.yaml").write_text("".join(f"{name}: null\n" for name in names))
+    options, config = parse_arguments([*base, f"--config={tmp_path / 'recipe.yaml'}"])
+    assert (options.load_in_4bit, options.lora_alpha, options.resume_from_checkpoint) == (False, None, False)
+    assert (config.bf16, config.max_length, config.report_to) == (False, None, [])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from dil_kernels import help_text
@@ -71,5 +73,21 @@ def test_kept_help_of_other_sources_is_not_shown(tmp_path: Path, monkeypatch) ->
     text = help_text.help_text()
     assert "--learning-rate" in text
     assert kept.read_text() == f"{help_text._key()}\n{text}"
+    assert [path.name for path in kept.parent.iterdir()] == ["help.txt"]
     monkeypatch.setattr(help_text, "divergence_names", lambda: ["one", "more"])
     assert not kept.read_text().startswith(help_text._key())
+    monkeypatch.undo()
+    version = importlib.metadata.version  # the default of optim goes by that of torch
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.7.0" if name == "torch" else version(name))
+    assert not kept.read_text().startswith(help_text._key())
+
+
+def test_help_needs_no_home(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # in which no directory can be made
+    assert "--learning-rate" in help_text.help_text()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: pytest.fail("which raises where there is none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "--learning-rate" in help_text.help_text()
+    assert (tmp_path / ".cache" / "dil_kernels" / "help.txt").is_file()

@@ -89,6 +89,35 @@ def test_nothing_that_was_there_is_overwritten(inputs: Path, tmp_path: Path, cap
     assert not (mine / "checkpoint-9").exists()  # from which this run would have been resumed
 
 
+def test_overwriting_removes_checkpoints_alone_and_once_training_begins(inputs: Path, tmp_path: Path, capsys) -> None:
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    assert train(inputs, out) == 0
+    (out / "checkpoint-best").mkdir()
+    (out / "checkpoint-best" / "weights").write_text("mine")
+    (out / "checkpoint-notes.txt").write_text("mine")
+    (out / "checkpoint-2").rename(kept)
+    (out / "checkpoint-2").symlink_to(kept)
+    before = contents(out)
+    for refused in (
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 16},
+        {"loss_type": "bce", "resume_from_checkpoint": out / "checkpoint-1"},
+        {"output_dir": out / "checkpoint-1", "resume_from_checkpoint": out / "checkpoint-1"},
+    ):
+        assert train(inputs, refused.pop("output_dir", out), overwrite_output_dir=True, **refused) == 2
+        assert contents(out) == before
+    assert "is the directory of --resume-from-checkpoint, which would be overwritten" in last_line(capsys)
+    assert train(inputs, out, overwrite_output_dir=True, max_steps=1) == 0
+    assert "left as they are: checkpoint-best, checkpoint-notes.txt" in capsys.readouterr().out
+    assert (out / "checkpoint-best" / "weights").read_text() == (out / "checkpoint-notes.txt").read_text() == "mine"
+    assert not (out / "checkpoint-2").exists()
+    assert (kept / "trainer_state.json").is_file()
+    # A run that goes on from elsewhere does not take over what an earlier one had left here.
+    longer = {"max_steps": 2, "resume_with_changes": True, "overwrite_output_dir": True}
+    (out / "checkpoint-9").mkdir()
+    assert train(inputs, out, resume_from_checkpoint=kept, **longer) == 0
+    assert not (out / "checkpoint-9").exists()
+
+
 def test_a_directory_that_cannot_be_written_is_refused_at_once(
     inputs: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -118,6 +147,14 @@ def test_a_run_of_no_step_is_an_error(inputs: Path, tmp_path: Path, capsys) -> N
     message = last_line(capsys)
     assert message.startswith("there would be no step: --dataloader-drop-last true and 12 rows of training data")
     assert "--per-device-train-batch-size 16" in message
+    assert train(inputs, tmp_path / "lora", lora_rank=2, max_steps=1) == 0
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "lora")
+    assert train(inputs, tmp_path / "out", model=tmp_path / "lora") == 2  # transformers loads an adapter frozen
+    assert last_line(capsys).startswith("no weight of the model takes a gradient")
+    trainer = DILTrainer(make_model(), args=DILConfig(str(tmp_path), use_cpu=True), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="train_dataset must be given to train, got None"):
+        trainer.train()
 
 
 def test_a_finished_run_is_not_trained_further(inputs: Path, tmp_path: Path, capsys) -> None:
@@ -153,6 +190,13 @@ def test_what_changed_since_a_checkpoint_is_named(inputs: Path, tmp_path: Path, 
         assert f"{out / 'checkpoint-1'} was trained with " in line
         assert message in line
         assert line.endswith("--resume-with-changes true")
+    assert train(inputs, tmp_path / "lora", lora_rank=2) == 0
+    for options, message in (
+        ({"lora_rank": 4, "lora_alpha": 4}, "trained with r of adapter default: 2, now 4: give"),
+        ({}, "trained with names of adapters: ['default'], now []"),
+    ):
+        assert train(inputs, tmp_path / "lora", resume_from_checkpoint=True, **options) == 2
+        assert message in last_line(capsys)
     # What decides how a run is computed and told of may differ.
     free = {
         "per_device_train_batch_size": 2,

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ from dil_kernels.option_names import describe_error
 logger = logging.getLogger(__name__)
 
 
+def checkpoint_directories(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """What a run has written as checkpoints, and nothing that only begins as their names do."""
+    paths = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted(path for path in paths if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name) and path.is_dir())
+
+
 def last_complete_checkpoint(output_dir: str | os.PathLike[str], before: float = math.inf) -> Path:
     """The checkpoint of the highest step that was written to its end: the trainer state, which comes last, is whole.
 
@@ -33,7 +40,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str], before: float =
         FileNotFoundError: there is none.
     """
     checkpoints = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    for path in checkpoint_directories(output_dir):
         try:
             step = json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"]
         except (OSError, ValueError):

@@ -188,6 +188,8 @@ class DILConfig(TrainingArguments):
     def __post_init__(self) -> None:
         resolve_options(**self.loss_options())
         check_numbers(self)
+        if self.report_to is None:  # which transformers takes for the name of an integration
+            self.report_to = "none"
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # of which torch warns where there is no accelerator

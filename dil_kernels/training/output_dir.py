@@ -9,8 +9,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from dil_kernels.training.checkpoints import checkpoint_directories
 
 # What a run writes: weights, adapters, tokenizers, states and reports of its own.
 WRITTEN = re.compile(
@@ -66,14 +70,17 @@ def output_directory(
                 directory.rmdir()
 
 
-def remove_checkpoints(output_dir: str | os.PathLike[str]) -> None:
-    """Remove the checkpoints of an earlier run, from which this one must not be resumed by mistake."""
-    for path in _checkpoints(Path(output_dir)):
-        shutil.rmtree(path)
+class RemoveCheckpoints(TrainerCallback):
+    """Removes the checkpoints of an earlier run, from which this one must not be resumed by mistake, once it begins."""
 
-
-def _checkpoints(path: Path) -> list[Path]:
-    return sorted(path.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remove them; of a link, the link alone."""
+        if not state.is_world_process_zero:
+            return
+        for path in checkpoint_directories(str(args.output_dir)):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def _refuse(
@@ -81,24 +88,28 @@ def _refuse(
 ) -> None:
     if path.exists() and not path.is_dir():
         raise OutputDirError(f"output_dir={path}: it is a file, not a directory")
-    continued = checkpoint is not None and _same(Path(checkpoint).parent, path)
-    if path.is_dir() and not continued:
-        _refuse_inputs(path, inputs)
+    if path.is_dir() and not continues(path, checkpoint):
+        _refuse_inputs(path, {**inputs, "resume_from_checkpoint": checkpoint})
         _refuse_entries(path, overwrite)
+
+
+def continues(output_dir: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None) -> bool:
+    """Whether a run goes on from a checkpoint of its own directory."""
+    return checkpoint is not None and _same(Path(checkpoint).parent, Path(output_dir))
 
 
 def _same(one: Path, other: Path) -> bool:
     return one.is_dir() and other.is_dir() and os.path.samefile(one, other)
 
 
-def _refuse_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
+def _refuse_inputs(path: Path, inputs: Mapping[str, str | os.PathLike[str] | None]) -> None:
     for name, value in inputs.items():
         if value is None:
             continue
         if _same(Path(value), path):
             raise OutputDirError(f"output_dir={path} is the directory of {name}, which would be overwritten")
         within = Path(value).resolve()
-        for directory in _checkpoints(path):
+        for directory in checkpoint_directories(path):
             if directory.resolve() in (within, *within.parents):
                 raise OutputDirError(f"output_dir={path} holds {name} in {directory.name}, which would be overwritten")
 
@@ -115,7 +126,7 @@ def _refuse_entries(path: Path, overwrite: bool | None) -> None:
     holds = f"output_dir={path} holds "
     if overwrite is None:
         raise OutputDirError(f"{holds}what this run did not write ({_listed(entries)}): name another directory")
-    if _checkpoints(path):
+    if checkpoint_directories(path):
         holds += "checkpoints of an earlier run: continue it with resume_from_checkpoint, "
     else:
         holds += f"what this run did not write ({_listed(entries)}): "

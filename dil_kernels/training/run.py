@@ -17,7 +17,7 @@ from dil_kernels.training.checkpoints import SavingError, saving, where_to_resum
 from dil_kernels.training.generations import GENERATIONS_NAME
 from dil_kernels.training.held_out import BeforeAfter, HeldOutBefore, score_held_out
 from dil_kernels.training.model_card import CARD_NAME, PLOT_NAME, CardNotes
-from dil_kernels.training.output_dir import remove_checkpoints
+from dil_kernels.training.output_dir import RemoveCheckpoints
 from dil_kernels.training.progress import LiveLines, LiveProgress
 from dil_kernels.training.start import CannotStartError
 
@@ -82,12 +82,12 @@ def run_training(
         raise SetupError(str(error)) from error
     trainer.remove_callback(PrinterCallback if config.disable_tqdm else ProgressCallback)
     trainer.add_callback(LiveLines if config.disable_tqdm else LiveProgress)
+    if overwrite:
+        trainer.add_callback(RemoveCheckpoints)
     held_out = HeldOutBefore(trainer)
     if eval_dataset is not None:
         trainer.add_callback(held_out)
     try:
-        if overwrite and trainer.is_world_process_zero():
-            remove_checkpoints(str(config.output_dir))
         trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
         results = None
         if eval_dataset is not None:

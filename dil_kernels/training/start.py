@@ -45,12 +45,19 @@ class CannotStartError(ValueError):
 
 
 def refuse_no_step(trainer: Any) -> None:
-    """Refuse to train on data from which not one batch comes.
+    """Refuse to train on data from which not one batch comes, or a model of which no weight would change.
 
     Raises:
         CannotStartError: names the numbers.
     """
     args = trainer.args
+    if trainer.train_dataset is None:
+        raise CannotStartError("train_dataset must be given to train, got None")
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise CannotStartError(
+            "no weight of the model takes a gradient, so that nothing would be trained; was it loaded from the "
+            "directory of an adapter?"
+        )
     rows, processes = len(trainer.train_dataset), args.world_size
     batches = rows // args.per_device_train_batch_size // processes if args.dataloader_drop_last else rows
     if not batches:
@@ -76,13 +83,15 @@ def run_record(trainer: Any, reference: str | None) -> dict[str, Any]:
         reference: `fingerprint_of_weights` of the reference.
     """
     configs = getattr(trainer.model, "peft_config", {})
-    adapters = {
-        name: {option: getattr(config, option, None) for option in ADAPTER_OPTIONS} for name, config in configs.items()
-    }
     data: datasets.Dataset = trainer.train_dataset
     content = {
         "training data": f"{len(data)} rows, {dataset_fingerprint(data)[:12]}",
-        "adapters": adapters,
+        "names of adapters": sorted(configs),
+        **{
+            f"{option} of adapter {name}": getattr(config, option, None)
+            for name, config in configs.items()
+            for option in ADAPTER_OPTIONS
+        },
     }
     if reference is not None:
         content["reference weights"] = reference
