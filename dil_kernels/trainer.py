@@ -28,9 +28,9 @@ except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
 from dil_kernels.backends import resolve_backend
-from dil_kernels.functional import DILOutput, token_logps
+from dil_kernels.functional import DILOutput
 from dil_kernels.functional.loss import loss_of_token_logps
-from dil_kernels.functional.loss_options import resolve_loss_options, resolve_ref_logps
+from dil_kernels.functional.loss_options import resolve_loss_options
 from dil_kernels.pairs.truncation import DataReport
 from dil_kernels.tokenization import (
     IGNORE_INDEX,
@@ -48,29 +48,26 @@ from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs
 from dil_kernels.training.metrics import batch_means, batch_metrics, predictions, zero_sums
 from dil_kernels.training.model_card import CardNotes, write_model_card
 from dil_kernels.training.model_checks import check_causal_lm, pad_token_id, vocabulary_size
+from dil_kernels.training.model_logps import model_token_logps
 from dil_kernels.training.offloading import OffloadedActivations
-from dil_kernels.training.packed_attention import UnsupportedPackingError, install_packed_attention
-from dil_kernels.training.packed_batches import (
-    PackedCollator,
-    has_scored_token,
-    model_inputs,
-    sequence_labels,
-    sequence_sums,
+from dil_kernels.training.packed_batches import scored_counts, sequence_labels, sequence_sums
+from dil_kernels.training.precompute import (
+    has_reference,
+    precompute_reference,
+    precomputed_logps,
+    trainer_ref_cache,
 )
-from dil_kernels.training.precompute import ReferencePass, has_reference, open_ref_cache, ref_columns
 from dil_kernels.training.prepare import prepare_dataset
-from dil_kernels.training.ref_cache import ReferenceCache
 from dil_kernels.training.reference_policy import ReferencePolicy
 from dil_kernels.training.reference_sync import ReferenceSync
 from dil_kernels.training.rotary_lengths import keep_lengths_apart
-from dil_kernels.training.set_up import disable_dropout, install_fused_heads, refuse_inexact_setups
+from dil_kernels.training.set_up import disable_dropout, install_fused_heads, pack_batches, refuse_inexact_setups
 from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
 from dil_kernels.training.start import (
     RECORD_NAME,
     CannotStartError,
     StopWhenFinished,
-    check_same_run,
-    check_whole,
+    checkpoint_to_resume,
     fingerprint_of_weights,
     refuse_no_step,
     run_record,
@@ -181,10 +178,10 @@ class DILTrainer(Trainer):
         self.lengths_kept_apart = keep_lengths_apart(*models)
         self.uses_fused_head = install_fused_heads(models, args.fused_head, tell=self.is_world_process_zero())
         if args.padding_free:
-            self._pack_batches(data_collator, models)
+            pack_batches(self, data_collator, models)
         # Hashed while the weights are whole.
         self._reference_fingerprint = fingerprint_of_weights(models[-1])
-        cache = self._open_ref_cache(models[-1]) if args.precompute_ref_log_probs else ""
+        cache = trainer_ref_cache(self, models[-1]) if args.precompute_ref_log_probs else ""
         reference.place(self.accelerator)
         self._reference_sync = None
         if args.sync_ref_model:
@@ -194,7 +191,7 @@ class DILTrainer(Trainer):
             self._reference_sync = ReferenceSync(model, reference.model, alpha, steps, self.accelerator)
             self.add_callback(self._reference_sync)
         if args.precompute_ref_log_probs:
-            self._precompute_reference(model, cache)
+            precompute_reference(self, functools.partial(self._reference_sums, model), cache)
             self._reference = None
         self._start_record()
         self._eval_sums = zero_sums(args.device)
@@ -209,49 +206,9 @@ class DILTrainer(Trainer):
         """The reference, where it has weights of its own and was not precomputed."""
         return None if self._reference is None else self._reference.model
 
-    def _pack_batches(self, data_collator: Any, models: list[nn.Module]) -> None:
-        """Make batches without padding, if the models compute the same on them."""
-        if data_collator is not None:
-            raise ValueError("padding_free=True packs batches itself; give no data_collator, or padding_free=False")
-        try:
-            with self.accelerator.autocast():
-                install_packed_attention(*models)
-        except UnsupportedPackingError as error:
-            raise UnsupportedPackingError(f"padding_free=True was given, but {error}") from error
-        self.data_collator = PackedCollator()
-
     def _set_signature_columns_if_needed(self) -> None:
         paired, unpaired = (*TOKEN_COLUMNS, *REF_COLUMNS), (*UNPAIRED_TOKEN_COLUMNS, *UNPAIRED_REF_COLUMNS)
         self._signature_columns = [*paired, *unpaired[1:], "row", "length"]  # type: ignore[assignment]
-
-    def _precompute_reference(self, model: nn.Module, cache: ReferenceCache | str) -> None:
-        """Add the reference log-probs to the data sets; `model` is the policy, as it is now."""
-        reference = ReferencePass(
-            accelerator=self.accelerator,
-            data_collator=self.data_collator,
-            sums=functools.partial(self._reference_sums, model),
-            cache=cache,
-            progress=not self.args.disable_tqdm,
-        )
-        args, rows = self.args, self.args.precompute_ref_batch_size
-        self.train_dataset = reference.add_to_all(self.train_dataset, rows or args.per_device_train_batch_size)
-        self.eval_dataset = reference.add_to_all(self.eval_dataset, rows or args.per_device_eval_batch_size)
-
-    def _open_ref_cache(self, model: nn.Module) -> ReferenceCache | str:
-        """The cache of the log-probs of `model`, on the main process; or why there is none."""
-        if not self.is_world_process_zero():
-            return ""
-        # How they are taken, where that changes them by more than the last bits.
-        settings = {
-            "autocast": self.accelerator.mixed_precision,
-            "fused_head": self.uses_fused_head,
-            "device": self.args.device.type,
-            "backend": self.args.backend,
-            "matmul_precision": torch.get_float32_matmul_precision(),
-            "adapter": self.args.ref_adapter_name,
-            **({"lengths": "kept apart"} if self.lengths_kept_apart else {}),
-        }
-        return open_ref_cache(self.args.ref_cache_dir, model, self.data_collator, settings)
 
     def _reference_sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Log-probs [2B] of the responses under the reference, summed over their tokens."""
@@ -290,19 +247,17 @@ class DILTrainer(Trainer):
             SavingError: a checkpoint could not be written.
             FloatingPointError: a loss, or a weight that training left, is not finite.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_complete_checkpoint(str(self.args.output_dir)))
         refuse_no_step(self)
         self._run_record = run_record(self, self._reference_fingerprint)
-        if resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            check_whole(checkpoint)
-            if self.is_world_process_zero():  # which may be the only one that has loaded the weights
-                check_same_run(checkpoint, self._run_record, allowed=self.args.resume_with_changes)
-            if self._reference_sync is not None and not self._reference_sync.load(checkpoint):
-                raise CannotStartError(f"{checkpoint} has no reference that follows the policy (sync_ref_model=True)")
+        checkpoint = checkpoint_to_resume(self, resume_from_checkpoint, self._run_record)
+        if (
+            checkpoint is not None
+            and self._reference_sync is not None
+            and not self._reference_sync.load(Path(checkpoint))
+        ):
+            raise CannotStartError(f"{checkpoint} has no reference that follows the policy (sync_ref_model=True)")
         self._start_record()
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(checkpoint, *args, **kwargs)
         check_weights(self.model, self.state.global_step, self.accelerator.gather)
         return output
 
@@ -313,12 +268,7 @@ class DILTrainer(Trainer):
         batches = [] if self._finish.finished else list(itertools.islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
-            scored = has_scored_token(batch)
-            if "is_chosen" in batch:
-                is_chosen = batch["is_chosen"]
-                counts += torch.stack([(scored & is_chosen).sum(), (scored & ~is_chosen).sum()]).to(device)
-            else:
-                counts += torch.logical_and(*scored.chunk(2)).sum().to(device)
+            counts += scored_counts(batch).to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
@@ -366,16 +316,7 @@ class DILTrainer(Trainer):
         if self._reference is not None:
             ref_token_logps = self._reference_token_logps(model, inputs)
         else:
-            columns = {name: inputs[name] for name in ref_columns(inputs)}
-            sums = {"ref_chosen_logps": None, "ref_rejected_logps": None, **columns}
-            ref_logps = resolve_ref_logps(
-                **sums,
-                num_sequences=len(labels) if cu_seqlens is None else len(cu_seqlens) - 1,
-                counted_in=("rows in labels", labels) if cu_seqlens is None else ("in cu_seqlens", cu_seqlens),
-                device=labels.device,
-                options=options,
-                is_chosen=is_chosen,
-            )
+            ref_logps = precomputed_logps(inputs, options)
         policy_token_logps = self._token_logps(model, inputs)
         return loss_of_token_logps(
             policy_token_logps,
@@ -402,25 +343,9 @@ class DILTrainer(Trainer):
             return self._token_logps(module, inputs)
 
     def _token_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Log-probs [2B, T - 1], or packed [N - 1], of the labels, from the fused head or from logits.
-
-        The wrapped model is called.
-        """
-        if self.uses_fused_head:
-            options = {
-                "backend": self.args.backend,
-                "stash_bytes": self.args.stash_bytes,
-                "max_scored_tokens": inputs.get("num_scored"),
-            }
-            scored = model(**model_inputs(inputs), score_labels=inputs["labels"], score_options=options)
-            logps: Tensor = scored.token_logps
-        else:
-            logits = model(**model_inputs(inputs)).logits
-            kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
-            # Nobody else needs the logits; a model that does gets autograd's error.
-            inplace = kernels and logits.requires_grad
-            logps = token_logps(logits, inputs["labels"], inplace_backward=inplace, backend=self.args.backend)
-        return logps.squeeze(0) if "cu_seqlens" in inputs else logps
+        """Log-probs [2B, T - 1], or packed [N - 1], of the labels; the wrapped model is called."""
+        options: Any = {"backend": self.args.backend, "stash_bytes": self.args.stash_bytes}
+        return model_token_logps(model, inputs, fused_head=self.uses_fused_head, **options)
 
     def _start_record(self) -> None:
         self._train_sums = zero_sums(self.args.device)

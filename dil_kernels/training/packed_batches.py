@@ -60,6 +60,15 @@ def sequence_sums(token_values: Tensor, batch: Mapping[str, Any]) -> Tensor:
     return reference.sequence_sums(values, batch.get("cu_seqlens"), batch["labels"].shape[1])
 
 
+def scored_counts(batch: Mapping[str, Any]) -> Tensor:
+    """`DILOutput.counts` of a batch: its scored pairs, twice; unpaired, its scored chosen and rejected responses."""
+    scored = has_scored_token(batch)
+    if "is_chosen" not in batch:
+        return torch.logical_and(*scored.chunk(2)).sum().expand(2)
+    is_chosen = batch["is_chosen"]
+    return torch.stack([(scored & is_chosen).sum(), (scored & ~is_chosen).sum()])
+
+
 def has_scored_token(batch: Mapping[str, Any]) -> Tensor:
     """Whether each sequence has a scored token, [S] bool."""
     scored = sequence_labels(batch)[..., 1:] != IGNORE_INDEX

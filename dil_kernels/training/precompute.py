@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers.utils.logging import tqdm
 
+from dil_kernels.functional.loss_options import LossOptions, resolve_ref_logps
 from dil_kernels.tokenization import REF_COLUMNS, UNPAIRED_REF_COLUMNS
+from dil_kernels.training.packed_batches import sequence_labels
 from dil_kernels.training.ref_cache import (
     ReferenceCache,
     default_ref_cache_dir,
@@ -68,6 +70,64 @@ def open_ref_cache(
     except NotImplementedError as error:
         return str(error)
     return ReferenceCache(default_ref_cache_dir() if directory is None else Path(directory).expanduser(), identity)
+
+
+def trainer_ref_cache(trainer: Any, model: nn.Module) -> ReferenceCache | str:
+    """The cache of the log-probs of a `DILTrainer`'s reference, on the main process; or why there is none.
+
+    Args:
+        trainer: under construction.
+        model: that the reference is, its weights whole.
+    """
+    if not trainer.is_world_process_zero():
+        return ""
+    args = trainer.args
+    # How they are taken, where that changes them by more than the last bits.
+    settings = {
+        "autocast": trainer.accelerator.mixed_precision,
+        "fused_head": trainer.uses_fused_head,
+        "device": args.device.type,
+        "backend": args.backend,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "adapter": args.ref_adapter_name,
+        **({"lengths": "kept apart"} if trainer.lengths_kept_apart else {}),
+    }
+    return open_ref_cache(args.ref_cache_dir, model, trainer.data_collator, settings)
+
+
+def precompute_reference(trainer: Any, sums: Callable[[dict[str, Any]], Tensor], cache: ReferenceCache | str) -> None:
+    """Add the reference log-probs to the data sets of a `DILTrainer`; see `ReferencePass`."""
+    args = trainer.args
+    reference = ReferencePass(
+        accelerator=trainer.accelerator,
+        data_collator=trainer.data_collator,
+        sums=sums,
+        cache=cache,
+        progress=not args.disable_tqdm,
+    )
+    rows = args.precompute_ref_batch_size
+    trainer.train_dataset = reference.add_to_all(trainer.train_dataset, rows or args.per_device_train_batch_size)
+    trainer.eval_dataset = reference.add_to_all(trainer.eval_dataset, rows or args.per_device_eval_batch_size)
+
+
+def precomputed_logps(batch: Mapping[str, Any], options: LossOptions) -> Tensor | None:
+    """The reference log-probs [S] that the rows of a batch brought, checked.
+
+    Args:
+        batch: as of `PreferenceCollator` or `PackedCollator`.
+        options: of the loss, resolved.
+    """
+    labels, cu_seqlens = sequence_labels(batch), batch.get("cu_seqlens")
+    columns = {name: batch[name] for name in ref_columns(batch)}
+    sums = {"ref_chosen_logps": None, "ref_rejected_logps": None, **columns}
+    return resolve_ref_logps(
+        **sums,
+        num_sequences=len(labels) if cu_seqlens is None else len(cu_seqlens) - 1,
+        counted_in=("rows in labels", labels) if cu_seqlens is None else ("in cu_seqlens", cu_seqlens),
+        device=labels.device,
+        options=options,
+        is_chosen=batch.get("is_chosen"),
+    )
 
 
 @dataclass(frozen=True)

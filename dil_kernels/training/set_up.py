@@ -10,6 +10,8 @@ from torch import nn
 from transformers import Trainer
 
 from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
+from dil_kernels.training.packed_attention import UnsupportedPackingError, install_packed_attention
+from dil_kernels.training.packed_batches import PackedCollator
 
 
 def refuse_inexact_setups(trainer: Trainer) -> None:
@@ -73,6 +75,28 @@ def install_fused_heads(models: Sequence[nn.Module], wanted: bool | None, *, tel
         how = "from the fused head, without logits" if problem is None else f"from logits, since {problem}"
         print(f"DILTrainer takes log-probs {how}.")
     return problem is None
+
+
+def pack_batches(trainer: Any, data_collator: Any, models: Sequence[nn.Module]) -> None:
+    """Let a `DILTrainer` make batches without padding, if its models compute the same on them.
+
+    Args:
+        trainer: under construction.
+        data_collator: the one that the user gave.
+        models: the policy and, if it is another model, the reference.
+
+    Raises:
+        UnsupportedPackingError: they do not.
+        ValueError: there is a data collator.
+    """
+    if data_collator is not None:
+        raise ValueError("padding_free=True packs batches itself; give no data_collator, or padding_free=False")
+    try:
+        with trainer.accelerator.autocast():
+            install_packed_attention(*models)
+    except UnsupportedPackingError as error:
+        raise UnsupportedPackingError(f"padding_free=True was given, but {error}") from error
+    trainer.data_collator = PackedCollator()
 
 
 def disable_dropout(model: nn.Module) -> None:

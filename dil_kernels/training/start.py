@@ -17,6 +17,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from dil_kernels.training.checkpoints import last_complete_checkpoint
 from dil_kernels.training.ref_cache import dataset_fingerprint
 from dil_kernels.training.reference_sync import REFERENCE_NAME
 
@@ -189,6 +190,27 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any], allowed: bool) -
     if not allowed:
         raise CannotStartError(f"{message}: give what it was trained with, or resume_with_changes=True")
     logger.warning("%s", message)
+
+
+def checkpoint_to_resume(trainer: Any, asked: str | bool | None, record: Mapping[str, Any]) -> str | None:
+    """The checkpoint that a `DILTrainer` is to go on from, checked; None for none.
+
+    Args:
+        trainer: about to train.
+        asked: a checkpoint, or true for the last complete one in the output directory.
+        record: `run_record` of the trainer.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CannotStartError: it is not whole, or of another run.
+    """
+    if not asked:
+        return None
+    checkpoint = last_complete_checkpoint(str(trainer.args.output_dir)) if asked is True else Path(asked)
+    check_whole(checkpoint)
+    if trainer.is_world_process_zero():  # which may be the only one that has loaded the weights
+        check_same_run(checkpoint, record, allowed=trainer.args.resume_with_changes)
+    return str(checkpoint)
 
 
 class StopWhenFinished(TrainerCallback):
