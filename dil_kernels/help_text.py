@@ -21,7 +21,10 @@ PACKAGE = Path(__file__).parent
 
 def help_text() -> str:
     """The text, from the cache of the user (XDG_CACHE_HOME) where that is of these very sources and versions."""
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dil_kernels"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not cache.is_absolute():  # there is no home
+        return _make_text()
+    directory = cache / "dil_kernels"
     path, key = directory / "help.txt", _key()
     try:
         kept, _, text = path.read_text(encoding="utf-8").partition("\n")
@@ -29,15 +32,19 @@ def help_text() -> str:
             return text
     except (OSError, UnicodeDecodeError):
         pass
-    from dil_kernels.arguments import build_parser
-
-    text = build_parser().format_help()
+    text = _make_text()
     with contextlib.suppress(OSError):  # it is written for speed alone
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as fresh:
             (Path(fresh) / path.name).write_text(f"{key}\n{text}", encoding="utf-8")
             os.replace(Path(fresh) / path.name, path)
     return text
+
+
+def _make_text() -> str:
+    from dil_kernels.arguments import build_parser
+
+    return build_parser().format_help()
 
 
 def _key() -> str:

@@ -131,7 +131,10 @@ def test_bad_data_starts_nothing(model_dir: Path, tmp_path: Path, capsys) -> Non
     good = json.dumps(make_pairs(1)[0])
     for line, message in (
         ('{"prompt": "w1", ', "line 2: broken JSON at character 18"),
-        ('{"prompt": "w1", "chosen": "w2"}', "line 2: column 'rejected' is missing"),
+        (
+            '{"prompt": "w1", "chosen": "w2", "use_cache": "x"}',
+            "line 2: column 'rejected' is missing (columns with a value: chosen, prompt, use_cache)",
+        ),
         ('{"prompt": "w1", "chosen": "w2", "rejected": ""}', "line 2, column 'rejected': the response is empty"),
     ):
         path.write_text(f"{good}\n{line}\n")
