@@ -133,7 +133,7 @@ def test_bad_data_starts_nothing(model_dir: Path, tmp_path: Path, capsys) -> Non
         ('{"prompt": "w1", ', "line 2: broken JSON at character 18"),
         (
             '{"prompt": "w1", "chosen": "w2", "use_cache": "x"}',
-            "line 2: column 'rejected' is missing (columns with a value: chosen, prompt, use_cache)",
+            "line 2: column 'rejected' is missing (columns with a value: prompt, chosen, use_cache)",
         ),
         ('{"prompt": "w1", "chosen": "w2", "rejected": ""}', "line 2, column 'rejected': the response is empty"),
     ):
