@@ -47,7 +47,7 @@ from dil_kernels.training.generations import SampleGenerations
 from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs
 from dil_kernels.training.metrics import batch_means, batch_metrics, predictions, zero_sums
 from dil_kernels.training.model_card import CardNotes, write_model_card
-from dil_kernels.training.model_checks import check_causal_lm, pad_token_id, vocabulary_size
+from dil_kernels.training.model_checks import check_causal_lm, check_rows, pad_token_id, vocabulary_size
 from dil_kernels.training.model_logps import model_token_logps
 from dil_kernels.training.offloading import OffloadedActivations
 from dil_kernels.training.packed_batches import scored_counts, sequence_labels, sequence_sums
@@ -176,6 +176,8 @@ class DILTrainer(Trainer):
         self._reference: ReferencePolicy | None = reference
         models = [model] if reference.model is None else [model, reference.model]
         self.lengths_kept_apart = keep_lengths_apart(*models)
+        for each in models:
+            check_rows(each)
         self.uses_fused_head = install_fused_heads(models, args.fused_head, tell=self.is_world_process_zero())
         if args.padding_free:
             pack_batches(self, data_collator, models)

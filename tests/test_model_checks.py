@@ -239,3 +239,38 @@ def test_images_beside_the_text_are_refused(tmp_path: Path, name: str) -> None:
         ValueError, match=f"^column '{name}' has images, video or sound, of which training sees nothing"
     ):
         make_trainer(tmp_path, train_dataset=pairs)
+
+
+NOT_BY_ROWS: dict[str, tuple[Any, str]] = {
+    "cpmant": (NotImplementedError, "CpmAntForCausalLM has other logits for a row that is padded on the right"),
+    "electra": (TypeError, "got ElectraForCausalLM, whose tokens see later ones"),
+    "xlm": (TypeError, "got XLMWithLMHeadModel, whose tokens see later ones"),
+}
+
+
+def make_other(name: str) -> Any:
+    sizes = {"vocab_size": 288, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "dim_head": 8}
+    sizes |= {"intermediate_size": 48, "dim_ff": 48, "prompt_length": 4, "init_std": 0.2, "initializer_range": 0.2}
+    sizes |= {"emb_dim": 32, "n_layers": 1, "n_heads": 4, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **sizes))
+
+
+@pytest.mark.parametrize("side", ["model", "ref_model"])
+@pytest.mark.parametrize("name", NOT_BY_ROWS)
+def test_a_model_whose_rows_depend_on_more_than_their_past_is_refused(tmp_path: Path, name: str, side: str) -> None:
+    error, message = NOT_BY_ROWS[name]
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path, **{"model": make_model(), side: make_other(name)})
+
+
+@pytest.mark.parametrize("name", NOT_BY_ROWS)
+def test_nor_is_it_trained_by_trl(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("trl", reason="needs the extra [trl]")
+    from dil_kernels.integrations.trl import DILConfig, DILTrainer
+
+    args = DILConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=1)
+    error, message = NOT_BY_ROWS[name]
+    data = {"train_dataset": make_pairs(4), "processing_class": make_tokenizer()}
+    with pytest.raises(error, match=message):
+        DILTrainer(make_other(name), make_other(name), args, **data).train()

@@ -37,6 +37,7 @@ from dil_kernels.modeling import UnsupportedHeadError, install_fused_head
 from dil_kernels.reference import accumulation_dtype
 from dil_kernels.training.loss_watch import NonFinitePairs
 from dil_kernels.training.metrics import METRICS, counted_pairs, means, pair_metrics
+from dil_kernels.training.model_checks import check_rows
 from dil_kernels.training.rotary_lengths import keep_lengths_apart
 
 __all__ = ["DILConfig", "DILTrainer"]
@@ -246,11 +247,12 @@ class DILTrainer(DPOTrainer):
     def _has_fused_head(self, model: nn.Module) -> bool:
         """Whether the model scores labels without logits; teaches it on the first call, if it can.
 
-        That call also makes it take each sequence by its own length.
+        That call also makes it take each sequence by its own length, and checks that it does.
         """
         model = self.accelerator.unwrap_model(model)
         if model not in self._fused_heads:
             keep_lengths_apart(model)
+            check_rows(model)
             problem = self._fused_head_problem(model)
             if problem is not None and self.args.fused_head:
                 raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")

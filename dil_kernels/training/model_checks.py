@@ -7,13 +7,18 @@ from typing import Any
 
 import datasets
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dil_kernels.models.evaluation import evaluating
 from dil_kernels.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
 from dil_kernels.training.adapters import has_adapters
 
 Models = tuple[nn.Module, nn.Module | None]  # the policy and the reference
+
+PROBE_TOKENS = 8
+PROBE_TOLERANCE = 0.1  # relative, of half of the tokens: of an expert or an int8 feature chosen otherwise by rounding
 
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|\w*position\w*)$")
 
@@ -49,6 +54,51 @@ def check_causal_lm(model: Any, name: str) -> None:
         raise TypeError(
             f"{name} must be a causal language model, as AutoModelForCausalLM loads it, got {type(base).__name__}, "
             f"{problem}"
+        )
+
+
+def check_rows(model: Any) -> None:
+    """Refuse a model whose logits in a right-padded batch are not those of each row alone, or see later tokens.
+
+    Measured on two short rows where the weights are whole.
+
+    Args:
+        model: as of `check_causal_lm`, not yet wrapped, and with its lengths kept apart.
+
+    Raises:
+        NotImplementedError: the padding of a row changes its logits.
+        TypeError: tokens see later ones.
+    """
+    base: Any = model.get_base_model() if has_adapters(model) else model
+    parts = list(model.parameters())
+    whole = all(type(part.data) is Tensor and not part.is_meta and not hasattr(part, "ds_id") for part in parts)
+    V, T = vocabulary_size(model), min(PROBE_TOKENS, position_limit(model) or PROBE_TOKENS)
+    if not isinstance(base, PreTrainedModel) or not whole or V is None or T < 2:
+        return
+    ids = ((torch.arange(2 * T, device=base.device) + 1) * V // (2 * T + 1)).view(2, T)
+    mask = torch.ones_like(ids)
+    short = T // 2  # tokens of the first row, which is padded; of the second, one that goes on
+    start = ids[:, :short], mask[:, :short]
+    mask[0, short:] = 0
+    try:
+        with evaluating(model), torch.no_grad():
+            alone, padded = (
+                model(input_ids=x, attention_mask=m, use_cache=False).logits[:, :short].float()
+                for x, m in (start, (ids, mask))
+            )
+    except Exception:  # whatever a model's own code may raise: training raises it, too
+        return
+    differences = ((padded - alone).norm(dim=-1) / alone.norm(dim=-1)).median(dim=1).values
+    changed, sees_later = (differences > PROBE_TOLERANCE).tolist()
+    if changed:
+        raise NotImplementedError(
+            f"{type(base).__name__} has other logits for a row that is padded on the right: it does not go by "
+            "attention_mask, so that log-probs would depend on the batch"
+        )
+    if sees_later:
+        raise TypeError(
+            f"model must be a causal language model, got {type(base).__name__}, whose tokens see later ones; "
+            "does its config want is_decoder=True?"
         )
 
 
