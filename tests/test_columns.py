@@ -140,7 +140,9 @@ def test_columns_of_images_are_refused(tmp_path: Path, pair: dict[str, Any], nam
 
 def test_dil_train_refuses_columns_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", PLAIN, {**PLAIN, "images": ["a.png"]})
-    assert cli.main(["--model", "m", "--train-file", str(path), "--output-dir", str(tmp_path / "out")]) == 2
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    model, out = str(tmp_path / "model"), str(tmp_path / "out")
+    assert cli.main(["--model", model, "--train-file", str(path), "--output-dir", out]) == 2
     problem = f"dil-train: error: {path}, line 2, column 'images' has images, video or sound"
     assert capsys.readouterr().err.splitlines()[-1].startswith(problem)
     assert not (tmp_path / "out").exists()
