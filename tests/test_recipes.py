@@ -208,7 +208,7 @@ def test_lora_from_the_command_line(tmp_path: Path, capsys) -> None:
     assert "--lora-rank 3: Target modules {'query'} not found" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*argv, "--lora-alpha", "16"])
-    assert "need --lora-rank" in capsys.readouterr().err
+    assert "--lora-alpha: needs --lora-rank" in capsys.readouterr().err
 
 
 def test_flash_attention_that_is_not_installed_is_one_line(tmp_path: Path, capsys) -> None:

@@ -104,7 +104,7 @@ def test_references_that_cannot_follow(tmp_path: Path) -> None:
         ({"ref_model_sync_steps": 5}, "ref_model_sync_steps=5 was given, but sync_ref_model=False"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha must be above 0 and at most 1"),
         ({"precompute_ref_batch_size": 4}, "precompute_ref_batch_size=4 was given, but precompute_ref_log_probs=False"),
-        ({"padding_free": True, "pad_to_multiple_of": 8}, "padding_free=True pads none"),
+        ({"padding_free": True, "pad_to_multiple_of": 8}, "padding_free=True pads nothing"),
         ({"activation_offloading": True}, "activation_offloading=True was given, but activations are on the cpu"),
     ],
 )
