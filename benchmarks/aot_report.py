@@ -4,8 +4,10 @@
     python benchmarks/aot_report.py --csv           write benchmarks/results/ahead-of-time/*.csv, one file a family
     python benchmarks/aot_report.py --json --sample what the tests compare with those files
 
-Columns: registers and local memory (spills) a thread, shared memory a program, and the widest global load and store in
-bytes a thread. A vocabulary of 128256 stands for those whose rows are aligned, 50257 for odd ones, 1000 for small ones.
+Columns: registers and local memory (spills) a thread, shared memory a program, the widest global load and store in
+bytes a thread, and machine instructions a logit: those of the hot loop, or of the whole program where it has none (a
+program of the backward also holds the ways of ignored rows and of the label's block). A vocabulary of 128256 stands for
+those whose rows are aligned, 50257 for odd ones, 1000 for small ones.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ DTYPES = {"fp32": ("*fp32", 4), "bf16": ("*bf16", 2), "fp16": ("*fp16", 2)}
 VOCABULARIES = (1000, 50257, 128256)
 RESULTS = Path(__file__).parent / "results" / "ahead-of-time"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WARP = 32
+LOOPS_OVER_LOGITS = ("logps_fwd", "logps_split", "head_rescale")
 PTX_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16}
 
 
@@ -76,6 +80,7 @@ class Report:
     shared_bytes: int
     load_bytes: int
     store_bytes: int
+    instructions: float | str  # a logit; empty where a program has no tile of logits
     triton: str
     ptxas: str
 
@@ -109,7 +114,7 @@ def logps(arch: int) -> Iterator[Kernel]:
                 ("softcapping+statistics", True, True),
             ):
                 how = {"SHIFT": 1, "HAS_CAP": cap}
-                forward, backward = shapes.forward.of(cap + statistics), shapes.backward.of(cap)
+                forward = shapes.forward.of(cap + statistics)
                 many = launch.forward_launch(forward, 10**6, V, itemsize, 1)
                 few = launch.forward_launch(forward, 1, V, itemsize, 10**6)
                 tile = {"ROWS": many.ROWS, "BLOCK_V": many.BLOCK_V}
@@ -124,7 +129,7 @@ def logps(arch: int) -> Iterator[Kernel]:
                         (logps_kernels._logps_merge_kernel, split, 1),
                     ]
                 if not statistics:
-                    block, num_warps = launch.backward_launch(backward, V, itemsize)
+                    block, num_warps = launch.backward_launch(shapes.backward, V, itemsize)
                     constants = how | {"SAME_PHASE": True, "BLOCK_V": block}
                     found.append((logps_kernels._logps_bwd_kernel, constants, num_warps))
                 for fn, constants, num_warps in found:
@@ -182,6 +187,33 @@ def widest(ptx: str, instruction: str) -> int:
     return max((int(lanes or 1) * PTX_BYTES[bits] for lanes, bits in re.findall(pattern, ptx)), default=0)
 
 
+def instructions_a_logit(kernel: Kernel, cubin: str) -> float | str:
+    """Machine instructions that a thread executes for a logit of its tile."""
+    constants = kernel.source.constants
+    block = next((value for (index,), value in constants.items() if kernel.source.fn.arg_names[index] == "BLOCK_V"), 0)
+    loads = next((value for (index,), value in constants.items() if kernel.source.fn.arg_names[index] == "ROWS"), 1)
+    if not block:
+        return ""
+    command = [BINARIES / "nvdisasm", "-c", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    operations: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(operations)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)(.*);", line):
+            if found[1] != "NOP":
+                operations.append(found[1])
+            target = re.search(r"`\((\.L_\w+)\)", found[2])
+            if found[1] == "BRA" and target and target[1] in labels:
+                loops.append(len(operations) - labels[target[1]])
+    # Of two loops over logits, the one without masks is hot; loops of a few instructions are none over logits.
+    loops = [length for length in loops if length > 16 and kernel.name in LOOPS_OVER_LOGITS]
+    hot = min(loops, default=len(operations))
+    return round(hot * WARP * kernel.num_warps / (loads * block), 2)
+
+
 def ptxas_version() -> str:
     """The release of the assembler that Triton brings."""
     output = subprocess.run([BINARIES / "ptxas", "--version"], capture_output=True, text=True, check=True).stdout
@@ -199,6 +231,7 @@ def compile_kernel(kernel: Kernel) -> Report:
         cubin.flush()
         command = [BINARIES / "cuobjdump", "-res-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        instructions = instructions_a_logit(kernel, cubin.name)
     resources = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     return Report(
         *kernel.key,
@@ -208,6 +241,7 @@ def compile_kernel(kernel: Kernel) -> Report:
         shared_bytes=compiled.metadata.shared,
         load_bytes=widest(compiled.asm["ptx"], "ld"),
         store_bytes=widest(compiled.asm["ptx"], "st"),
+        instructions=instructions,
         triton=triton.__version__,
         ptxas=ptxas_version(),
     )
@@ -236,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(dict(zip(KEY, kernel.key, strict=True))))
         return 0
     columns = [field.name for field in fields(Report)]
-    row = "{:12} {:22} {:7} {:5} {:>7} {:>6} {:>10} {:>8} {:>7} {:>7} {:>7}"
+    row = "{:12} {:22} {:7} {:5} {:>7} {:>6} {:>10} {:>8} {:>7} {:>7} {:>7} {:>13}"
     if not options.json:
         print(row.format(*(column.removesuffix("_bytes") for column in columns)))
     for family in options.family:

@@ -5,7 +5,9 @@ No entry has been measured yet. They are derived from what keeps the memory busy
 B200 (7.5 TB/s, 148 SMs) 36 KB, an RTX 5090 (1.7 TB/s, 170 SMs) 7 KB. A program that reads `loads` 16-byte vectors a
 thread before it computes has 512 x warps x loads bytes in flight, and about half its life it waits; registers (an
 element of a loaded vector takes one) let two such programs of 8 x 8, or four of 8 x 4, live on an SM. For sm_100 the
-assembler spills with statistics at 8 warps and 128 registers, so its 16-bit forward takes 4 warps.
+assembler spills with statistics at 8 warps and 128 registers, so its 16-bit forward takes 4 warps. The 16-bit backward
+takes 4 warps of 4 loads rather than 8 of 2: as many bytes in flight a program, and its prologue serves twice the logits
+(docs/kernels.md counts the instructions).
 `benchmarks/sweep_launch.py` times the candidates on a GPU and prints a table to paste here.
 """
 
@@ -20,6 +22,7 @@ import triton
 VECTOR_BYTES = 16
 WARP = 32
 MAX_SPLITS = 64
+MAX_GRID = 65535  # programs along the second and the third axis of a launch
 
 
 class Shape(NamedTuple):
@@ -29,7 +32,7 @@ class Shape(NamedTuple):
     num_warps: int
 
     def of(self, extras: int) -> Shape:
-        """For kernels with softcapping, statistics or both, which keep more of each logit: half the loads for each."""
+        """For forwards with softcapping, statistics or both, which keep more of each logit: half the loads for each."""
         return self._replace(loads=max(1, self.loads >> extras))
 
 
@@ -37,15 +40,15 @@ class Shapes(NamedTuple):
     """The shapes of one architecture for one size of element."""
 
     forward: Shape
-    backward: Shape
+    backward: Shape  # with softcapping, too
 
 
 # (major, minor) of the first GPUs that an entry serves -> bytes of an element -> shapes.
 TABLE = {
-    (8, 0): {2: Shapes(Shape(4, 8), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8))},
-    (9, 0): {2: Shapes(Shape(8, 8), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8))},
-    (10, 0): {2: Shapes(Shape(8, 4), Shape(4, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8))},
-    (12, 0): {2: Shapes(Shape(4, 4), Shape(2, 4)), 4: Shapes(Shape(4, 4), Shape(4, 4))},
+    (8, 0): {2: Shapes(Shape(4, 8), Shape(4, 4)), 4: Shapes(Shape(8, 8), Shape(4, 8))},
+    (9, 0): {2: Shapes(Shape(8, 8), Shape(4, 4)), 4: Shapes(Shape(8, 8), Shape(4, 8))},
+    (10, 0): {2: Shapes(Shape(8, 4), Shape(4, 4)), 4: Shapes(Shape(8, 8), Shape(4, 8))},
+    (12, 0): {2: Shapes(Shape(4, 4), Shape(4, 4)), 4: Shapes(Shape(4, 4), Shape(4, 4))},
 }
 PROGRAMS_PER_SM = 4  # below this, rows are split
 MIN_SPAN = 4096  # elements; a smaller share of a row costs more to merge than it saves

@@ -247,11 +247,10 @@ def _logps_merge_kernel(
 @triton.jit
 def _row_gradient(x, index, label, has_label, g, row_max, log_sum, multiplier, inv_cap, HAS_CAP: tl.constexpr):
     """g d logp / d x of some elements of a row; has_label says whether the label may be among them."""
-    v = processed(x, inv_cap, HAS_CAP)
-    t = (v - row_max) * multiplier - log_sum  # log p
-    dx = -g * tl.exp2(t * LOG2E)
+    d = processed(x, inv_cap, HAS_CAP) - row_max
+    dx = -g * tl.exp2(d * (multiplier * LOG2E) - log_sum * LOG2E)
     if has_label:
-        own = tl.sum(tl.where(index == label, t, 0.0), axis=0)
+        own = tl.sum(tl.where(index == label, d * multiplier - log_sum, 0.0), axis=0)  # log p
         dx = tl.where(index == label, g * one_minus_exp(own), dx)
     if HAS_CAP:
         dx *= tanh_slope(x.to(tl.float32) * inv_cap)
@@ -274,10 +273,10 @@ def _logps_bwd_kernel(
     stride_xt,
     stride_yb,
     stride_yt,
+    num_rows,  # B T
     T,
     T_out,
     V,
-    num_blocks,
     ignore_index,
     inv_temperature,
     multiplier,  # 1 / temperature, or cap / temperature
@@ -287,9 +286,11 @@ def _logps_bwd_kernel(
     SAME_PHASE: tl.constexpr,  # rows of logits and gradient start alike relative to 16-byte boundaries
     BLOCK_V: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    row = pid // num_blocks
-    block = pid % num_blocks
+    # Blocks of a row lie side by side in a launch: y and z, of which each holds 65535, count the rows.
+    block = tl.program_id(0)
+    row = tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+    if row >= num_rows:
+        return
     b = (row // T).to(tl.int64)
     t = (row % T).to(tl.int64)
     VEC: tl.constexpr = vector_elements(grad_logits_ptr)

@@ -154,11 +154,12 @@ def _launch_bwd(
     if logits.numel() == 0:
         return
     device = launch.device_of(logits.device)
-    shape = launch.shapes(device.capability, logits.itemsize).backward.of(softcapping != 0.0)
+    shape = launch.shapes(device.capability, logits.itemsize).backward
     BLOCK_V, num_warps = launch.backward_launch(shape, V, logits.itemsize)
-    num_blocks = -(-V // BLOCK_V)
+    num_rows = B * T
+    grid = (-(-V // BLOCK_V), min(num_rows, launch.MAX_GRID), -(-num_rows // launch.MAX_GRID))
     with _on_device(logits):
-        _logps_bwd_kernel[(B * T * num_blocks,)](
+        _logps_bwd_kernel[grid](
             grad_logits,
             grad_logps,
             logits,
@@ -169,10 +170,10 @@ def _launch_bwd(
             *grad_logps.stride(),
             *logits.stride()[:2],
             *labels.stride(),
+            num_rows,
             T,
             T - int(shift),
             V,
-            num_blocks,
             ignore_index,
             1.0 / temperature,
             **_processing(softcapping, temperature),
