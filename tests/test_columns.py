@@ -11,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import LENGTHS, cache, refusal, tokenising_refusal, write_lines  # noqa: F401  cache is a fixture
 from tiny_model import CHAT_TEMPLATE, make_tokenizer
 
 from dil_kernels import cli, data
@@ -26,31 +27,6 @@ CHAT = {
     "rejected": [{"role": "assistant", "content": "w4"}],
 }
 PICTURE = {"bytes": b"x", "path": None}
-LENGTHS = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def write_lines(path: Path, *records: Any) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def refusal(source: Path, **options: Any) -> str:
-    with pytest.raises(PreferenceDataError) as caught:
-        load_preference_pairs(source, **options)
-    return str(caught.value)
-
-
-def tokenising_refusal(dataset: datasets.Dataset) -> str:
-    with pytest.raises(PreferenceDataError) as caught:
-        tokenize_dataset(dataset, make_tokenizer(), **LENGTHS)
-    return str(caught.value)
 
 
 def test_columns_of_a_table_that_cannot_be_used_are_named(tmp_path: Path) -> None:

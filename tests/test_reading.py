@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
+from refusals import LENGTHS, cache, refusal, write_lines  # noqa: F401  cache is a fixture
 from tiny_model import make_tokenizer
 
 from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs
@@ -20,7 +21,6 @@ CHAT = {
     "chosen": [{"role": "assistant", "content": "w3"}],
     "rejected": [{"role": "assistant", "content": "w4"}],
 }
-LENGTHS = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
 # Says a null as w60, so that one that is lost shows in the tokens.
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
@@ -28,30 +28,6 @@ TEMPLATE = (
     "{% endfor %}{% endfor %}<|end|>{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def write_lines(path: Path, *records: Any) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def refusal(source: Path, **options: Any) -> str:
-    with pytest.raises(PreferenceDataError) as caught:
-        load_preference_pairs(source, **options)
-    return str(caught.value)
-
-
-def tokenising_refusal(dataset: datasets.Dataset) -> str:
-    with pytest.raises(PreferenceDataError) as caught:
-        tokenize_dataset(dataset, make_tokenizer(), **LENGTHS)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
