@@ -42,8 +42,8 @@ quickstart: install
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# Each in an environment of its own, with a torch that lacks its CUDA libraries, on another Python where there is one. Last, the
-# binary built against one torch runs under the other.
+# Each in an environment of its own, with a torch that lacks its CUDA libraries, on another Python where there is one; the CUDA
+# part is compiled where nvcc is. Last, the binary built against one torch runs under the other.
 # A shim of pyenv answers only for versions that are chosen: here all that it has.
 python_or_ours = $(shell PYENV_VERSION="$$(pyenv versions --bare 2>/dev/null | paste -sd:)" \
   $(1) -c "import ensurepip, sys; print(sys.executable)" 2>/dev/null || echo $(PYTHON))
@@ -57,7 +57,8 @@ test-oldest test-newest: test-%: $(VENV)/.installed-dev
 	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q $($*_PINS) --no-deps torch triton accelerate
 	$(VENV)-$*/bin/python tests/versions/stub_cuda.py
 	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q $($*_PINS) -r tests/versions/requirements.txt
-	DIL_KERNELS_BUILD=cpu $(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps .
+	DIL_KERNELS_BUILD=$(if $(shell command -v nvcc),cuda,cpu) TORCH_CUDA_ARCH_LIST=9.0 \
+	  $(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps .
 	$(VENV)-$*/bin/dil-env
 	$(VENV)-$*/bin/pytest -n 2 $(CORE_TESTS) $(ARGS)
 	$(VENV)-$*/bin/pytest tests/test_stable_abi.py --other-torch $(call TORCH_OF,$(BIN)/..)
