@@ -255,6 +255,7 @@ def test_peers_are_called_rightly(name, module, dtype):
         (["--cases", "int4"], "--cases int4: no case has that in its name; there are"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--minutes", "-1"], "--minutes must be above 0, got -1"),
+        (["--seconds", "0"], "--seconds must be above 0, got 0.0"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys):

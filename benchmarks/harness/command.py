@@ -23,6 +23,7 @@ BUDGETS = {
     "cpu": Budget(seconds=1.5, min_rounds=3, max_rounds=12),
     "cuda": Budget(seconds=2.0, min_rounds=10, max_rounds=100),
 }
+SHORT_ROUNDS = 3  # of a run that --seconds makes shorter
 BAD_RESULT, NOT_FINISHED = 1, 3  # exit codes; argparse exits with 2
 
 
@@ -42,6 +43,13 @@ def parse_arguments(family: Family, argv: Sequence[str] | None, description: str
     parser.add_argument(
         "--minutes", type=float, help=f"start no case after so long; with cases left the exit code is {NOT_FINISHED}"
     )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="time each pass of a case for so long, all its providers together (default: "
+        + ", ".join(f"{b.seconds:g} on {name}" for name, b in BUDGETS.items())
+        + f"), at least {SHORT_ROUNDS} rounds",
+    )
     parser.add_argument("--redraw", action="store_true", help="run nothing: draw the pictures from the CSV again")
     parser.add_argument(
         "--output",
@@ -54,6 +62,8 @@ def parse_arguments(family: Family, argv: Sequence[str] | None, description: str
         parser.error(f"--threads must be at least 1, got {arguments.threads}")
     if arguments.minutes is not None and not arguments.minutes > 0:
         parser.error(f"--minutes must be above 0, got {arguments.minutes}")
+    if arguments.seconds is not None and not arguments.seconds > 0:
+        parser.error(f"--seconds must be above 0, got {arguments.seconds}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is visible")
     grid = family.grids["quick" if arguments.quick else arguments.device]
@@ -87,6 +97,8 @@ def _measure(family: Family, arguments: argparse.Namespace, machine: Machine, cs
     earlier = read_csv(csv) if arguments.resume and csv.exists() else []
     kept = {c.name: still_valid(earlier, family, c, arguments.chosen, device, machine) for c in arguments.grid}
     budget = QUICK_BUDGET if arguments.quick else BUDGETS[device.type]
+    if arguments.seconds is not None:
+        budget = Budget(arguments.seconds, min(SHORT_ROUNDS, budget.min_rounds), budget.max_rounds)
     ceilings = Ceilings(device, arguments.quick)
     run = Run(family, arguments.chosen, device, machine, ceilings, budget)
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
