@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels.divergences import LossParameters
+from dil_kernels.graphs import has_autocast
 from dil_kernels.scalar_losses import pair_losses, response_losses, soft_bound, total
 
 
@@ -114,7 +115,7 @@ def linear_logits(
     hidden_states = torch.where(scored.unsqueeze(-1), hidden_states, 0).to(dtype)
     bias = None if lm_head_bias is None else lm_head_bias.to(dtype)
     # Autocast would convert the product's factors again.
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casts = has_autocast(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
         return torch.nn.functional.linear(hidden_states, lm_head_weight.to(dtype), bias) * logit_scale
 

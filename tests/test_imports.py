@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dil_kernels import help_text
-from dil_kernels.backends import constant_in_graphs
+from dil_kernels.graphs import constant_in_graphs
 
 HELP = """
 import json, sys

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels import reference
-from dil_kernels.backends import constant_in_graphs, resolve_backend
+from dil_kernels.backends import resolve_backend
 from dil_kernels.checks import (
     check_cu_seqlens,
     check_head,
@@ -25,6 +25,7 @@ from dil_kernels.checks import (
 from dil_kernels.functional.logps import LogitStatistics, mask_boundaries
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import DILOutput, resolve_loss_options, resolve_ref_logps
+from dil_kernels.graphs import constant_in_graphs, has_autocast
 from dil_kernels.ops.linear import linear_logps
 from dil_kernels.ops.linear_head import TILE_SHAPES, peak_memory, stash_rows_within
 
@@ -120,7 +121,7 @@ def _as_autocast(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 
