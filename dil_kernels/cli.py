@@ -50,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dil_kernels.arguments import in_options, parse_arguments
         from dil_kernels.data import PreferenceDataError
         from dil_kernels.option_names import describe_error
-        from dil_kernels.training.checkpoints import where_to_resume
 
         options, config = parse_arguments(argv)
     except ImportError as error:
@@ -61,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"the options cannot be read: {type(error).__name__}: {error}", BAD_INPUT)
     try:
         train(options, config)
-    except KeyboardInterrupt:
-        return _fail(f"interrupted; {where_to_resume(str(config.output_dir))}", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(
+            f"interrupted; {interrupt}" if str(interrupt) else "interrupted before training began", INTERRUPTED
+        )
     except Exception as error:  # whatever models, data and packages raise
         if options.traceback:
             raise

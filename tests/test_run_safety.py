@@ -277,6 +277,30 @@ def test_an_interrupted_run_promises_no_more_than_there_is(
     assert last_line(capsys) == f"interrupted; {where}"
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "said"),
+    [
+        (cli, "_load_model", KeyboardInterrupt, "interrupted before training began"),
+        (DILTrainer, "train", KeyboardInterrupt, "interrupted; no checkpoint had been written before it"),
+        (DILTrainer, "train", RuntimeError, "RuntimeError; no checkpoint had been written before it"),
+        (DILTrainer, "training_step", KeyboardInterrupt, "interrupted; no checkpoint had been written before it"),
+    ],
+)
+def test_an_overwriting_run_names_no_checkpoint_of_the_earlier_one(
+    owner: Any, name: str, error: type[BaseException], said: str, inputs: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    earlier = tmp_path / "checkpoint-7"
+    earlier.mkdir()
+    (earlier / "trainer_state.json").write_text('{"global_step": 7}')
+    monkeypatch.setattr(owner, name, stop)
+    assert train(inputs, tmp_path, overwrite_output_dir=True) == (130 if error is KeyboardInterrupt else 1)
+    assert last_line(capsys) == said
+    assert earlier.exists() == (name != "training_step")  # removed once training begins
+
+
 def test_a_failure_in_training_has_no_traceback_unless_asked_for(
     inputs: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:

@@ -22,6 +22,8 @@ from dil_kernels.option_names import describe_error
 
 logger = logging.getLogger(__name__)
 
+NO_CHECKPOINT = "no checkpoint had been written before it"
+
 
 def checkpoint_directories(output_dir: str | os.PathLike[str]) -> list[Path]:
     """What a run has written as checkpoints, and nothing that only begins as their names do."""
@@ -58,7 +60,7 @@ def where_to_resume(output_dir: str | os.PathLike[str], step: float = math.inf) 
     try:
         return f"the last good checkpoint is {last_complete_checkpoint(output_dir, before=step)}"
     except FileNotFoundError:
-        return "no checkpoint had been written before it"
+        return NO_CHECKPOINT
 
 
 class SavingError(OSError):

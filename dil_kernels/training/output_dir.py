@@ -71,16 +71,22 @@ def output_directory(
 
 
 class RemoveCheckpoints(TrainerCallback):
-    """Removes the checkpoints of an earlier run, from which this one must not be resumed by mistake, once it begins."""
+    """Removes the checkpoints of an earlier run, from which this one must not be resumed by mistake, once it begins.
+
+    Attributes:
+        removed: whether that is done.
+    """
+
+    removed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remove them; of a link, the link alone."""
-        if not state.is_world_process_zero:
-            return
-        for path in checkpoint_directories(str(args.output_dir)):
-            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+        if state.is_world_process_zero:
+            for path in checkpoint_directories(str(args.output_dir)):
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
+        self.removed = True
 
 
 def _refuse(

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dil_kernels.option_names import describe_error
 from dil_kernels.trainer import DILConfig, DILTrainer
-from dil_kernels.training.checkpoints import SavingError, saving, where_to_resume
+from dil_kernels.training.checkpoints import NO_CHECKPOINT, SavingError, saving, where_to_resume
 from dil_kernels.training.generations import GENERATIONS_NAME
 from dil_kernels.training.held_out import BeforeAfter, HeldOutBefore, score_held_out
 from dil_kernels.training.model_card import CARD_NAME, PLOT_NAME, CardNotes
@@ -30,6 +30,10 @@ class SetupError(RuntimeError):
 
 class TrainingError(RuntimeError):
     """A run that failed after it had begun; the message says why, and where to go on from."""
+
+
+class TrainingInterrupt(KeyboardInterrupt):
+    """A run that was interrupted; the message says where to go on from."""
 
 
 def run_training(
@@ -68,6 +72,7 @@ def run_training(
         SetupError: they do not fit each other, a package is missing, the hub refuses the repository, there would be no
             step, or the checkpoint is not whole or of another run.
         TrainingError: training, or writing its results, failed.
+        TrainingInterrupt: for a `KeyboardInterrupt` in training.
     """
     try:
         trainer = DILTrainer(
@@ -82,8 +87,13 @@ def run_training(
         raise SetupError(str(error)) from error
     trainer.remove_callback(PrinterCallback if config.disable_tqdm else ProgressCallback)
     trainer.add_callback(LiveLines if config.disable_tqdm else LiveProgress)
+    earlier = RemoveCheckpoints()
     if overwrite:
-        trainer.add_callback(RemoveCheckpoints)
+        trainer.add_callback(earlier)
+
+    def where_to_go_on() -> str:
+        return NO_CHECKPOINT if overwrite and not earlier.removed else where_to_resume(str(config.output_dir))
+
     held_out = HeldOutBefore(trainer)
     if eval_dataset is not None:
         trainer.add_callback(held_out)
@@ -101,7 +111,9 @@ def run_training(
     except (FloatingPointError, SavingError) as error:  # which say where to go on from
         raise TrainingError(str(error)) from error
     except Exception as error:  # whatever model, data loader, disk and packages raise
-        raise TrainingError(f"{describe_error(error)}; {where_to_resume(str(config.output_dir))}") from error
+        raise TrainingError(f"{describe_error(error)}; {where_to_go_on()}") from error
+    except KeyboardInterrupt as error:
+        raise TrainingInterrupt(where_to_go_on()) from error
     return results
 
 
