@@ -24,7 +24,7 @@ from dil_kernels.option_types import nonempty, type_options
 from dil_kernels.recipes import find_recipe
 from dil_kernels.run_options import RunOptions, add_class_options, add_run_options, check_run_options, run_options
 from dil_kernels.tokenization import TRUNCATION_MODES
-from dil_kernels.training.class_options import plain_bnb_fields, plain_lora_fields
+from dil_kernels.training.class_options import lora_fields, plain_bnb_fields, plain_lora_fields
 from dil_kernels.training.config import DILConfig
 
 REQUIRED = ("model", "train_file", "output_dir")
@@ -97,7 +97,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             option = next((token for token in unknown if token.startswith("-")), unknown[0]).split("=")[0]
             nearest = did_you_mean(_underscored(option), map(_underscored, self._option_string_actions))
-            self.error(f"unknown option {option}" + (f"; did you mean {option_string(nearest)}?" if nearest else ""))
+            hint = f"; did you mean {option_string(nearest)}?" if nearest else ""
+            self.error(f"unknown option {option}{hint}{_without_peft(option)}")
         return namespace
 
 
@@ -201,7 +202,8 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
         option = _underscored(str(key))
         if option not in actions:
             nearest = did_you_mean(option, actions)
-            parser.error(f"unknown option {key!r}" + (f"; did you mean {nearest!r}?" if nearest else ""))
+            hint = f"; did you mean {nearest!r}?" if nearest else ""
+            parser.error(f"unknown option {key!r}{hint}{_without_peft(option)}")
         dest = actions[option].dest
         if dest in names:
             parser.error(f"{names[dest]!r} and {key!r} are one option")
@@ -224,6 +226,12 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     values.update(vars(parser.parse_args(tokens)))
     parser.source = ""
     return values
+
+
+def _without_peft(option: str) -> str:
+    """To be said of an unknown option that may be a field of peft's, where peft is not installed."""
+    of_lora = _underscored(option).startswith(("lora_", "use_")) and not lora_fields()
+    return "; options of LoRA need peft: pip install peft" if of_lora else ""
 
 
 def _repeated_key(node: yaml.Node | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,11 @@ def test_nonsense_is_refused_by_name_before_anything_is_loaded(
         ("--num-train-epochs=0", "--num-train-epochs must be above 0 and at most 1000000000, got 0.0"),
         ("--gradient-accumulation-steps=0", "--gradient-accumulation-steps must be at least 1"),
         ("--adam-beta2=1", "--adam-beta2 must be at least 0 and below 1, got 1.0"),
-        ("--save-total-limit=0", "--save-total-limit must be at least 1, got 0"),
+        (
+            "--save-total-limit=0",
+            "--save-total-limit must be at least 1 (1 keeps the last checkpoint alone, --save-total-limit none all; "
+            "--save-strategy no writes none), got 0",
+        ),
         (
             "--backend=triton",
             "--backend triton was asked for but cannot run: Triton kernels take CUDA tensors, not cpu",
@@ -142,6 +147,26 @@ def test_what_cannot_run_is_said_before_anything_is_loaded(
     status, line = run([*base, *parts], monkeypatch, capsys)
     assert status == 2
     assert message in line
+
+
+def test_what_needs_peft_is_said_before_anything_is_loaded(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    (tmp_path / "recipe.yaml").write_text("use_dora: true\n")
+    needs = "options of LoRA need peft: pip install peft"
+    for options, message in (
+        ([], "--lora-rank 4 needs peft: pip install peft"),
+        (
+            ["--lora-dropout=0.1"],
+            f"unknown option --lora-dropout; did you mean --disable-dropout?; {needs}",
+        ),
+        ([f"--config={tmp_path / 'recipe.yaml'}"], f"unknown option 'use_dora'; {needs}"),
+    ):
+        status, line = run([*base, *options], monkeypatch, capsys)
+        assert status == 2
+        assert message in line
+    assert run([*base[:4], "--use-cpu"], monkeypatch, capsys)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ class Range:
         above: whether least is left out.
         below: whether most is left out.
         other: a number beside them that has a meaning of its own.
+        note: what to give instead of other numbers.
     """
 
     least: float = -math.inf
@@ -26,6 +27,7 @@ class Range:
     above: bool = False
     below: bool = False
     other: int | None = None
+    note: str = ""
 
     def __contains__(self, value: float) -> bool:
         if value == self.other:
@@ -40,7 +42,7 @@ class Range:
             parts.append(f"{'above' if self.above else 'at least'} {self.least:g}")
         if self.most < LARGEST_INT:
             parts += ["and"] * bool(parts) + [f"{'below' if self.below else 'at most'} {self.most:.10g}"]
-        return " ".join(parts) or "a finite number"
+        return (" ".join(parts) or "a finite number") + (f" ({self.note})" if self.note else "")
 
 
 COUNT, POSITIVE, NOT_NEGATIVE = Range(1), Range(0, above=True), Range(0)
@@ -65,7 +67,9 @@ RANGES = {
     "eval_delay": NOT_NEGATIVE,
     "eval_accumulation_steps": COUNT,
     "save_steps": POSITIVE,
-    "save_total_limit": COUNT,
+    "save_total_limit": Range(
+        1, note="1 keeps the last checkpoint alone, save_total_limit=None all; save_strategy='no' writes none"
+    ),
     "seed": SEED,
     "data_seed": SEED,
     "torch_empty_cache_steps": COUNT,
