@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -255,3 +259,28 @@ def test_env_says_what_is_there_and_why_not(capsys) -> None:
         assert f"\n  {name} " in text
     problem = backends.cuda_extension_problem()
     assert ("unavailable: " + problem if problem else "CUDA (_cuda.so)       available") in text
+
+
+INTERRUPTED_TORCH = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        pass
+except KeyboardInterrupt:  # as extension modules have it, too
+    raise RuntimeError("the initialisation failed") from None
+"""
+
+
+@pytest.mark.parametrize("program", ["dil-train", "dil-env"])
+def test_an_interrupt_while_torch_is_imported_is_one_line(program: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(INTERRUPTED_TORCH)
+    result = subprocess.run(
+        [Path(sys.executable).parent / program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which background jobs ignore
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 130
+    assert (result.stdout, result.stderr) == ("", f"{program}: error: interrupted before it began\n")
