@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 TINY_EXPONENT = tl.constexpr(-150.0)
 
 
-@triton.jit
+@triton.constexpr_function
 def vector_elements(ptr):
     """Elements of 16 bytes."""
     return 128 // ptr.dtype.element_ty.primitive_bitwidth
