@@ -349,6 +349,8 @@ def test_sanitize(name: str, V: int, dtype: torch.dtype) -> None:
     on_cpu = Batch(**{f.name: getattr(batch, f.name).detach().cpu() for f in fields(Batch)})
     for leaf in on_cpu.leaves:
         leaf.requires_grad_()
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    # A product of 16-bit factors cancels: its error is one of its largest terms'.
+    rtol, share = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 3e-3)
     for actual, expected in zip(step(call_of(name), batch), step(call_of(name), on_cpu), strict=True):
-        torch.testing.assert_close(actual.cpu(), expected, **tolerance)
+        atol = share * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(actual.cpu(), expected, rtol=rtol, atol=atol)
