@@ -129,7 +129,8 @@ def logps(arch: int) -> Iterator[Kernel]:
                         (logps_kernels._logps_merge_kernel, split, 1),
                     ]
                 if not statistics:
-                    block, num_warps = launch.backward_launch(shapes.backward, V, itemsize)
+                    backward = shapes.capped_backward if cap else shapes.backward
+                    block, num_warps = launch.backward_launch(backward, V, itemsize)
                     constants = how | {"SAME_PHASE": True, "BLOCK_V": block}
                     found.append((logps_kernels._logps_bwd_kernel, constants, num_warps))
                 for fn, constants, num_warps in found:

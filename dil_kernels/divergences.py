@@ -249,7 +249,7 @@ def resolve_non_negative(parameters: LossParameters, constant: float | None, red
         raise ValueError(f"non_negative must be between 0 and 1 (it is below 1 / sup r), got {constant}")
     has_floor = get_divergence(parameters.loss_type).separable
     if has_floor:
-        floor = floor_of_P(parameters)
+        floor = floor_of_P(parameters, torch.float64, "cpu")
         # A number cannot be read under torch.compile; there such a loss gives a loss that is not finite.
         has_floor = not has_values(floor) or math.isfinite(floor)
     if not has_floor:
@@ -264,9 +264,9 @@ def resolve_non_negative(parameters: LossParameters, constant: float | None, red
     return float(constant)
 
 
-def floor_of_P(parameters: LossParameters) -> Tensor:
-    """P of a separable loss at r = 0, its least value; [] fp64."""
-    u = torch.full((), -math.inf, dtype=torch.float64, device="cpu")
+def floor_of_P(parameters: LossParameters, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """P of a separable loss at r = 0, its least value; []."""
+    u = torch.full((), -math.inf, dtype=dtype, device=device)
     return get_divergence(parameters.loss_type).term("P", u, parameters.parameter)
 
 

@@ -132,9 +132,10 @@ def test_launches_cover_a_row_and_fit_the_machine() -> None:
             assert num_warps * 32 * (16 // itemsize) == BLOCK_V
             assert splits == 1 or (num_rows * splits < 2 * 4 * 132 and span >= launch.MIN_SPAN // 2)
             assert 2 * max(span, BLOCK_V) > ROWS * BLOCK_V
-            block, num_warps = launch.backward_launch(shapes.backward, V, itemsize)
-            assert block & (block - 1) == 0
-            assert 1 <= num_warps <= 32
+            for shape in (shapes.backward, shapes.capped_backward):
+                block, num_warps = launch.backward_launch(shape, V, itemsize)
+                assert block & (block - 1) == 0
+                assert 1 <= num_warps <= 32
     few, many = (launch.forward_launch(launch.shapes((9, 0), 2).forward, N, 128256, 2, 132) for N in (64, 8192))
     assert few.splits == 16
     assert many.splits == 1

@@ -21,7 +21,11 @@ from dil_kernels import (
 IGNORED = (-(2**63), -(2**53) - 1, -1, 0, 2**53 + 1, 2**63 - 1)
 CU_SEQLENS = torch.tensor([0, 5, 5, 9, 12], dtype=torch.int32)
 SUMS = torch.tensor([-8.0, -6.0])
-REFERENCE = {"ref_chosen_logps": SUMS, "ref_rejected_logps": SUMS}
+
+
+def reference_on(device: torch.device) -> dict[str, Tensor]:
+    return {"ref_chosen_logps": SUMS.to(device), "ref_rejected_logps": SUMS.to(device)}
+
 
 Call = Callable[..., Tensor]
 CALLS: dict[str, Call] = {
@@ -30,11 +34,13 @@ CALLS: dict[str, Call] = {
         hidden @ weight.t(), labels, average_log_prob=True, **how
     ),
     "fused_dil_loss": lambda hidden, weight, labels, **how: (
-        fused_dil_loss(hidden @ weight.t(), labels, **REFERENCE, **how).loss
+        fused_dil_loss(hidden @ weight.t(), labels, **reference_on(weight.device), **how).loss
     ),
     "linear_token_logps": linear_token_logps,
     "linear_sequence_logps": lambda *inputs, **how: linear_sequence_logps(*inputs, average_log_prob=True, **how),
-    "fused_linear_dil_loss": lambda *inputs, **how: fused_linear_dil_loss(*inputs, **REFERENCE, **how).loss,
+    "fused_linear_dil_loss": lambda *inputs, **how: (
+        fused_linear_dil_loss(*inputs, **reference_on(inputs[0].device), **how).loss
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from dil_kernels import sequence_logps, token_logps
 from dil_kernels.functional import LogitStatistics
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
+FP64_EPS = torch.finfo(torch.float64).eps  # of the probability 1: what the oracle cannot tell from 0
 
 
 def logits_of(problem: Problem, device: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -60,8 +61,8 @@ def test_forward_and_backward_match_the_oracle(impl: Implementation, problem: Pr
     actual = run(problem, impl.backend, impl.device)
     assert actual[0].dtype == torch.float32
     assert actual[1].dtype == problem.logits.dtype
-    assert_as_exact_as_eager(actual[0], eager[0], truth[0], "logps")
-    assert_as_exact_as_eager(actual[1], eager[1], truth[1], "grad_logits")
+    assert_as_exact_as_eager(actual[0], eager[0], truth[0], "logps", unresolved=FP64_EPS)
+    assert_as_exact_as_eager(actual[1], eager[1], truth[1], "grad_logits", unresolved=FP64_EPS)
     # The entries of the labels are large; without them, those of the softmax are judged by their own size.
     softmax = [without_labels(grad, problem) for _, grad in (actual, eager, truth)]
     assert_as_exact_as_eager(*softmax, "grad_logits apart from the labels")
@@ -82,7 +83,7 @@ def test_statistics_match_the_oracle(impl: Implementation, problem: Problem) -> 
     true_logps, truth = statistics(problem, "eager", "cpu", torch.float64)
     eager_logps, _ = statistics(problem, "eager", impl.device)
     logps, actual = statistics(problem, impl.backend, impl.device)
-    assert_as_exact_as_eager(logps, eager_logps, true_logps, "logps beside statistics")
+    assert_as_exact_as_eager(logps, eager_logps, true_logps, "logps beside statistics", unresolved=FP64_EPS)
     assert actual.mean_logit.dtype == actual.entropy.dtype == torch.float32
     assert not any(tensor.requires_grad for tensor in actual)
     assert_close_statistics(actual, truth, problem)
@@ -142,7 +143,7 @@ def test_every_way_to_launch_matches_the_oracle(impl: Implementation, launch: st
     from dil_kernels.kernels import launch as module
 
     loads, num_warps, min_span = LAUNCHES[launch]
-    shapes = module.Shapes(module.Shape(loads, num_warps), module.Shape(loads, num_warps))
+    shapes = module.Shapes(*3 * (module.Shape(loads, num_warps),))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "shapes", lambda capability, itemsize: shapes)
         patch.setattr(module, "MIN_SPAN", min_span or 2**31)

@@ -193,7 +193,7 @@ def _corrected(
         sides = (u_w, pairs, u_l, pairs)
     else:
         sides = (u, counted & is_chosen, u, counted & ~is_chosen)
-    floor = floor_of_P(options.parameters).to(u)
+    floor = floor_of_P(options.parameters, u.dtype, u.device)
     return non_negative_loss(loss, *sides, options.parameters, options.non_negative, floor)
 
 

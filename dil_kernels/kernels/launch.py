@@ -40,15 +40,16 @@ class Shapes(NamedTuple):
     """The shapes of one architecture for one size of element."""
 
     forward: Shape
-    backward: Shape  # with softcapping, too
+    backward: Shape
+    capped_backward: Shape
 
 
 # (major, minor) of the first GPUs that an entry serves -> bytes of an element -> shapes.
 TABLE = {
-    (8, 0): {2: Shapes(Shape(4, 8), Shape(4, 4)), 4: Shapes(Shape(8, 8), Shape(4, 8))},
-    (9, 0): {2: Shapes(Shape(8, 8), Shape(4, 4)), 4: Shapes(Shape(8, 8), Shape(4, 8))},
-    (10, 0): {2: Shapes(Shape(8, 4), Shape(4, 4)), 4: Shapes(Shape(8, 8), Shape(4, 8))},
-    (12, 0): {2: Shapes(Shape(4, 4), Shape(4, 4)), 4: Shapes(Shape(4, 4), Shape(4, 4))},
+    (8, 0): {2: Shapes(Shape(4, 8), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8), Shape(4, 8))},
+    (9, 0): {2: Shapes(Shape(8, 4), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 16), Shape(4, 8))},
+    (10, 0): {2: Shapes(Shape(8, 4), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8), Shape(4, 8))},
+    (12, 0): {2: Shapes(Shape(4, 4), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(4, 4), Shape(4, 4), Shape(4, 4))},
 }
 PROGRAMS_PER_SM = 4  # below this, rows are split
 MIN_SPAN = 4096  # elements; a smaller share of a row costs more to merge than it saves

@@ -154,7 +154,8 @@ def _launch_bwd(
     if logits.numel() == 0:
         return
     device = launch.device_of(logits.device)
-    shape = launch.shapes(device.capability, logits.itemsize).backward
+    shapes = launch.shapes(device.capability, logits.itemsize)
+    shape = shapes.backward if softcapping == 0.0 else shapes.capped_backward
     BLOCK_V, num_warps = launch.backward_launch(shape, V, logits.itemsize)
     num_rows = B * T
     grid = (-(-V // BLOCK_V), min(num_rows, launch.MAX_GRID), -(-num_rows // launch.MAX_GRID))
