@@ -26,7 +26,7 @@ from dil_kernels import (
 from dil_kernels.functional import linear as functional
 from dil_kernels.ops import linear as linear_ops
 from dil_kernels.ops import linear_head
-from dil_kernels.ops.linear_head import TileShape
+from dil_kernels.ops.head_steps import TileShape, steps_of
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
 
@@ -572,20 +572,28 @@ def test_gradcheck(small_tiles) -> None:
         assert torch.autograd.gradcheck(logps, inputs)
 
 
-def test_rows_beyond_the_bound_are_nan() -> None:
-    targets = torch.tensor([5, IGNORE, 6, 7, IGNORE, 8])
-    index, dropped = linear_head.scored_rows(targets, IGNORE, 3)
-    assert index.tolist() == [0, 2, 3]
-    assert dropped.tolist() == [False] * 5 + [True]
-    index, dropped = linear_head.scored_rows(targets, IGNORE, 6)
-    assert index.tolist() == [0, 2, 3, 5, 6, 6]
-    assert not dropped.any()
-    hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
-    head = linear_head.Head(weight, None, 1.0, 0.0, 1.0, TileShape(4, 32), "cpp")
+@every_kernel
+def test_rows_beyond_the_bound_are_nan(impl: Implementation) -> None:
+    targets = torch.tensor([5, IGNORE, 6, 7, IGNORE, 8], device=impl.device)
+    hidden, weight = torch.randn(6, 4, device=impl.device), torch.randn(9, 4, device=impl.device)
+    head = linear_head.Head(weight, None, 1.0, 0.0, 1.0, TileShape(4, 32), impl.backend)
+    for bound, index in ((3, [0, 2, 3]), (6, [0, 2, 3, 5, 6, 6]), (0, [])):
+        rows = steps_of(head, statistics=True).select(targets, IGNORE, bound)
+        beyond = [place for place in (0, 2, 3, 5) if place not in index]
+        assert rows.index.tolist() == index
+        assert rows.labels.tolist() == [0 if place == 6 else targets[place] for place in index]
+        assert rows.logps.isnan().nonzero().flatten().tolist() == beyond
+        assert rows.statistics[:2].isnan().nonzero()[:, 1].tolist() == 2 * beyond
+        assert not rows.statistics[2].any()
     out = linear_head.head_forward(
         hidden, targets, head, rows=3, stash_rows=0, ignore_index=IGNORE, grad_hidden=False, statistics=False
     )
     assert out.logps.isnan().tolist() == [False] * 5 + [True]
+
+
+def test_a_bound_that_is_too_small_is_refused() -> None:
+    targets = torch.tensor([5, IGNORE, 6, 7, IGNORE, 8])
+    hidden, weight = torch.randn(6, 4), torch.randn(9, 4)
     with pytest.raises(ValueError, match="max_scored_tokens=3, but labels score 4 positions"):
         linear_token_logps(hidden, weight, targets, shift=False, max_scored_tokens=3)
 

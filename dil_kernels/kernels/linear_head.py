@@ -5,7 +5,6 @@ The arithmetic is that of csrc/cpu/head_kernels.h; `dil_kernels.ops.linear_head`
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,6 +35,7 @@ def _head_tile_kernel(
     state_ptr,  # (7, R) fp32: reference, rest, label, others_max, dot, total, uncapped
     grad_ptr,  # (R, n); may be the tile
     sums_ptr,  # (R, D) fp32
+    reference_ptr,  # (R,) fp32, a copy of the new reference
     stride_tile,
     stride_grad,
     R,
@@ -50,6 +50,7 @@ def _head_tile_kernel(
     SOFTCAP: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
     STATISTICS: tl.constexpr,
     BLOCK_V: tl.constexpr,  # >= n
     BLOCK_D: tl.constexpr,
@@ -57,12 +58,15 @@ def _head_tile_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_V)
     mask = columns < n
+    # First, so that they do not wait for the sums over the tile.
+    label = tl.load(labels_ptr + row) - start
+    reference = tl.load(state_ptr + row)
+    rest = tl.load(state_ptr + R + row)
     x = tl.load(tile_ptr + row * stride_tile + columns, mask=mask, other=0.0)
     y, z, slope = _post_process(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS, SOFTCAP)
     if STATISTICS:
         total = tl.load(state_ptr + 5 * R + row)
         tl.store(state_ptr + 5 * R + row, total + tl.sum(tl.where(mask, z * TOTAL_SCALE, 0.0), axis=0))
-    label = tl.load(labels_ptr + row) - start
     has_label = (label >= 0) & (label < n)
     others = tl.where(mask & (columns != label), z, -float("inf"))
     others_max = tl.max(others, axis=0)
@@ -71,8 +75,6 @@ def _head_tile_kernel(
         if SOFTCAP:
             tl.store(state_ptr + 6 * R + row, tl.sum(tl.where(columns == label, y, 0.0), axis=0))
 
-    reference = tl.load(state_ptr + row)
-    rest = tl.load(state_ptr + R + row)
     scale = inv_temperature * LOG2E
     new_reference = tl.where(others_max > reference + slack, others_max, reference)
     # While all is -inf, differences from any finite number are as good.
@@ -84,6 +86,8 @@ def _head_tile_kernel(
     # Every thread has loaded the reference when this sum has met across warps: only then may it be overwritten.
     sum_s = tl.sum(s, axis=0)
     tl.store(state_ptr + row, new_reference)
+    if HAS_REFERENCE:
+        tl.store(reference_ptr + row, new_reference)
     tl.store(state_ptr + R + row, rest * rescale + sum_s)
     if STATISTICS:
         highest = others_max
@@ -138,24 +142,38 @@ def _head_tile_grad_kernel(
 @triton.jit
 def _head_rescale_kernel(
     stash_ptr,  # (R, V)
-    factors_ptr,  # (tiles, R) fp32
+    references_ptr,  # (tiles, R) fp32, those that each tile was written with
+    reference_ptr,  # (R,) fp32, the last ones
+    labels_ptr,  # (R,) int64
+    label_grad_ptr,  # (R,) fp32
+    norm_ptr,  # (R,) fp32
     stride_stash,
     R,
     V,
     tile_columns,
+    inv_temperature,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    factor = tl.load(factors_ptr + tile * R + row)
+    before = tl.load(references_ptr + tile * R + row)
+    last = tl.load(reference_ptr + row)
+    norm = tl.load(norm_ptr + row)
+    label = tl.load(labels_ptr + row)
+    own = tl.load(label_grad_ptr + row) * norm
+    label = tl.where((label < 0) | (label >= V), 0, label)  # whose gradient is NaN
+    factor = tl.where(before == last, 1.0, tl.exp2((before - last) * (inv_temperature * LOG2E))) * norm
+    begin = tile * tile_columns
+    end = tl.minimum(begin + tile_columns, V)
+    row_ptr = stash_ptr + row * stride_stash
     if factor != 1.0:
-        begin = tile * tile_columns
-        end = tl.minimum(begin + tile_columns, V)
         for first in range(begin, end, BLOCK_V):
             offsets = first + tl.arange(0, BLOCK_V)
-            ptrs = stash_ptr + row * stride_stash + offsets
-            h = tl.load(ptrs, mask=offsets < end, other=0.0).to(tl.float32) * factor
-            tl.store(ptrs, h.to(stash_ptr.dtype.element_ty), mask=offsets < end)
+            h = tl.load(row_ptr + offsets, mask=offsets < end, other=0.0).to(tl.float32) * factor
+            h = tl.where(offsets == label, own, h)
+            tl.store(row_ptr + offsets, h.to(stash_ptr.dtype.element_ty), mask=offsets < end)
+    elif (label >= begin) & (label < end):
+        tl.store(row_ptr + label, own.to(stash_ptr.dtype.element_ty))
 
 
 def tile_launch_shape(columns: int) -> tuple[int, int]:
@@ -182,8 +200,9 @@ def head_tile(
     inv_temperature: float,
     slack: float,
     statistics: bool,
+    reference: Tensor | None = None,  # [R]
 ) -> None:
-    """As the op cpp_head_tile."""
+    """As the op cpp_head_tile; writes the new reference a second time, where asked."""
     R, n = tile.shape
     BLOCK_V, num_warps = tile_launch_shape(n)
     _head_tile_kernel[(R,)](
@@ -193,6 +212,7 @@ def head_tile(
         state,
         grad,
         sums,
+        reference,
         tile.stride(0),
         0 if grad is None else grad.stride(0),
         R,
@@ -207,6 +227,7 @@ def head_tile(
         SOFTCAP=softcap != 0.0,
         HAS_GRAD=grad is not None,
         HAS_SUMS=sums is not None,
+        HAS_REFERENCE=reference is not None,
         STATISTICS=statistics,
         BLOCK_V=BLOCK_V,
         BLOCK_D=SUMS_BLOCK_D,
@@ -249,16 +270,33 @@ def head_tile_grad(
     )
 
 
-def head_rescale(stash: Tensor, factors: Tensor, tile_columns: int) -> None:
-    """Multiply the columns of tile t of stash [R, V] by factors [t, R]; what does not change is not read."""
+def head_rescale(
+    stash: Tensor,  # [R, V]
+    references: Tensor,  # [tiles, R]
+    reference: Tensor,  # [R]
+    labels: Tensor,  # [R]
+    label_grad: Tensor,  # [R]
+    norm: Tensor,  # [R]
+    tile_columns: int,
+    inv_temperature: float,
+) -> None:
+    """Bring every tile of the stash to the last reference, times norm, and put the label's entry in.
+
+    What does not change is not read.
+    """
     R, V = stash.shape
-    _head_rescale_kernel[(R, factors.shape[0])](
+    _head_rescale_kernel[(R, references.shape[0])](
         stash,
-        factors.to(torch.float32).contiguous(),
+        references,
+        reference,
+        labels,
+        label_grad,
+        norm,
         stash.stride(0),
         R,
         V,
         tile_columns,
+        inv_temperature,
         BLOCK_V=min(RESCALE_BLOCK_V, max(32, triton.next_power_of_2(tile_columns))),
         num_warps=RESCALE_WARPS,
     )

@@ -18,23 +18,18 @@ of the head, four for rows without a stash, two for a frozen weight, one without
 from __future__ import annotations
 
 import contextlib
-import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dil_kernels.scalar_losses import tanh_slope
+from dil_kernels.ops.head_steps import RESCALED_ROWS, SCALED_ROWS, Head, TileShape, steps_of
 
-# A row's reference is renewed, and what was written with the old one rescaled, where another entry than the label
-# exceeds it by more (nats): small enough that s keeps its digits, large enough that it is rare.
-SLACK = 4.0
 # Rows of the stash start at multiples of this many elements, as fast matrix products want.
 STASH_ALIGNMENT = 64
-SCALED_ROWS = 1024
-RESCALED_ROWS = 32
-TOTAL_SCALE = 2.0**-24  # of the state `total`: csrc/cpu/row_kernels.h, kernels/scalar_math.py
+# On the GPU a chunk keeps the tensor cores busy and a tile of fp32 logits stays small (134 MB); on the CPU a tile of
+# logits and its part of the weight stay in the last-level cache.
+TILE_SHAPES = {"cuda": TileShape(4096, 8192), "cpu": TileShape(512, 4096)}
 
 
 def stash_stride(V: int) -> int:
@@ -45,50 +40,6 @@ def stash_stride(V: int) -> int:
 def stash_rows_within(stash_bytes: int, rows: int, V: int, dtype: torch.dtype) -> int:
     """How many of `rows` rows a stash of so many bytes holds."""
     return min(rows, stash_bytes // (stash_stride(V) * dtype.itemsize))
-
-
-class TileShape(NamedTuple):
-    """How many scored rows and vocabulary entries are computed at a time."""
-
-    rows: int
-    columns: int
-
-
-# On the GPU a chunk keeps the tensor cores busy and a tile of fp32 logits stays small (134 MB); on the CPU a tile of
-# logits and its part of the weight stay in the last-level cache.
-TILE_SHAPES = {"cuda": TileShape(4096, 8192), "cpu": TileShape(512, 4096)}
-
-
-@dataclass(frozen=True)
-class Head:
-    """The head and what follows it. `weight` [V, D], `bias` [V] or None; `softcap` 0 for none."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float
-    temperature: float
-    tile: TileShape
-    backend: str
-
-    @property
-    def accumulation_dtype(self) -> torch.dtype:
-        """Of tiles and sums."""
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-
-    @property
-    def operand_dtype(self) -> torch.dtype:
-        """Of the factors of matrix products: CPUs accumulate half precisions no better than they store them."""
-        return self.weight.dtype if self.weight.is_cuda else self.accumulation_dtype
-
-    def tiles(self) -> list[tuple[int, int]]:
-        """First and last + 1 vocabulary entry of each tile."""
-        V = self.weight.shape[0]
-        return [(start, min(start + self.tile.columns, V)) for start in range(0, V, self.tile.columns)]
-
-    def chunks(self, begin: int, end: int) -> list[tuple[int, int]]:
-        """First and last + 1 row of each chunk."""
-        return [(start, min(start + self.tile.rows, end)) for start in range(begin, end, self.tile.rows)]
 
 
 class HeadForward(NamedTuple):
@@ -102,36 +53,6 @@ class HeadForward(NamedTuple):
     factor: Tensor  # [M]
     sums: Tensor  # [M - stash rows, D], h @ weight of the others; [0, D] if not asked
     stash: Tensor  # [stash rows, V padded], h of the first rows
-
-
-def scored_rows(targets: Tensor, ignore_index: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Where the scored ones of targets [N] are, without a host sync.
-
-    Returns:
-        index [rows], padded with N where there are fewer; dropped [N] bool, scored rows for which there was no place.
-    """
-    N = targets.shape[0]
-    scored = targets != ignore_index
-    place = scored.cumsum(0) - 1
-    kept = scored & (place < rows)
-    index = targets.new_full((rows + 1,), N)
-    index.scatter_(0, torch.where(kept, place, rows), torch.arange(N, device=targets.device))
-    return index[:rows], scored & ~kept
-
-
-def gather_rows(values: Tensor, index: Tensor) -> Tensor:
-    """Rows of values [N, ...] by index, 0 for padding (what is not scored may hold anything)."""
-    N = values.shape[0]
-    if N == 0:
-        return values.new_zeros((index.shape[0], *values.shape[1:]))
-    padding = (index == N).view(-1, *[1] * (values.ndim - 1))
-    return values.index_select(0, index.clamp(max=N - 1)).masked_fill_(padding, 0)
-
-
-def scatter_rows(values: Tensor, index: Tensor, N: int) -> Tensor:
-    """[N, ...] with the given rows, 0 elsewhere; padding is dropped."""
-    out = values.new_zeros((N + 1, *values.shape[1:]))
-    return out.index_copy_(0, index, values)[:N]
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -163,60 +84,12 @@ def _grad_buffer(hidden: Tensor, tile_dtype: torch.dtype, rows: int, columns: in
     return None if hidden.dtype == tile_dtype else _Buffer(hidden, hidden.dtype, rows, columns)
 
 
-class _TileSteps:
-    """`head_tile` and `head_tile_grad` of the backend, with the options of a head."""
-
-    def __init__(self, head: Head, statistics: bool) -> None:
-        self.head = head
-        self.statistics = statistics
-        bias = head.bias
-        self._bias = None if bias is None else bias.to(head.accumulation_dtype).contiguous()
-        self._options = (head.logit_scale, head.softcap, 1.0 / head.temperature)
-
-    def _bias_of(self, start: int, end: int) -> Tensor | None:
-        return None if self._bias is None else self._bias[start:end]
-
-    def forward(
-        self, tile: Tensor, labels: Tensor, state: Tensor, grad: Tensor | None, sums: Tensor | None, start: int
-    ) -> None:
-        bias = self._bias_of(start, start + tile.shape[1])
-        options = (start, *self._options, SLACK * self.head.temperature, self.statistics)
-        if self.head.backend == "cpp":
-            torch.ops.dil_kernels.cpp_head_tile(tile, bias, labels, state, grad, sums, *options)
-        else:
-            from dil_kernels.kernels.linear_head import head_tile
-
-            head_tile(tile, bias, labels, state, grad, sums, *options)
-
-    def gradient(self, tile: Tensor, labels: Tensor, state: Tensor, grad: Tensor, start: int) -> None:
-        bias = self._bias_of(start, start + tile.shape[1])
-        if self.head.backend == "cpp":
-            torch.ops.dil_kernels.cpp_head_tile_grad(tile, bias, labels, state, grad, start, *self._options)
-        else:
-            from dil_kernels.kernels.linear_head import head_tile_grad
-
-            head_tile_grad(tile, bias, labels, state, grad, start, *self._options)
-
-    def rescale(self, stash: Tensor, factors: Tensor) -> None:
-        """Multiply tile t of stash [R, V] by factors [t, R], reading only what changes."""
-        if self.head.backend != "cpp":
-            from dil_kernels.kernels.linear_head import head_rescale
-
-            return head_rescale(stash, factors, self.head.tile.columns)
-        for (start, end), factor in zip(self.head.tiles(), factors, strict=True):
-            # A product of other dtypes than its output's takes wide copies: a few rows at a time.
-            for part, by in zip(stash[:, start:end].split(RESCALED_ROWS), factor.split(RESCALED_ROWS), strict=True):
-                if bool((by != 1).any()):
-                    part.mul_(by.unsqueeze(1))
-        return None
-
-
 def _fresh_state(like: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
     """reference, rest, label, others_max, dot, total, uncapped: see csrc/cpu/head_kernels.h."""
     state = torch.zeros(7, rows, dtype=dtype, device=like.device)
-    state[0].fill_(-math.inf)
-    state[2].fill_(math.nan)
-    state[3].fill_(-math.inf)
+    state[0].fill_(-torch.inf)
+    state[2].fill_(torch.nan)
+    state[3].fill_(-torch.inf)
     return state
 
 
@@ -232,130 +105,47 @@ def head_forward(
     statistics: bool,
 ) -> HeadForward:
     """Log-probs of the targets of at most `rows` scored rows, and what the backward needs."""
-    N, D = hidden.shape
+    D = hidden.shape[1]
     V = head.weight.shape[0]
     dtype = head.accumulation_dtype
-    index, dropped = scored_rows(targets, ignore_index, rows)
-    labels = gather_rows(targets, index)
-    logps, factor, reference, rest = (torch.empty(rows, dtype=dtype, device=hidden.device) for _ in range(4))
-    stats = torch.empty(3, rows if statistics else 0, dtype=dtype, device=hidden.device)
+    steps = steps_of(head, statistics=statistics)
+    scored = steps.select(targets, ignore_index, rows)
     sums = hidden.new_empty(rows - stash_rows if grad_hidden else 0, D)
     stash = hidden.new_empty(stash_rows, stash_stride(V))
-    steps = _TileSteps(head, statistics)
     chunk_rows = min(head.tile.rows, rows)
     columns = min(head.tile.columns, V)
     tile_buffer = _Buffer(hidden, dtype, chunk_rows, columns)
     grads = _grad_buffer(hidden, dtype, chunk_rows if grad_hidden and stash_rows < rows else 0, columns)
     # A stash ends a chunk, so that a chunk is kept whole or not at all.
     for begin, end in head.chunks(0, stash_rows) + head.chunks(stash_rows, rows):
-        R, kept = end - begin, begin < stash_rows
-        chunk = _Chunk(
-            hidden=gather_rows(hidden, index[begin:end]).to(head.operand_dtype),
-            labels=labels[begin:end],
-            state=_fresh_state(hidden, dtype, R),
-            sums=torch.zeros(R, D, dtype=dtype, device=hidden.device) if grad_hidden and not kept else None,
-            stash=stash[begin:end, :V] if kept else None,
-        )
-        references = []
-        for start, stop in head.tiles():
+        chunk, R = scored.part(begin, end), end - begin
+        kept = stash[begin:end, :V] if begin < stash_rows else None
+        references = hidden.new_empty(len(head.tiles()) if kept is not None else 0, R, dtype=dtype)
+        row_sums = torch.zeros(R, D, dtype=dtype, device=hidden.device) if grad_hidden and kept is None else None
+        x = steps.gather(hidden, chunk.index)
+        state = _fresh_state(hidden, dtype, R)
+        for number, (start, stop) in enumerate(head.tiles()):
             weight = head.weight[start:stop].to(head.operand_dtype)
-            tile = _product(tile_buffer.matrix(R, stop - start), chunk.hidden, weight.t())
-            grad = None
-            if chunk.stash is not None:
-                grad = chunk.stash[:, start:stop]
+            tile = _product(tile_buffer.matrix(R, stop - start), x, weight.t())
+            grad = reference = None
+            if kept is not None:
+                grad, reference = kept[:, start:stop], references[number]
             elif grad_hidden:
                 grad = tile if grads is None else grads.matrix(R, stop - start)
-            steps.forward(tile, chunk.labels, chunk.state, grad, chunk.sums, start)
-            if chunk.sums is not None:
+            steps.tile(tile, chunk.labels, state, grad, row_sums, start, reference)
+            if row_sums is not None:
                 assert grad is not None
-                _add_product(chunk.sums, grad.to(head.operand_dtype), weight)
-            if chunk.stash is not None:
-                references.append(chunk.state[0].clone())
+                _add_product(row_sums, grad.to(head.operand_dtype), weight)
             del weight  # before the next tile is converted
-        finished = _finish(chunk, head, torch.stack(references) if references else None, steps)
-        for whole, part in zip((logps, reference, rest, factor), finished[:4], strict=True):
-            whole[begin:end] = part
-        if statistics:
-            stats[:, begin:end] = finished.statistics
-        if chunk.sums is not None:
-            sums[begin - stash_rows : end - stash_rows] = chunk.sums
-        del chunk  # before the next one is gathered
-    all_logps = scatter_rows(logps, index, N).masked_fill(dropped, torch.nan)
-    all_stats = stats
-    if statistics:
-        all_stats = torch.stack([scatter_rows(s, index, N) for s in stats])
-        all_stats[:2].masked_fill_(dropped, torch.nan)
-    return HeadForward(all_logps, all_stats, index, reference, rest, factor, sums, stash)
-
-
-@dataclass
-class _Chunk:
-    hidden: Tensor  # [R, D]
-    labels: Tensor  # [R]
-    state: Tensor  # [7, R]
-    sums: Tensor | None  # [R, D], sum of h @ weight without the label's entry
-    stash: Tensor | None  # [R, V]
-
-
-class _Finished(NamedTuple):
-    logps: Tensor
-    reference: Tensor
-    rest: Tensor
-    factor: Tensor
-    statistics: Tensor
-
-
-def _finish(chunk: _Chunk, head: Head, references: Tensor | None, steps: _TileSteps) -> _Finished:
-    """Put the label's entry in, and bring everything to the row's last reference."""
-    reference, rest, label, others_max, dot, total, uncapped = chunk.state
-    T, V = head.temperature, head.weight.shape[0]
-    invalid = (chunk.labels < 0) | (chunk.labels >= V)
-    columns = chunk.labels.masked_fill(invalid, 0)
-    label = torch.where(invalid | (label == math.inf), math.nan, label)
-    # In units of whichever is larger, the label's term or the reference: neither overflows, and where the label
-    # dominates, 1 - p keeps its digits, and so does log p.
-    d = (label - reference) / T
-    e = torch.exp(-d.abs())
-    ahead = d >= 0
-    factor = torch.where(ahead, e / (1 + rest * e), 1 / (rest + e))  # 1 / sum of s, the label's included
-    behind = torch.where(e >= rest, -torch.log1p(rest / e), d - torch.log(rest + e))
-    logps = torch.where(ahead, -torch.log1p(rest * e), behind)
-    label_grad = rest
-    if head.softcap:
-        label_grad = rest * tanh_slope(uncapped / head.softcap)
-    label_grad = label_grad.masked_fill(invalid, math.nan)
-    spread = torch.where(ahead, rest * d - dot / T, -dot / T - torch.where(e == 0, 0, e * d))
-    spread = torch.where(rest == 0, 0, spread) * factor
-    statistics = torch.stack(
-        [
-            (total / V / TOTAL_SCALE / T).masked_fill(invalid, math.nan),
-            spread + torch.where(ahead, torch.log1p(rest * e), torch.log(rest + e)),
-            (((uncapped if head.softcap else label) >= others_max) & ~logps.isnan()).to(rest.dtype),
-        ]
-    )
-    norm = torch.ones_like(rest)
-    if head.weight.dtype == torch.float16:
-        # So that neither h nor c factor hidden leaves the range of fp16: the sum of -h is between 1 and 2.
-        exponent = torch.where(rest > 0, torch.log2(rest).floor(), 0)
-        norm = torch.exp2(-exponent)
-        reference = reference + exponent * (math.log(2.0) * T)
-    if chunk.sums is not None:
-        for begin, end in _row_slices(columns.shape[0]):
-            own_weight = head.weight.index_select(0, columns[begin:end])
-            chunk.sums[begin:end].addcmul_(label_grad[begin:end].unsqueeze(1), own_weight)
-        chunk.sums.mul_(norm.unsqueeze(1))
-    if chunk.stash is not None:
-        assert references is not None
-        steps.rescale(chunk.stash, _ratio(references, chunk.state[0], T) * norm)
-        # Not scatter_, which copies 16-bit tensors on the CPU.
-        own = (torch.arange(columns.shape[0], device=columns.device), columns)
-        chunk.stash.index_put_(own, (label_grad * norm).to(chunk.stash.dtype))
-    return _Finished(logps, reference, rest * norm, factor / norm, statistics)
-
-
-def _ratio(old: Tensor, new: Tensor, temperature: float) -> Tensor:
-    """exp((old - new) / temperature), exactly 1 where nothing changed."""
-    return torch.where(old == new, 1, torch.exp((old - new) / temperature))
+        label_grad, norm = steps.finish(state, chunk)
+        if row_sums is not None:
+            out = sums[begin - stash_rows : end - stash_rows]
+            steps.finish_sums(row_sums, chunk.labels, label_grad, norm, out)
+        if kept is not None:
+            steps.finish_stash(kept, references, state, chunk.labels, label_grad, norm)
+        del x, row_sums  # before the next ones are made
+    results = (scored.logps, scored.statistics, scored.index, scored.reference, scored.rest, scored.factor)
+    return HeadForward(*results, sums, stash)
 
 
 def head_backward(
@@ -371,54 +161,46 @@ def head_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden [N, D], weight [V, D] and bias [V], each if asked."""
     index, weight = forward.row_index, head.weight
-    c = gather_rows(grad_logps, index).to(head.accumulation_dtype) * (head.logit_scale / head.temperature)
-    coefs = c * forward.factor
-    stash_rows = forward.stash.shape[0]
+    M, stash_rows = index.shape[0], forward.stash.shape[0]
+    steps = steps_of(head, statistics=False)
+    coefs = steps.coefficients(grad_logps, index, forward.factor)
     d_hidden = None
     if grad_hidden:
-        N = grad_logps.shape[0]
-        d_hidden = weight.new_zeros(N + 1, weight.shape[1])
-        parts = ((_times_weight(forward.stash, head), 0), (forward.sums, stash_rows))
-        for values, offset in parts:
-            for begin, end in _row_slices(values.shape[0]):
-                r = slice(offset + begin, offset + end)
-                d_hidden.index_copy_(0, index[r], _scaled(values[begin:end], coefs[r], d_hidden.dtype))
-        del parts, values
-        d_hidden = d_hidden[:N]
+        d_hidden = weight.new_zeros(grad_logps.shape[0], weight.shape[1])
+        steps.scatter_scaled(_times_weight(forward.stash, head), index[:stash_rows], coefs[:stash_rows], d_hidden)
+        steps.scatter_scaled(forward.sums, index[stash_rows:], coefs[stash_rows:], d_hidden)
     if not (grad_weight or grad_bias):
         return d_hidden, None, None
     assert hidden is not None
-    scaled_x = hidden.new_empty(index.shape[0], hidden.shape[1], dtype=head.operand_dtype)
-    for begin, end in _row_slices(index.shape[0]):
-        scaled_x[begin:end] = _scaled(gather_rows(hidden, index[begin:end]), coefs[begin:end], scaled_x.dtype)
+    scaled_x = steps.gather_scaled(hidden, index, coefs)
     d_weight = weight.new_empty(weight.shape) if grad_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if grad_bias else None
     same_dtype = weight.dtype == head.operand_dtype
-    if stash_rows == index.shape[0] and d_bias is None and same_dtype:
+    if stash_rows == M and d_bias is None and same_dtype:
         assert d_weight is not None
         return d_hidden, _product(d_weight, forward.stash[:, : weight.shape[0]].t(), scaled_x), None
 
-    converted = not same_dtype or (grad_bias and weight.dtype != c.dtype)  # what of the stash is multiplied
-    steps = _TileSteps(head, statistics=False)
-    recompute = head.chunks(stash_rows, index.shape[0])
+    dtype = head.accumulation_dtype
+    converted = not same_dtype or (grad_bias and weight.dtype != dtype)  # what of the stash is multiplied
+    recompute = head.chunks(stash_rows, M)
     labels = state = None
     if recompute:
         assert targets is not None
-        labels = gather_rows(targets, index)
-        state = _fresh_state(hidden, c.dtype, index.shape[0])
+        labels = steps.labels(targets, index)
+        state = _fresh_state(hidden, dtype, M)
         state[0], state[1] = forward.reference, forward.rest
-    R, columns = min(head.tile.rows, index.shape[0] - stash_rows), min(head.tile.columns, weight.shape[0])
-    tile_buffer = _Buffer(hidden, c.dtype, R, columns)
-    grads = _grad_buffer(hidden, c.dtype, R, columns)
+    R, columns = min(head.tile.rows, M - stash_rows), min(head.tile.columns, weight.shape[0])
+    tile_buffer = _Buffer(hidden, dtype, R, columns)
+    grads = _grad_buffer(hidden, dtype, R, columns)
     alone = stash_rows == 0 and len(recompute) == 1 and same_dtype  # nothing to add up
-    sums_buffer = _Buffer(hidden, c.dtype, 0 if alone or not grad_weight else columns, weight.shape[1])
+    sums_buffer = _Buffer(hidden, dtype, 0 if alone or not grad_weight else columns, weight.shape[1])
     for start, stop in head.tiles():
         weight_sums = bias_sums = None
         if grad_weight:
             assert d_weight is not None
             weight_sums = d_weight[start:stop] if alone else sums_buffer.matrix(stop - start, weight.shape[1]).zero_()
         if grad_bias:
-            bias_sums = torch.zeros(stop - start, dtype=c.dtype, device=weight.device)
+            bias_sums = torch.zeros(stop - start, dtype=dtype, device=weight.device)
         if stash_rows:
             for begin, end in head.chunks(0, stash_rows) if converted else [(0, stash_rows)]:
                 h = forward.stash[begin:end, start:stop]
@@ -427,11 +209,11 @@ def head_backward(
             assert labels is not None
             assert state is not None
             tile = tile_buffer.matrix(end - begin, stop - start)
-            x = gather_rows(hidden, index[begin:end]).to(head.operand_dtype)
+            x = steps.gather(hidden, index[begin:end])
             _product(tile, x, weight[start:stop].to(head.operand_dtype).t())
             del x
             h = tile if grads is None else grads.matrix(end - begin, stop - start)
-            steps.gradient(tile, labels[begin:end], state[:, begin:end].contiguous(), h, start)
+            steps.tile_again(tile, labels[begin:end], state[:, begin:end].contiguous(), h, start)
             _add_weighted_rows(h, scaled_x[begin:end], coefs[begin:end], weight_sums, bias_sums, alone=alone)
         if d_weight is not None and weight_sums is not None and not alone:
             d_weight[start:stop] = weight_sums
@@ -452,18 +234,6 @@ def _times_weight(stash: Tensor, head: Head) -> Tensor:
             _add_product(out[begin:end], stash[begin:end, start:stop].to(out.dtype), weight)
         del weight  # before the next tile is converted
     return out
-
-
-def _scaled(values: Tensor, coefs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Row r of values [R, D] times coefs[r], rounded once."""
-    if values.dtype == coefs.dtype or values.is_cuda:
-        return (values * coefs.unsqueeze(1)).to(dtype)
-    return values.to(coefs.dtype).mul_(coefs.unsqueeze(1)).to(dtype)  # the product would convert a copy of its own
-
-
-def _row_slices(rows: int) -> list[tuple[int, int]]:
-    """Rows to scale at a time, in a temporary of little size."""
-    return [(begin, min(begin + SCALED_ROWS, rows)) for begin in range(0, rows, SCALED_ROWS)]
 
 
 def _add_weighted_rows(
