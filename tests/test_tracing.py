@@ -43,7 +43,9 @@ def outputs_and_gradients(call: Call, run: Any, tensors: dict[str, Tensor], opti
     outputs = run(tensors, options)
     differentiable = [x for x in outputs if x.requires_grad]
     inputs = [tensors[name] for name in call.gradients]
-    upstream = [torch.linspace(1.0, 2.0, x.numel()).view(x.shape).to(x.dtype) for x in differentiable]
+    # The device is given, as `torch.device` may not reach linspace: transformers replaces that while it loads a model,
+    # and torch keeps the functions that it reaches as they were when it first asked for them.
+    upstream = [torch.linspace(1.0, 2.0, x.numel(), device=x.device).view(x.shape).to(x.dtype) for x in differentiable]
     gradients = torch.autograd.grad(differentiable, inputs, upstream) if inputs else ()
     return [x.detach() for x in (*outputs, *gradients)]
 
