@@ -3,7 +3,8 @@
     python tests/versions/stub_cuda.py      in the environment whose torch was installed with --no-deps
 
 PyPI has no CPU build of torch for Linux, and its CUDA build draws some gigabytes of libraries that a test on the CPU
-never calls. Every function here returns 100, CUDA's "no device". Needs a C compiler and binutils.
+never calls. Every function here returns 100, CUDA's "no device", but for those in ANSWERS. Needs a C compiler and
+binutils.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from pathlib import Path
 
 CUDA_LIBRARY = re.compile(r"lib(cu|nv|nccl)\S*\.so\.\d+$")
 CUDA_FUNCTION = re.compile(r"_*(cu|nv|nccl)\w+$")
+ANSWERS = {
+    "cudaStreamIsCapturing": "long cudaStreamIsCapturing(void* stream, int* status) { return *status = 0; }",
+    "cudaGetErrorName": 'const char* cudaGetErrorName(int error) { return "cudaErrorNoDevice"; }',
+    "cudaGetErrorString": 'const char* cudaGetErrorString(int error) { return "no device (a stand-in for CUDA)"; }',
+}
 
 
 def output_of(*command: str | Path) -> str:
@@ -47,7 +53,7 @@ def main() -> None:
         anywhere = functions[""] if library == missing[0] else set()
         source, script = folder / "stub.c", folder / "stub.map"
         names = sorted(anywhere.union(*nodes.values()))
-        source.write_text("".join(f"long {name}(void) {{ return 100; }}\n" for name in names))
+        source.write_text("\n".join(ANSWERS.get(name, f"long {name}(void) {{ return 100; }}") for name in names))
         script.write_text(
             "".join(f"{node} {{ {' '.join(f'{n};' for n in nodes[node])} }};\n" for node in nodes) or "{ };"
         )
