@@ -244,9 +244,10 @@ def test_packed_equals_padded(impl: Implementation, data: st.DataObject) -> None
 
 @every_implementation
 def test_sequence_sums_are_exact_for_long_sequences(impl: Implementation) -> None:
+    tokens = 300 if impl == Implementation("triton", "cpu") else 3000  # the interpreter takes 10 ms a row
     gen = torch.Generator().manual_seed(0)
-    logits = 5.0 * torch.randn(1, 3000, 11, generator=gen)
-    labels = torch.randint(0, 11, (1, 3000), generator=gen)
+    logits = 5.0 * torch.randn(1, tokens, 11, generator=gen)
+    labels = torch.randint(0, 11, (1, tokens), generator=gen)
     truth = sequence_logps(logits.double(), labels, backend="eager")
     actual = sequence_logps(logits.to(impl.device), labels.to(impl.device), backend=impl.backend)
     torch.testing.assert_close(actual.cpu().double(), truth, rtol=3e-7, atol=0.0)
