@@ -53,6 +53,22 @@ def without_labels(grad: torch.Tensor, problem: Problem) -> torch.Tensor:
     return grad
 
 
+def rounded_exponents(grad: torch.Tensor, problem: Problem) -> float:
+    """The largest entry of a gradient times what its exponentials are taken of, in last places of its dtype.
+
+    An exponential in fp32, of the softmax or of softcapping's slope, is relative to itself as uncertain as its argument
+    is. Eager may be luckier than that, and its error no measure: in a row of two entries there is but one exponential.
+    """
+    x, cap = problem.logits.detach().double(), problem.softcapping
+    capped = x if cap is None else cap * torch.tanh(x / cap)
+    exponents = (capped / problem.temperature).log_softmax(-1).abs()
+    if cap is not None:  # the slope, and what the largest logit is taken from, which is rounded itself
+        exponents = exponents + 2 * (x / cap).abs() + 2 * capped.abs().amax(-1, keepdim=True) / problem.temperature
+    exponents = exponents[:, : x.shape[1] - problem.shift]
+    terms = (grad[:, : exponents.shape[1]].double().abs() * exponents).nan_to_num(0.0, 0.0)
+    return terms.max().item() * torch.finfo(torch.float32).eps / torch.finfo(problem.logits.dtype).eps
+
+
 @every_kernel
 @given(problem=problems())
 def test_forward_and_backward_match_the_oracle(impl: Implementation, problem: Problem) -> None:
@@ -62,10 +78,14 @@ def test_forward_and_backward_match_the_oracle(impl: Implementation, problem: Pr
     assert actual[0].dtype == torch.float32
     assert actual[1].dtype == problem.logits.dtype
     assert_as_exact_as_eager(actual[0], eager[0], truth[0], "logps", unresolved=FP64_EPS)
-    assert_as_exact_as_eager(actual[1], eager[1], truth[1], "grad_logits", unresolved=FP64_EPS)
     # The entries of the labels are large; without them, those of the softmax are judged by their own size.
     softmax = [without_labels(grad, problem) for _, grad in (actual, eager, truth)]
-    assert_as_exact_as_eager(*softmax, "grad_logits apart from the labels")
+    for name, (*grads, true_grad), unresolved in (
+        ("grad_logits", [grad for _, grad in (actual, eager, truth)], FP64_EPS),
+        ("grad_logits apart from the labels", softmax, 0.0),
+    ):
+        magnitude = rounded_exponents(true_grad, problem)
+        assert_as_exact_as_eager(*grads, true_grad, name, magnitude=magnitude, unresolved=unresolved)
 
 
 @given(problem=problems(dtypes=(torch.float64,)))
