@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dil_kernels.kernels import head_rows as head_rows_kernels
 from dil_kernels.kernels import launch
 from dil_kernels.kernels import linear_head as linear_head_kernels
 from dil_kernels.kernels import logps as logps_kernels
@@ -146,7 +147,8 @@ def linear_head(arch: int) -> Iterator[Kernel]:
     kernels, V = linear_head_kernels, 128256
     n = TILE_SHAPES["cuda"].columns
     block, warps = kernels.tile_launch_shape(n)
-    tensors = ("tile_ptr", "bias_ptr", "state_ptr", "sums_ptr", "factors_ptr")
+    tensors = ("tile_ptr", "bias_ptr", "state_ptr", "sums_ptr", "references_ptr", "reference_ptr", "norm_ptr")
+    tensors += ("label_grad_ptr",)
     numbers = ("logit_scale", "softcap", "inv_temperature", "slack")
     aligned = {"stride_tile", "stride_grad", "stride_stash", "R", "n", "D", "V", "start", "tile_columns"}
     tile = {"BLOCK_V": block, "BLOCK_D": kernels.SUMS_BLOCK_D}
@@ -154,15 +156,16 @@ def linear_head(arch: int) -> Iterator[Kernel]:
         types = dict.fromkeys(tensors, "*fp32") | dict.fromkeys(numbers, "fp32") | {"labels_ptr": "*i64"}
         types |= {"grad_ptr": pointer, "stash_ptr": pointer}
         for variant, flags in (
-            ("kept", {"HAS_GRAD": True, "HAS_SUMS": False}),
-            ("not kept", {"HAS_GRAD": True, "HAS_SUMS": True}),
-            ("inference+statistics", {"HAS_GRAD": False, "HAS_SUMS": False}),
-            ("softcapping+bias", {"HAS_GRAD": True, "HAS_SUMS": True}),
+            ("kept", {"HAS_GRAD": True, "HAS_SUMS": False, "HAS_REFERENCE": True}),
+            ("not kept", {"HAS_GRAD": True, "HAS_SUMS": True, "HAS_REFERENCE": False}),
+            ("inference+statistics", {"HAS_GRAD": False, "HAS_SUMS": False, "HAS_REFERENCE": False}),
+            ("softcapping+bias", {"HAS_GRAD": True, "HAS_SUMS": True, "HAS_REFERENCE": False}),
         ):
             processed = {"HAS_BIAS": "bias" in variant, "SOFTCAP": "softcapping" in variant}
-            statistics = {"STATISTICS": "statistics" in variant}
+            statistics = {"STATISTICS": "statistics" in variant, "WHOLE": True}
             source = specialise(kernels._head_tile_kernel, types, flags | processed | statistics | tile, aligned)
-            yield Kernel("head_tile", variant, arch, dtype, V, warps, source)
+            limit = kernels.CAPPED_REGISTERS if processed["SOFTCAP"] else None
+            yield Kernel("head_tile", variant, arch, dtype, V, warps, source, limit)
         for variant, flag in (("plain", False), ("softcapping+bias", True)):
             constants = {"HAS_BIAS": flag, "SOFTCAP": flag, "BLOCK_V": kernels.GRAD_BLOCK_V}
             source = specialise(kernels._head_tile_grad_kernel, types, constants, aligned)
@@ -171,8 +174,42 @@ def linear_head(arch: int) -> Iterator[Kernel]:
         yield Kernel("head_rescale", "plain", arch, dtype, V, kernels.RESCALE_WARPS, source)
 
 
+def head_rows(arch: int) -> Iterator[Kernel]:
+    """What happens to the rows of the head around its tiles, at D = 4096; the dtype is that of hidden states."""
+    kernels, V = head_rows_kernels, 128256
+    fp32 = ("logps_ptr", "statistics_ptr", "reference_ptr", "rest_ptr", "factor_ptr", "label_grad_ptr", "norm_ptr")
+    fp32 += ("state_ptr", "coefs_ptr", "grad_logps_ptr", "sums_ptr")
+    types = dict.fromkeys(fp32, "*fp32") | dict.fromkeys(("softcap", "temperature", "scale"), "fp32")
+    types |= dict.fromkeys(("index_ptr", "labels_ptr", "targets_ptr"), "*i64")
+    aligned = {"stride_values", "stride_weight", "N", "M", "R", "D", "V"}
+    rows, columns = {"BLOCK": kernels.ROW_BLOCK}, {"BLOCK_D": kernels.COLUMNS}
+    finish = {"SOFTCAP": True, "STATISTICS": True, "NORMALISE": True} | rows
+    for dtype, (pointer, _) in DTYPES.items():
+        types |= dict.fromkeys(("out_ptr", "values_ptr", "weight_ptr"), pointer)
+        for fn, variant, constants, warps in (
+            (kernels._gather_rows_kernel, "plain", {"SCALED": False} | columns, kernels.COLUMN_WARPS),
+            (kernels._gather_rows_kernel, "scaled", {"SCALED": True} | columns, kernels.COLUMN_WARPS),
+            (kernels._scatter_rows_kernel, "scaled", columns, kernels.COLUMN_WARPS),
+            (kernels._finish_sums_kernel, "plain", columns, kernels.COLUMN_WARPS),
+        ):
+            name = fn.__name__.strip("_").removesuffix("_kernel")
+            yield Kernel(name, variant, arch, dtype, V, warps, specialise(fn, types, constants, aligned))
+    select = {"STATISTICS": True, "BLOCK": kernels.SELECT_BLOCK}
+    for fn, variant, constants, warps in (
+        (kernels._select_rows_kernel, "statistics", select, kernels.SELECT_WARPS),
+        (kernels._coefficients_kernel, "plain", rows, kernels.ROW_WARPS),
+        (kernels._finish_rows_kernel, "softcapping+statistics", finish, kernels.ROW_WARPS),
+    ):
+        name = fn.__name__.strip("_").removesuffix("_kernel")
+        yield Kernel(name, variant, arch, "fp32", V, warps, specialise(fn, types, constants, aligned))
+
+
 # Family -> its kernels for an architecture. Each has a report of its own.
-FAMILIES: dict[str, Callable[[int], Iterator[Kernel]]] = {"linear_head": linear_head, "logps": logps}
+FAMILIES: dict[str, Callable[[int], Iterator[Kernel]]] = {
+    "head_rows": head_rows,
+    "linear_head": linear_head,
+    "logps": logps,
+}
 SAMPLE_STEP = 13  # every 13th kernel falls on each architecture, dtype and variant, and is what a test can afford
 
 

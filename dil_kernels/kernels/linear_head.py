@@ -52,6 +52,7 @@ def _head_tile_kernel(
     HAS_SUMS: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     STATISTICS: tl.constexpr,
+    WHOLE: tl.constexpr,  # BLOCK_V == n
     BLOCK_V: tl.constexpr,  # >= n
     BLOCK_D: tl.constexpr,
 ):
@@ -62,18 +63,21 @@ def _head_tile_kernel(
     label = tl.load(labels_ptr + row) - start
     reference = tl.load(state_ptr + row)
     rest = tl.load(state_ptr + R + row)
-    x = tl.load(tile_ptr + row * stride_tile + columns, mask=mask, other=0.0)
+    x_ptr = tile_ptr + row * stride_tile
+    # Whole tiles need no mask, and few tiles hold the label.
+    x = tl.load(x_ptr + columns) if WHOLE else tl.load(x_ptr + columns, mask=mask, other=0.0)
     y, z, slope = _post_process(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS, SOFTCAP)
     if STATISTICS:
         total = tl.load(state_ptr + 5 * R + row)
         tl.store(state_ptr + 5 * R + row, total + tl.sum(tl.where(mask, z * TOTAL_SCALE, 0.0), axis=0))
-    has_label = (label >= 0) & (label < n)
-    others = tl.where(mask & (columns != label), z, -float("inf"))
-    others_max = tl.max(others, axis=0)
-    if has_label:
-        tl.store(state_ptr + 2 * R + row, tl.sum(tl.where(columns == label, z, 0.0), axis=0))
+    others = z if WHOLE else tl.where(mask, z, -float("inf"))
+    if (label >= 0) & (label < n):
+        own = columns == label.to(tl.int32)
+        others = tl.where(own, -float("inf"), others)
+        tl.store(state_ptr + 2 * R + row, tl.sum(tl.where(own, z, 0.0), axis=0))
         if SOFTCAP:
-            tl.store(state_ptr + 6 * R + row, tl.sum(tl.where(columns == label, y, 0.0), axis=0))
+            tl.store(state_ptr + 6 * R + row, tl.sum(tl.where(own, y, 0.0), axis=0))
+    others_max = tl.max(others, axis=0)
 
     scale = inv_temperature * LOG2E
     new_reference = tl.where(others_max > reference + slack, others_max, reference)
@@ -98,7 +102,11 @@ def _head_tile_kernel(
         dot = tl.where(new_reference == reference, tl.load(state_ptr + 4 * R + row), dot)
         tl.store(state_ptr + 4 * R + row, dot + tl.sum(s * tl.where(s == 0.0, 0.0, d), axis=0))
     if HAS_GRAD:
-        tl.store(grad_ptr + row * stride_grad + columns, (-s * slope).to(grad_ptr.dtype.element_ty), mask=mask)
+        h = (-s * slope).to(grad_ptr.dtype.element_ty)
+        if WHOLE:
+            tl.store(grad_ptr + row * stride_grad + columns, h)
+        else:
+            tl.store(grad_ptr + row * stride_grad + columns, h, mask=mask)
     if HAS_SUMS:  # noqa: SIM102 (one is known when compiling)
         if rescale != 1.0:
             for first in range(0, D, BLOCK_D):
@@ -135,6 +143,7 @@ def _head_tile_grad_kernel(
     rest = tl.load(state_ptr + R + row)
     origin = tl.where(reference == -float("inf"), 0.0, reference)
     label = tl.load(labels_ptr + row) - start
+    label = tl.where((label >= 0) & (label < n), label, -1).to(tl.int32)
     g = tl.where(columns == label, rest, -tl.exp2((z - origin) * (inv_temperature * LOG2E))) * slope
     tl.store(grad_ptr + row * stride_grad + columns, g.to(grad_ptr.dtype.element_ty), mask=mask)
 
@@ -182,6 +191,7 @@ def tile_launch_shape(columns: int) -> tuple[int, int]:
     return block, min(16, max(1, block // 512))
 
 
+CAPPED_REGISTERS = 128  # a thread; left to itself, the assembler spills the tile kernel with softcapping on sm_100
 GRAD_BLOCK_V, GRAD_WARPS = 4096, 8
 RESCALE_BLOCK_V, RESCALE_WARPS = 4096, 8
 SUMS_BLOCK_D = 1024
@@ -229,9 +239,11 @@ def head_tile(
         HAS_SUMS=sums is not None,
         HAS_REFERENCE=reference is not None,
         STATISTICS=statistics,
+        WHOLE=n == BLOCK_V,
         BLOCK_V=BLOCK_V,
         BLOCK_D=SUMS_BLOCK_D,
         num_warps=num_warps,
+        maxnreg=None if softcap == 0.0 else CAPPED_REGISTERS,
     )
 
 

@@ -1,4 +1,4 @@
-"""The compiled PTX of what happens between the matrix products of the head, tile by tile, against fp64."""
+"""The compiled PTX of the head between its matrix products, tile by tile and row by row, against fp64."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
 given = options(__doc__.splitlines()[0])
 executor = install(given)
 
+from dil_kernels.kernels import head_rows, scalar_math  # noqa: E402
 from dil_kernels.kernels import linear_head as head  # noqa: E402
-from dil_kernels.kernels import scalar_math  # noqa: E402
+from dil_kernels.ops.head_steps import CppSteps, Head, Rows, TileShape  # noqa: E402
 
 STATE = ("reference", "rest", "label", "largest other", "dot", "total", "label uncapped")
 RTOL = {torch.float32: 3e-5, torch.bfloat16: 2.0**-8 * 1.02, torch.float16: 2.0**-10}
@@ -111,8 +112,11 @@ def check_tile(check: Check, gen: torch.Generator, dtype: torch.dtype, n: int, R
     elif kind == "sums":
         grad = tile if over_the_tile else torch.full((R, n), math.nan, dtype=dtype)
     how = (start, scale, cap, inverse_temperature)
-    head.head_tile(tile, bias, label + start, state, grad, sums, *how, slack, statistics)
+    reference = torch.full((R,), math.nan) if kind == "kept" else None
+    head.head_tile(tile, bias, label + start, state, grad, sums, *how, slack, statistics, reference)
     check.launched(what)
+    if reference is not None:
+        check.expect(what, torch.equal(reference, state[0]), "the copy of the reference is another")
     for k, name in enumerate(STATE):
         if k not in (3, 4, 5) or statistics:
             check.close(what, name, state[k], wanted_state[k], 1e-5, 1e-11 if name == "total" else 1e-5)
@@ -133,27 +137,119 @@ def check_tile(check: Check, gen: torch.Generator, dtype: torch.dtype, n: int, R
 
 def check_rescale(check: Check, gen: torch.Generator, dtype: torch.dtype, n: int, R: int) -> None:
     what = ("rescale", str(dtype)[6:], n)
-    V, columns = n + 7, max(1, n // 2 // 16 * 16 or 16)
+    V, columns, inverse_temperature = n + 7, max(1, n // 2 // 16 * 16 or 16), 1 / 0.7
     whole = torch.randn(R, -(-V // 64) * 64, generator=gen).to(dtype)
     before, stash = whole.clone(), whole[:, :V]
-    factors = torch.rand(-(-V // columns), R, generator=gen)
-    factors[:, 1] = 1.0
-    head.head_rescale(stash, factors, columns)
+    references = torch.randn(-(-V // columns), R, generator=gen)
+    last, norm = references.amax(0), torch.ones(R)
+    norm[0] = 0.25
+    references[:, 1] = last[1] = -math.inf
+    labels, label_grad = torch.randint(0, V, (R,), generator=gen), torch.rand(R, generator=gen)
+    labels[-1], label_grad[-1] = -1, math.nan
+    head.head_rescale(stash, references, last, labels, label_grad, norm, columns, inverse_temperature)
     check.launched(what)
-    wanted = before.double()[:, :V] * factors.double().repeat_interleave(columns, 0)[:V].t()
+    ratio = torch.where(references == last, 0.0, (references - last).double()).mul(inverse_temperature).exp() * norm
+    wanted = before.double()[:, :V] * ratio.repeat_interleave(columns, 0)[:V].t()
+    wanted[torch.arange(R), labels.clamp(min=0)] = (label_grad * norm).double()
     rtol = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
     check.close(what, "rescaled", stash, wanted, rtol, 1e-7)
-    untouched = torch.equal(whole[:, V:], before[:, V:]) and torch.equal(whole[1], before[1])
+    unchanged = torch.arange(V) != labels[1]
+    untouched = torch.equal(whole[:, V:], before[:, V:]) and torch.equal(
+        whole[1, :V][unchanged], before[1, :V][unchanged]
+    )
     check.expect(what, untouched, "what was not to be rescaled changed")
 
 
+def check_rows(check: Check, gen: torch.Generator, dtype: torch.dtype, N: int, M: int, D: int) -> None:
+    """Selecting, gathering, scattering: exact, or one rounding."""
+    what = ("rows", str(dtype)[6:], N, M, D)
+    targets = torch.randint(0, 50, (N,), generator=gen)
+    targets[torch.rand(N, generator=gen) < 0.4] = -100
+    index, labels = torch.empty(2, M, dtype=torch.int64)
+    logps, statistics = torch.empty(N), torch.empty(3, N)
+    head_rows.select_rows(targets, -100, M, index, labels, logps, statistics)
+    check.launched(what)
+    scored = (targets != -100).nonzero()[:, 0]
+    wanted = torch.cat([scored, torch.full((M,), N)])[:M]
+    padded = torch.cat([targets, torch.zeros(1, dtype=torch.int64)])
+    beyond = torch.zeros(N)
+    beyond[scored[M:]] = math.nan
+    check.expect(what, torch.equal(index, wanted) and torch.equal(labels, padded[wanted]), "other rows were selected")
+    for values in (logps, *statistics[:2]):
+        check.close(what, "log-probs to begin with", values, beyond.double(), 0.0, 0.0)
+    check.expect(what, not statistics[2].any(), "hits to begin with")
+
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[dtype]
+    values = torch.randn(N, D + 3, generator=gen).to(dtype)[:, :D]
+    grad_logps, factor = torch.randn(2 * N, generator=gen)[::2], torch.rand(M, generator=gen)
+    coefs = head_rows.coefficients(grad_logps, index, factor, 0.7)
+    padded_grad = torch.cat([grad_logps, torch.zeros(1)]).double()
+    check.launched(what)
+    check.close(what, "coefficients", coefs, 0.7 * factor.double() * padded_grad[index], 1e-6, 0.0)
+    padded_values = torch.cat([values, torch.zeros(1, D, dtype=dtype)]).double()
+    for scale in (None, coefs):
+        gathered = head_rows.gather_rows(values, index, scale, torch.full((M, D), math.nan, dtype=dtype))
+        check.launched(what)
+        wanted = padded_values[index] * (1.0 if scale is None else scale.double()[:, None])
+        check.close(what, "gathered", gathered, wanted, rounding, 1e-7)
+    out = torch.zeros(N, D, dtype=dtype)
+    head_rows.scatter_rows(gathered, index, coefs, out)
+    check.launched(what)
+    wanted = torch.zeros(N + 1, D, dtype=torch.float64)
+    wanted[index] = gathered.double() * coefs.double()[:, None]
+    check.close(what, "scattered", out, wanted[:N], rounding, 1e-7)
+
+
+def check_finish(check: Check, gen: torch.Generator, dtype: torch.dtype, R: int, cap: float) -> None:
+    """Against the steps of the CPU in fp64."""
+    what = ("finish", str(dtype)[6:], R, cap)
+    N, V, D, T = R + 5, 1000, 70, 0.7
+    state = torch.randn(7, R, generator=gen) * 3
+    state[1] = torch.rand(R, generator=gen) * 90
+    state[0], state[1, 1::7], state[0, 2::7] = 10 + state[0], 0.0, -60.0
+    state[2, 3::7] = 40.0
+    labels = torch.randint(0, V, (R,), generator=gen)
+    labels[4::7] = V
+    index = torch.randperm(N, generator=gen)[:R]
+    index[-1] = N
+    weight = torch.randn(V, D, generator=gen).to(dtype)
+    sums = torch.randn(R, D, generator=gen)
+
+    def rows_in(accumulated: torch.dtype) -> Rows:
+        results = (torch.zeros(size, dtype=accumulated) for size in (N, 3 * N, R, R, R))
+        logps, statistics, *of_rows = results
+        return Rows(index, labels, logps, statistics.view(3, N), *of_rows)
+
+    rows, true = rows_in(torch.float32), rows_in(torch.float64)
+    exact = CppSteps(Head(weight, None, 1.0, cap, T, TileShape(64, 64), "cpp"), True)
+    true_label_grad, true_norm = exact.finish(state.double(), true)
+    of_rows = (rows.logps, rows.statistics, rows.reference, rows.rest, rows.factor)
+    label_grad, norm = head_rows.finish_rows(state, labels, index, *of_rows, V, cap, T, dtype == torch.float16)
+    out = torch.empty(R, D, dtype=dtype)
+    head_rows.finish_sums(sums, weight, labels, label_grad, norm, out)
+    check.launched(what)
+    for name in ("logps", "statistics", "reference", "rest", "factor"):  # 60 nats in fp32 are within 4e-6
+        check.close(what, name, getattr(rows, name), getattr(true, name), 8e-6, 1e-6 if name == "statistics" else 1e-30)
+    check.close(what, "label_grad", label_grad, true_label_grad, 1e-5, 1e-30)
+    check.close(what, "norm", norm, true_norm, 0.0, 0.0)
+    true_out = torch.empty(R, D, dtype=torch.float64)
+    exact.finish_sums(sums.double(), labels, true_label_grad, true_norm, true_out)
+    check.close(what, "sums", out, true_out, RTOL[dtype] * 1.1, 1e-5)
+
+
 def main() -> None:
-    check = Check(executor, stop_early=given.plant is not None, sources=[head.__file__, scalar_math.__file__])
+    check = Check(
+        executor, stop_early=given.plant is not None, sources=[head.__file__, head_rows.__file__, scalar_math.__file__]
+    )
     gen = torch.Generator().manual_seed(1)
     for dtype, n, R, D in SHAPES:
         for mode in MODES:
             check_tile(check, gen, dtype, n, R, D, mode)
         check_rescale(check, gen, dtype, n, R)
+    for dtype, cap in ((torch.float32, 0.0), (torch.bfloat16, 20.0), (torch.float16, 0.0)):
+        check_finish(check, gen, dtype, 300, cap)
+        for N, M, D in ((5000, 4000, 7), (70, 30, 2100), (3, 0, 5)):
+            check_rows(check, gen, dtype, N, M, D)
     check.finish()
 
 

@@ -22,7 +22,7 @@ ARCHITECTURES = {80: (8, 0), 90: (9, 0), 100: (10, 0), 120: (12, 0)}
 BENIGN = {
     ("_logps_bwd_kernel", "tl.store(dx_ptr + edge, dx_edge"),
     ("_head_tile_kernel", "tl.store(state_ptr + 3 * R"),
-    ("_head_rescale_kernel", "tl.store(ptrs, h"),
+    ("_head_rescale_kernel", "tl.store(row_ptr + offsets, h"),
 }
 
 

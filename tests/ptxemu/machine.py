@@ -164,7 +164,7 @@ class Run:
                 "or": np.bitwise_or,
                 "xor": np.bitwise_xor,
             }[kind]
-        return np.repeat(f.reduce(value, axis=1), 32)
+        return np.repeat(f.reduce(value, axis=1).astype(value.dtype), 32)  # sums of integers come back wider
 
     def ldmatrix(self, address, count, mask, where):
         if mask is not None and not np.broadcast_to(mask, (self.n,)).reshape(-1, 32).any(axis=1).any():
