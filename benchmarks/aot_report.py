@@ -118,21 +118,21 @@ def logps(arch: int) -> Iterator[Kernel]:
                 forward = shapes.forward.of(cap + statistics)
                 many = launch.forward_launch(forward, 10**6, V, itemsize, 1)
                 few = launch.forward_launch(forward, 1, V, itemsize, 10**6)
-                tile = {"ROWS": many.ROWS, "BLOCK_V": many.BLOCK_V}
+                tile = {"ROWS": many.ROWS, "BLOCK_V": many.BLOCK_V, "STAGES": many.STAGES}
                 found: list[tuple[triton.JITFunction, dict[str, int], int]] = [
                     (logps_kernels._logps_fwd_kernel, how | tile | {"STATISTICS": statistics}, many.num_warps)
                 ]
                 if few.splits > 1:
                     split = how | {"STATISTICS": statistics, "SPLITS": few.splits}
-                    tile = {"ROWS": few.ROWS, "BLOCK_V": few.BLOCK_V}
+                    tile = {"ROWS": few.ROWS, "BLOCK_V": few.BLOCK_V, "STAGES": few.STAGES}
                     found += [
                         (logps_kernels._logps_split_kernel, split | tile, few.num_warps),
                         (logps_kernels._logps_merge_kernel, split, 1),
                     ]
                 if not statistics:
                     backward = shapes.capped_backward if cap else shapes.backward
-                    block, num_warps = launch.backward_launch(backward, V, itemsize)
-                    constants = how | {"SAME_PHASE": True, "BLOCK_V": block}
+                    tiles, block, stages, num_warps = launch.backward_launch(backward, V, itemsize)
+                    constants = how | {"SAME_PHASE": True, "TILES": tiles, "BLOCK_V": block, "STAGES": stages}
                     found.append((logps_kernels._logps_bwd_kernel, constants, num_warps))
                 for fn, constants, num_warps in found:
                     name = fn.__name__.strip("_").removesuffix("_kernel")

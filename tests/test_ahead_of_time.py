@@ -126,14 +126,17 @@ def test_launches_cover_a_row_and_fit_the_machine() -> None:
     for capability, itemsize in itertools.product(((8, 6), (9, 0), (10, 3), (12, 1), (7, 0)), (2, 4)):
         shapes = launch.shapes(capability, itemsize)
         for num_rows, V in itertools.product((1, 64, 600, 100_000), (1, 31, 1000, 50257, 128256, 262144)):
-            ROWS, BLOCK_V, num_warps, splits, span = launch.forward_launch(shapes.forward, num_rows, V, itemsize, 132)
+            ROWS, BLOCK_V, _, num_warps, splits, span = launch.forward_launch(
+                shapes.forward, num_rows, V, itemsize, 132
+            )
             assert splits * span >= V
             assert span % BLOCK_V == 0
             assert num_warps * 32 * (16 // itemsize) == BLOCK_V
             assert splits == 1 or (num_rows * splits < 2 * 4 * 132 and span >= launch.MIN_SPAN // 2)
             assert 2 * max(span, BLOCK_V) > ROWS * BLOCK_V
             for shape in (shapes.backward, shapes.capped_backward):
-                block, num_warps = launch.backward_launch(shape, V, itemsize)
+                tiles, block, _, num_warps = launch.backward_launch(shape, V, itemsize)
+                assert (tiles - 1) * block < V
                 assert block & (block - 1) == 0
                 assert 1 <= num_warps <= 32
     few, many = (launch.forward_launch(launch.shapes((9, 0), 2).forward, N, 128256, 2, 132) for N in (64, 8192))

@@ -148,10 +148,11 @@ def test_statistics_of_a_hand_checked_literal() -> None:
 
 
 LAUNCHES = {
-    "one_tile": (8, 8, 0),
-    "many_tiles": (2, 1, 0),
-    "split": (1, 1, 64),
-    "split_with_many_tiles": (2, 1, 1024),
+    "one_tile": ((8, 8), 0),
+    "many_tiles": ((2, 1), 0),
+    "many_tiles_ahead": ((1, 1, 3, 3), 0),
+    "split": ((1, 1), 64),
+    "split_with_many_tiles": ((2, 1, 2, 2), 1024),
 }
 
 
@@ -162,8 +163,8 @@ LAUNCHES = {
 def test_every_way_to_launch_matches_the_oracle(impl: Implementation, launch: str, problem: Problem) -> None:
     from dil_kernels.kernels import launch as module
 
-    loads, num_warps, min_span = LAUNCHES[launch]
-    shapes = module.Shapes(*3 * (module.Shape(loads, num_warps),))
+    shape, min_span = LAUNCHES[launch]
+    shapes = module.Shapes(*3 * (module.Shape(*shape),))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "shapes", lambda capability, itemsize: shapes)
         patch.setattr(module, "MIN_SPAN", min_span or 2**31)

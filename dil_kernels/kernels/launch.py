@@ -28,8 +28,10 @@ MAX_GRID = 65535  # programs along the second and the third axis of a launch
 class Shape(NamedTuple):
     """What a program of a kernel does at once."""
 
-    loads: int  # 16-byte vectors that each thread has in flight
+    loads: int  # 16-byte vectors that each thread takes at a time
     num_warps: int
+    stages: int = 1  # tiles in flight, and one in use; 1: none is copied ahead
+    tiles: int = 1  # of the backward: how many a program takes
 
     def of(self, extras: int) -> Shape:
         """For forwards with softcapping, statistics or both, which keep more of each logit: half the loads for each."""
@@ -47,7 +49,10 @@ class Shapes(NamedTuple):
 # (major, minor) of the first GPUs that an entry serves -> bytes of an element -> shapes.
 TABLE = {
     (8, 0): {2: Shapes(Shape(4, 8), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8), Shape(4, 8))},
-    (9, 0): {2: Shapes(Shape(8, 4), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 16), Shape(4, 8))},
+    (9, 0): {
+        2: Shapes(Shape(4, 4, 3), Shape(4, 4, 2, 3), Shape(2, 8)),
+        4: Shapes(Shape(8, 8), Shape(4, 16), Shape(4, 8)),
+    },
     (10, 0): {2: Shapes(Shape(8, 4), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8), Shape(4, 8))},
     (12, 0): {2: Shapes(Shape(4, 4), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(4, 4), Shape(4, 4), Shape(4, 4))},
 }
@@ -71,6 +76,7 @@ class ForwardLaunch(NamedTuple):
 
     ROWS: int
     BLOCK_V: int
+    STAGES: int
     num_warps: int
     splits: int
     span: int  # elements of one split
@@ -79,7 +85,9 @@ class ForwardLaunch(NamedTuple):
 class BackwardLaunch(NamedTuple):
     """Constants of the backward kernel."""
 
+    TILES: int
     BLOCK_V: int
+    STAGES: int
     num_warps: int
 
 
@@ -91,13 +99,15 @@ def forward_launch(shape: Shape, num_rows: int, V: int, itemsize: int, num_sms: 
     span = V if splits == 1 else triton.cdiv(V, splits)
     block, num_warps = _block(shape.num_warps, span, itemsize)
     rows = min(shape.loads, triton.next_power_of_2(triton.cdiv(span, block)))
-    return ForwardLaunch(rows, block, num_warps, splits, triton.cdiv(span, block) * block)
+    return ForwardLaunch(rows, block, shape.stages, num_warps, splits, triton.cdiv(span, block) * block)
 
 
 def backward_launch(shape: Shape, V: int, itemsize: int) -> BackwardLaunch:
-    """How to launch the backward: one tile a program."""
+    """How to launch the backward: a few tiles a program."""
     block, num_warps = _block(shape.num_warps, V, itemsize)
-    return BackwardLaunch(min(shape.loads * block, triton.next_power_of_2(triton.cdiv(V, block) * block)), num_warps)
+    tile = min(shape.loads * block, triton.next_power_of_2(triton.cdiv(V, block) * block))
+    tiles = min(shape.tiles, triton.cdiv(V, tile))
+    return BackwardLaunch(tiles, tile, shape.stages if tiles > 1 else 1, num_warps)
 
 
 def _block(num_warps: int, elements: int, itemsize: int) -> tuple[int, int]:

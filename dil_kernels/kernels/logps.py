@@ -114,6 +114,7 @@ def _logps_fwd_kernel(
     STATISTICS: tl.constexpr,
     ROWS: tl.constexpr,  # vectors of BLOCK_V that a lane reduces before one rescale
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0)
     b = (row // T_out).to(tl.int64)
@@ -126,7 +127,7 @@ def _logps_fwd_kernel(
     x_ptr = logits_ptr + b * stride_xb + t * stride_xt
     head, body = cut(x_ptr, V)
     m, s, w, total, top = reduce_span(
-        x_ptr + head, 0, body, label - head, multiplier * LOG2E, inv_cap, HAS_CAP, STATISTICS, ROWS, BLOCK_V
+        x_ptr + head, 0, body, label - head, multiplier * LOG2E, inv_cap, HAS_CAP, STATISTICS, ROWS, BLOCK_V, STAGES
     )
     _finish_row(
         logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, x_ptr, row, num_rows, label, m, s, w, total, top, head,
@@ -156,6 +157,7 @@ def _logps_split_kernel(
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     pid = tl.program_id(0)
     row = pid // SPLITS
@@ -179,6 +181,7 @@ def _logps_split_kernel(
         STATISTICS,
         ROWS,
         BLOCK_V,
+        STAGES,
     )
     partial_ptr = partials_ptr + row.to(tl.int64) * SPLITS + split
     stride = num_rows * SPLITS
@@ -284,7 +287,9 @@ def _logps_bwd_kernel(
     SHIFT: tl.constexpr,
     HAS_CAP: tl.constexpr,
     SAME_PHASE: tl.constexpr,  # rows of logits and gradient start alike relative to 16-byte boundaries
+    TILES: tl.constexpr,  # of BLOCK_V that a program takes
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # Blocks of a row lie side by side in a launch: y and z, of which each holds 65535, count the rows.
     block = tl.program_id(0)
@@ -297,29 +302,33 @@ def _logps_bwd_kernel(
     dtype: tl.constexpr = grad_logits_ptr.dtype.element_ty
     dx_ptr = grad_logits_ptr + b * stride_dxb + t * stride_dxt
     head, body = cut(dx_ptr, V)
-    offsets = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask = offsets // VEC < body // VEC
-    index = head + offsets
-    dx_ptrs = aligned(dx_ptr, index, BLOCK_V)
     edge, edge_mask = edges(head, body, V, VEC)
     # As a tensor: the interpreter of Triton 3.9 gives a comparison of scalars their own type.
     edge_mask &= tl.full((2 * VEC,), block, tl.int32) == 0
     has_label = t < T_out
     label = tl.load(labels_ptr + b * stride_yb + (t + SHIFT) * stride_yt, mask=has_label, other=ignore_index)
+    first = block * TILES * BLOCK_V
     if label == ignore_index:
-        tl.store(dx_ptrs, tl.zeros((BLOCK_V,), dtype), mask=mask)
+        for i in range(TILES):
+            offsets = first + i * BLOCK_V + tl.arange(0, BLOCK_V)
+            dx_ptrs = aligned(dx_ptr, head + offsets, BLOCK_V)
+            tl.store(dx_ptrs, tl.zeros((BLOCK_V,), dtype), mask=offsets // VEC < body // VEC)
         tl.store(dx_ptr + edge, tl.zeros((2 * VEC,), dtype), mask=edge_mask)
         return
     g = tl.load(grad_logps_ptr + b * stride_gb + t * stride_gt).to(tl.float32) * inv_temperature
     row_max = tl.load(row_max_ptr + b * T_out + t)
     log_sum = tl.load(log_sum_ptr + b * T_out + t)
     x_ptr = logits_ptr + b * stride_xb + t * stride_xt
-    x_ptrs = aligned(x_ptr, index, BLOCK_V) if SAME_PHASE else x_ptr + index
-    x = tl.load(x_ptrs, mask=mask, other=0.0)
-    first = head + block * BLOCK_V
-    here = (label >= first) & (label < first + BLOCK_V)
-    dx = _row_gradient(x, index, label, here, g, row_max, log_sum, multiplier, inv_cap, HAS_CAP)
-    tl.store(dx_ptrs, dx.to(dtype), mask=mask)
+    for i in tl.range(TILES, num_stages=STAGES):
+        offsets = first + i * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask = offsets // VEC < body // VEC
+        index = head + offsets
+        x_ptrs = aligned(x_ptr, index, BLOCK_V) if SAME_PHASE else x_ptr + index
+        x = tl.load(x_ptrs, mask=mask, other=0.0)
+        begin = head + first + i * BLOCK_V
+        here = (label >= begin) & (label < begin + BLOCK_V)
+        dx = _row_gradient(x, index, label, here, g, row_max, log_sum, multiplier, inv_cap, HAS_CAP)
+        tl.store(aligned(dx_ptr, index, BLOCK_V), dx.to(dtype), mask=mask)
     if block == 0:
         x_edge = tl.load(x_ptr + edge, mask=edge_mask, other=0.0)
         dx_edge = _row_gradient(x_edge, edge, label, True, g, row_max, log_sum, multiplier, inv_cap, HAS_CAP)

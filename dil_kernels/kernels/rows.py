@@ -96,11 +96,13 @@ def reduce_span(
     STATISTICS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Over elements [begin, end) of a body without its label: maximum, sums of 2^t and of t 2^t, TOTAL_SCALE times the
     sum of the values, and the largest logit before softcapping, which may round different ones to the same value.
 
-    begin and end are multiples of a 16-byte vector, and all indices count from the start of the body.
+    begin and end are multiples of a 16-byte vector, and all indices count from the start of the body. With more than
+    one stage, tiles are copied to shared memory ahead of their use.
     """
     VEC: tl.constexpr = vector_elements(body_ptr)
     TILE: tl.constexpr = ROWS * BLOCK_V
@@ -114,7 +116,7 @@ def reduce_span(
     label_tile = tl.where(label >= begin, tl.minimum((label - begin) // TILE, num_full), num_full).to(tl.int32)
     has_label = (label_tile < num_full).to(tl.int32)
     # Full tiles but the label's need no mask.
-    for i in range(0, num_full - has_label):
+    for i in tl.range(0, num_full - has_label, num_stages=STAGES):
         tile = i + (i >= label_tile).to(tl.int32)
         x = tl.load(aligned_rows(body_ptr, begin + tile * TILE + offsets, BLOCK_V))
         v = processed(x, inv_cap, HAS_CAP)

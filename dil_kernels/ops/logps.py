@@ -114,11 +114,14 @@ def _triton_logps_fwd(
         return outputs
     device = launch.device_of(logits.device)
     shape = launch.shapes(device.capability, logits.itemsize).forward.of(statistics + (softcapping != 0.0))
-    ROWS, BLOCK_V, num_warps, splits, span = launch.forward_launch(shape, num_rows, V, logits.itemsize, device.num_sms)
+    ROWS, BLOCK_V, STAGES, num_warps, splits, span = launch.forward_launch(
+        shape, num_rows, V, logits.itemsize, device.num_sms
+    )
     inputs = (logits, labels, *logits.stride()[:2], *labels.stride(), num_rows, T_out, V)
     constants: dict[str, float] = {"ignore_index": ignore_index, "SHIFT": shift, "STATISTICS": statistics}
     constants |= _processing(softcapping, temperature)
-    tile = {"ROWS": ROWS, "BLOCK_V": BLOCK_V, "num_warps": num_warps, "maxnreg": launch.max_registers(num_warps)}
+    tile = {"ROWS": ROWS, "BLOCK_V": BLOCK_V, "STAGES": STAGES}
+    tile |= {"num_warps": num_warps, "maxnreg": launch.max_registers(num_warps)}
     with _on_device(logits):
         if splits == 1:
             _logps_fwd_kernel[(num_rows,)](*outputs, *inputs, **constants, **tile)
@@ -156,9 +159,9 @@ def _launch_bwd(
     device = launch.device_of(logits.device)
     shapes = launch.shapes(device.capability, logits.itemsize)
     shape = shapes.backward if softcapping == 0.0 else shapes.capped_backward
-    BLOCK_V, num_warps = launch.backward_launch(shape, V, logits.itemsize)
+    TILES, BLOCK_V, STAGES, num_warps = launch.backward_launch(shape, V, logits.itemsize)
     num_rows = B * T
-    grid = (-(-V // BLOCK_V), min(num_rows, launch.MAX_GRID), -(-num_rows // launch.MAX_GRID))
+    grid = (-(-V // (TILES * BLOCK_V)), min(num_rows, launch.MAX_GRID), -(-num_rows // launch.MAX_GRID))
     with _on_device(logits):
         _logps_bwd_kernel[grid](
             grad_logits,
@@ -180,7 +183,9 @@ def _launch_bwd(
             **_processing(softcapping, temperature),
             SHIFT=shift,
             SAME_PHASE=_same_phase(grad_logits, logits),
+            TILES=TILES,
             BLOCK_V=BLOCK_V,
+            STAGES=STAGES,
             num_warps=num_warps,
             maxnreg=launch.max_registers(num_warps),
         )

@@ -104,6 +104,17 @@ class Run:
             out.append(full)
         return out
 
+    def copy(self, to, source, size, read_bytes, mask, where, op):
+        """cp.async, at once: a wait that is missing goes unnoticed, a barrier that is missing does not."""
+        read_bytes = np.broadcast_to(read_bytes, (self.n,))
+        if not np.isin(read_bytes, (0, size)).all():
+            raise UnsupportedError(f"{op} of part of {size} bytes")
+        active = np.ones(self.n, bool) if mask is None else np.broadcast_to(mask, (self.n,))
+        words = self.load("global", source, 4, size // 4, active & (read_bytes > 0), where, "cp.async")
+        self.store(
+            "shared", to, [np.zeros(self.n, np.uint32)] * (size // 4) if words is None else words, 4, mask, where, op
+        )
+
     def store(self, space, address, values, size, mask, where, op):
         index = self._active(mask)
         if index is None:

@@ -91,7 +91,7 @@ class Machine:
         names = [[n for n in group if self.is_reg(n)] for group in names]
         root = instr.op.split(".")[0]
         reads = [instr.pred] if instr.pred else []
-        if root in ("st", "bra", "bar", "barrier", "ret", "membar", "fence", "red"):
+        if root in ("st", "bra", "bar", "barrier", "ret", "membar", "fence", "red", "cp"):
             if instr.op.startswith(("bar.red", "barrier.red")):
                 return names[0], reads + [n for g in names[1:] for n in g]
             return [], reads + [n for g in names for n in g]
@@ -228,6 +228,16 @@ class Machine:
                 return "M"
             return f"({guard} if M is None else M & {guard})"
 
+        if op.startswith("cp.async."):
+            if parts[2] in ("commit_group", "wait_group", "wait_all"):
+                lines.append("pass")
+                return
+            places = [re.fullmatch(r"\[\s*([%\w$@]+)\s*(?:\+\s*(-?\d+))?\s*\]", x) for x in o[:2]]
+            to, source = (f"({self._get(m[1])}.astype('i8') + {int(m[2] or 0)})" for m in places)
+            size = int(o[2], 0)
+            read_bytes = read(o[3], "u32") if len(o) > 3 else f"np.uint32({size})"
+            lines.append(f"S.copy({to}, {source}, {size}, {read_bytes}, {full_mask()}, {where}, {op!r})")
+            return
         if root in ("ld", "ldu"):
             vec = int(next((p[1:] for p in parts if re.fullmatch(r"v\d", p)), "1"))
             space = parts[1]
