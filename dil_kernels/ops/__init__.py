@@ -1,6 +1,37 @@
 """torch.library ops, their fake implementations and the autograd Functions around them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("dil_kernels", "FRAGMENT")
+
+
+def define_op(
+    name: str, *, fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()
+) -> Callable[[Function], Function]:
+    """Register a function as the op `dil_kernels::name` of CPU and CUDA tensors, and `fake` for tensors without values.
+
+    As `torch.library.custom_op`, which puts Python around every call for what these ops do not need: autograd (the
+    Functions of this package are above the ops, and count up the version of what an op mutates) and outputs that alias
+    an input (none does). `_disable_dynamo` is custom_op's too: it keeps torch.compile out of a kernel that runs in a
+    frame which is not compiled, and imports torch._dynamo only in the first call.
+    """
+
+    def register(function: Function) -> Function:
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for device in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, torch._disable_dynamo(function), device)
+        torch.library.register_fake(f"dil_kernels::{name}", fake, lib=_LIBRARY)
+        return function
+
+    return register
 
 
 def refuse_double_backward(what: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dil_kernels.ops import refuse_double_backward
+from dil_kernels.ops import define_op, refuse_double_backward
 from dil_kernels.ops.linear_head import (
     Head,
     HeadForward,
@@ -28,39 +28,6 @@ from dil_kernels.ops.linear_head import (
 )
 
 
-@torch.library.custom_op("dil_kernels::linear_logps_fwd", mutates_args=())
-def _linear_logps_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: int,
-    stash_rows: int,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    grad_hidden: bool,
-    statistics: bool,
-    tile_rows: int,
-    tile_columns: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, logit_scale, softcap, temperature, TileShape(tile_rows, tile_columns), backend)
-    with on_device(hidden):
-        return head_forward(
-            hidden,
-            targets,
-            head,
-            rows=rows,
-            stash_rows=stash_rows,
-            ignore_index=ignore_index,
-            grad_hidden=grad_hidden,
-            statistics=statistics,
-        )
-
-
-@_linear_logps_fwd.register_fake
 def _fake_fwd(
     hidden: Tensor,
     weight: Tensor,
@@ -92,7 +59,69 @@ def _fake_fwd(
     )
 
 
-@torch.library.custom_op("dil_kernels::linear_logps_bwd", mutates_args=())
+@define_op("linear_logps_fwd", fake=_fake_fwd)
+def _linear_logps_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: int,
+    stash_rows: int,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_hidden: bool,
+    statistics: bool,
+    tile_rows: int,
+    tile_columns: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = Head(weight, bias, logit_scale, softcap, temperature, TileShape(tile_rows, tile_columns), backend)
+    with on_device(hidden):
+        return head_forward(
+            hidden,
+            targets,
+            head,
+            rows=rows,
+            stash_rows=stash_rows,
+            ignore_index=ignore_index,
+            grad_hidden=grad_hidden,
+            statistics=statistics,
+        )
+
+
+def _fake_bwd(
+    grad_logps: Tensor,
+    hidden: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor | None,
+    index: Tensor,
+    reference: Tensor,
+    rest: Tensor,
+    factor: Tensor,
+    sums: Tensor,
+    stash: Tensor,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+    tile_rows: int,
+    tile_columns: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    V, D = weight.shape
+    return (
+        weight.new_empty((grad_logps.shape[0], D) if grad_hidden else (0,)),
+        weight.new_empty((V, D) if grad_weight else (0,)),
+        weight.new_empty((V,) if grad_bias else (0,)),
+    )
+
+
+@define_op("linear_logps_bwd", fake=_fake_bwd)
 def _linear_logps_bwd(
     grad_logps: Tensor,
     hidden: Tensor | None,
@@ -130,37 +159,6 @@ def _linear_logps_bwd(
         )
     d_hidden, d_weight, d_bias = (weight.new_empty(0) if grad is None else grad for grad in grads)
     return d_hidden, d_weight, d_bias
-
-
-@_linear_logps_bwd.register_fake
-def _fake_bwd(
-    grad_logps: Tensor,
-    hidden: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor | None,
-    index: Tensor,
-    reference: Tensor,
-    rest: Tensor,
-    factor: Tensor,
-    sums: Tensor,
-    stash: Tensor,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    grad_hidden: bool,
-    grad_weight: bool,
-    grad_bias: bool,
-    tile_rows: int,
-    tile_columns: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    V, D = weight.shape
-    return (
-        weight.new_empty((grad_logps.shape[0], D) if grad_hidden else (0,)),
-        weight.new_empty((V, D) if grad_weight else (0,)),
-        weight.new_empty((V,) if grad_bias else (0,)),
-    )
 
 
 class LinearTokenLogps(torch.autograd.Function):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dil_kernels import backends
-from dil_kernels.ops import refuse_double_backward
+from dil_kernels.ops import define_op, refuse_double_backward
 
 
 def _output_shape(logits: Tensor, shift: bool) -> tuple[int, int]:
@@ -92,7 +92,7 @@ def _processing(softcapping: float, temperature: float) -> dict[str, float]:
     return {"multiplier": softcapping / temperature, "inv_cap": 1.0 / softcapping, "HAS_CAP": True}
 
 
-@torch.library.custom_op("dil_kernels::triton_logps_fwd", mutates_args=())
+@define_op("triton_logps_fwd", fake=_fake_fwd)
 def _triton_logps_fwd(
     logits: Tensor,
     labels: Tensor,
@@ -191,7 +191,7 @@ def _launch_bwd(
         )
 
 
-@torch.library.custom_op("dil_kernels::triton_logps_bwd", mutates_args=())
+@define_op("triton_logps_bwd", fake=_fake_bwd)
 def _triton_logps_bwd(
     grad_logps: Tensor,
     logits: Tensor,
@@ -210,7 +210,7 @@ def _triton_logps_bwd(
     return grad_logits
 
 
-@torch.library.custom_op("dil_kernels::triton_logps_bwd_", mutates_args=("logits",))
+@define_op("triton_logps_bwd_", fake=_fake_bwd_, mutates_args=("logits",))
 def _triton_logps_bwd_(
     grad_logps: Tensor,
     logits: Tensor,
@@ -225,10 +225,6 @@ def _triton_logps_bwd_(
     how = (ignore_index, shift, softcapping, temperature)
     _launch_bwd(logits, grad_logps, logits, labels, row_max, log_sum, *how)
 
-
-_triton_logps_fwd.register_fake(_fake_fwd)
-_triton_logps_bwd.register_fake(_fake_bwd)
-_triton_logps_bwd_.register_fake(_fake_bwd_)
 
 if backends.load_extension() is not None:
     torch.library.register_fake("dil_kernels::cpp_logps_fwd", _fake_fwd)
