@@ -93,7 +93,8 @@ def specialise(
     signature = {name: types.get(name, "i32") for name in fn.arg_names}
     signature.update(dict.fromkeys(constants, "constexpr"))
     divisible = (divisible & set(fn.arg_names)) | {name for name in fn.arg_names if name.endswith("_ptr")}
-    attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible - set(constants)}
+    divisible -= {*constants, *fn.do_not_specialize}
+    attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     return ASTSource(fn=fn, signature=signature, constexprs=dict(constants), attrs=attributes)
 
 

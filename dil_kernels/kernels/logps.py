@@ -22,6 +22,10 @@ from dil_kernels.kernels.rows import (
 )
 from dil_kernels.kernels.scalar_math import LN2, LOG2E, TOTAL_SCALE, log1p, one_minus_exp, processed, tanh_slope
 
+# Sizes and strides that differ from batch to batch. Addresses of rows come from them, widths of loads do not, and
+# specialised on 1 and on multiples of 16 they would compile a kernel again whenever a batch has a new kind of length.
+OF_THE_BATCH = ("num_rows", "T", "T_out", "stride_xb", "stride_dxb", "stride_yb", "stride_gb", "stride_gt")
+
 
 @triton.jit
 def _finish_row(
@@ -91,7 +95,7 @@ def _store_ignored(logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, row, num
             tl.store(statistics_ptr + k * num_rows + row, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _logps_fwd_kernel(
     logps_ptr,  # (B, T_out) fp32, contiguous
     row_max_ptr,  # (B, T_out) fp32, contiguous
@@ -135,7 +139,7 @@ def _logps_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _logps_split_kernel(
     partials_ptr,  # (2 to 5, B T_out, SPLITS) fp32, as `reduce_span` returns them
     logits_ptr,  # (B, T, V)
@@ -194,7 +198,7 @@ def _logps_split_kernel(
             tl.store(partial_ptr + 4 * stride, top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _logps_merge_kernel(
     logps_ptr,  # (B, T_out) fp32, contiguous
     row_max_ptr,  # (B, T_out) fp32, contiguous
@@ -260,7 +264,7 @@ def _row_gradient(x, index, label, has_label, g, row_max, log_sum, multiplier, i
     return dx
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _logps_bwd_kernel(
     grad_logits_ptr,  # (B, T, V); may be the logits themselves
     grad_logps_ptr,  # (B, T_out)
