@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -32,6 +34,16 @@ def define_op(
         return function
 
     return register
+
+
+def needs_function(*tensors: Tensor | None) -> bool:
+    """Whether an op of these tensors has to run in its autograd Function, which takes about as long as the op's launch.
+
+    Only a Function records a graph, and only a Function refuses forward-mode derivatives, which an op would drop.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def refuse_double_backward(what: str) -> None:

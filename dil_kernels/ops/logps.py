@@ -17,14 +17,19 @@ the logits x, or of tanh(x / softcapping). The statistics are mean logit, entrop
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dil_kernels import backends
-from dil_kernels.ops import define_op, refuse_double_backward
+from dil_kernels.ops import define_op, needs_function, refuse_double_backward
+
+if TYPE_CHECKING:
+    from dil_kernels.kernels.launch import BackwardLaunch, ForwardLaunch, Shape
 
 
 def _output_shape(logits: Tensor, shift: bool) -> tuple[int, int]:
@@ -81,8 +86,29 @@ def _fake_bwd_(
     return None
 
 
+@functools.cache
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    """How to launch, and what. Only the first call of an op imports Triton."""
+    from dil_kernels.kernels import launch, logps
+
+    return launch, logps
+
+
+# Choosing how to launch takes as long as launching: choices are kept.
+@functools.lru_cache(maxsize=4096)
+def _forward_launch(shape: Shape, num_rows: int, V: int, itemsize: int, num_sms: int) -> ForwardLaunch:
+    return _kernels()[0].forward_launch(shape, num_rows, V, itemsize, num_sms)
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward_launch(shape: Shape, V: int, itemsize: int) -> BackwardLaunch:
+    return _kernels()[0].backward_launch(shape, V, itemsize)
+
+
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _processing(softcapping: float, temperature: float) -> dict[str, float]:
@@ -102,9 +128,7 @@ def _triton_logps_fwd(
     temperature: float,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from dil_kernels.kernels import launch
-    from dil_kernels.kernels.logps import _logps_fwd_kernel, _logps_merge_kernel, _logps_split_kernel
-
+    launch, kernels = _kernels()
     logits = _rows_contiguous(logits)
     B, T_out = _output_shape(logits, shift)
     V, num_rows = logits.shape[-1], B * T_out
@@ -114,9 +138,8 @@ def _triton_logps_fwd(
         return outputs
     device = launch.device_of(logits.device)
     shape = launch.shapes(device.capability, logits.itemsize).forward.of(statistics + (softcapping != 0.0))
-    ROWS, BLOCK_V, STAGES, num_warps, splits, span = launch.forward_launch(
-        shape, num_rows, V, logits.itemsize, device.num_sms
-    )
+    rows = min(num_rows, launch.PROGRAMS_PER_SM * device.num_sms)  # with more, all are launched alike
+    ROWS, BLOCK_V, STAGES, num_warps, splits, span = _forward_launch(shape, rows, V, logits.itemsize, device.num_sms)
     inputs = (logits, labels, *logits.stride()[:2], *labels.stride(), num_rows, T_out, V)
     constants: dict[str, float] = {"ignore_index": ignore_index, "SHIFT": shift, "STATISTICS": statistics}
     constants |= _processing(softcapping, temperature)
@@ -124,16 +147,22 @@ def _triton_logps_fwd(
     tile |= {"num_warps": num_warps, "maxnreg": launch.max_registers(num_warps)}
     with _on_device(logits):
         if splits == 1:
-            _logps_fwd_kernel[(num_rows,)](*outputs, *inputs, **constants, **tile)
+            kernels._logps_fwd_kernel[(num_rows,)](*outputs, *inputs, **constants, **tile)
         else:
             partials = logps.new_empty((4 + (softcapping != 0.0) if statistics else 2, num_rows, splits))
-            _logps_split_kernel[(num_rows * splits,)](partials, *inputs, span, **constants, **tile, SPLITS=splits)
-            _logps_merge_kernel[(num_rows,)](*outputs, partials, *inputs, **constants, SPLITS=splits, num_warps=1)
+            kernels._logps_split_kernel[(num_rows * splits,)](
+                partials, *inputs, span, **constants, **tile, SPLITS=splits
+            )
+            kernels._logps_merge_kernel[(num_rows,)](
+                *outputs, partials, *inputs, **constants, SPLITS=splits, num_warps=1
+            )
     return outputs
 
 
 def _same_phase(one: Tensor, other: Tensor) -> bool:
     """Whether all rows of two tensors start alike relative to 16-byte boundaries."""
+    if one is other:
+        return True
     distances = [(a - b) * one.itemsize for a, b in zip(one.stride()[:2], other.stride()[:2], strict=True)]
     return all(distance % 16 == 0 for distance in (*distances, one.data_ptr() - other.data_ptr()))
 
@@ -150,20 +179,18 @@ def _launch_bwd(
     softcapping: float,
     temperature: float,
 ) -> None:
-    from dil_kernels.kernels import launch
-    from dil_kernels.kernels.logps import _logps_bwd_kernel
-
+    launch, kernels = _kernels()
     B, T, V = logits.shape
     if logits.numel() == 0:
         return
     device = launch.device_of(logits.device)
     shapes = launch.shapes(device.capability, logits.itemsize)
     shape = shapes.backward if softcapping == 0.0 else shapes.capped_backward
-    TILES, BLOCK_V, STAGES, num_warps = launch.backward_launch(shape, V, logits.itemsize)
+    TILES, BLOCK_V, STAGES, num_warps = _backward_launch(shape, V, logits.itemsize)
     num_rows = B * T
     grid = (-(-V // (TILES * BLOCK_V)), min(num_rows, launch.MAX_GRID), -(-num_rows // launch.MAX_GRID))
     with _on_device(logits):
-        _logps_bwd_kernel[grid](
+        kernels._logps_bwd_kernel[grid](
             grad_logits,
             grad_logps,
             logits,
