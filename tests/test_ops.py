@@ -8,6 +8,7 @@ import implementations
 import pytest
 import torch
 from implementations import Implementation, every_implementation, every_kernel
+from torch.autograd import forward_ad
 
 from dil_kernels import dil_loss, fused_dil_loss, sequence_logps, token_logps
 from dil_kernels.divergences import divergence_names
@@ -180,6 +181,19 @@ def test_second_derivatives_are_refused(impl: Implementation) -> None:
     loss = dil_loss(w, l, w.detach(), l.detach(), reduction="sum")[0]
     with pytest.raises(RuntimeError, match="density-ratio loss can be differentiated once"):
         torch.autograd.grad(loss, w, create_graph=True)
+
+
+@every_kernel
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_forward_mode_derivatives_are_refused(impl: Implementation, requires_grad: bool) -> None:
+    logits, labels = logps_inputs(impl.device)
+    w, l = torch.zeros(2, 1, device=impl.device)
+    with forward_ad.dual_level():
+        x, u = (forward_ad.make_dual(t.requires_grad_(requires_grad), torch.ones_like(t)) for t in (logits, w))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            token_logps(x, labels, backend=impl.backend)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            dil_loss(u, l, w.detach(), l, reduction="sum")
 
 
 @every_kernel

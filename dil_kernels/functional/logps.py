@@ -17,7 +17,7 @@ from dil_kernels.checks import (
     check_tensors,
     shape_of,
 )
-from dil_kernels.ops.logps import TokenLogps
+from dil_kernels.ops.logps import logps_from_logits
 
 
 class LogitStatistics(NamedTuple):
@@ -73,7 +73,7 @@ def _token_logps(
                 temperature=temperature,
             )
         )
-    logps, statistics = TokenLogps.apply(
+    logps, statistics = logps_from_logits(
         logits,
         labels,
         ignore_index,

@@ -43,7 +43,11 @@ def needs_function(*tensors: Tensor | None) -> bool:
     """
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def refuse_double_backward(what: str) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dil_kernels import backends, reference
 from dil_kernels.divergences import LossParameters
-from dil_kernels.ops import refuse_double_backward
+from dil_kernels.ops import needs_function, refuse_double_backward
 
 
 def _num_sequences(token_logps: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -149,7 +149,7 @@ def density_ratio(
             shift=shift,
         )
     known = parameters.loss_type in backends.compiled_losses()
-    loss, losses, logratios, logps, lengths, counts = DensityRatio.apply(
+    inputs = (
         token_logps.contiguous(),
         labels,
         None if cu_seqlens is None else cu_seqlens.contiguous(),
@@ -168,6 +168,11 @@ def density_ratio(
         ignore_index,
         shift,
     )
+    if needs_function(token_logps):
+        results = DensityRatio.apply(*inputs)
+    else:
+        results = torch.ops.dil_kernels.density_ratio_fwd(*inputs)[:-1]
+    loss, losses, logratios, logps, lengths, counts = results
     if not known:
         wide = logratios.to(reference.accumulation_dtype(logratios.device))
         # NaN log ratios are those of invalid boundaries, which must not pass for responses without a token.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dil_kernels.ops import define_op, refuse_double_backward
+from dil_kernels.ops import define_op, needs_function, refuse_double_backward
 from dil_kernels.ops.linear_head import (
     Head,
     HeadForward,
@@ -237,20 +237,9 @@ def linear_logps(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [N] and statistics [3, N] ([3, 0] if not asked) of targets [N], of which at most `rows` are scored."""
-    if not torch.is_grad_enabled():  # what "needs a gradient" must mean, in a function that asks the tensors
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    return LinearTokenLogps.apply(
-        hidden,
-        weight,
-        bias,
-        targets,
-        rows,
-        stash_rows,
-        ignore_index,
-        logit_scale,
-        softcap,
-        temperature,
-        statistics,
-        tile,
-        backend,
-    )
+    if needs_function(hidden, weight, bias):
+        options = (rows, stash_rows, ignore_index, logit_scale, softcap, temperature, statistics, tile, backend)
+        return LinearTokenLogps.apply(hidden, weight, bias, targets, *options)
+    scored = (rows, 0, ignore_index, logit_scale, softcap, temperature, False, statistics)
+    logps, stats, *_ = torch.ops.dil_kernels.linear_logps_fwd(hidden, weight, bias, targets, *scored, *tile, backend)
+    return logps, stats

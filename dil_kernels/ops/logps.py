@@ -324,3 +324,22 @@ class TokenLogps(torch.autograd.Function):
         else:
             grad_logits = _op(ctx.backend, "logps_bwd")(grad_logps, logits, *inputs)
         return grad_logits, *(None,) * 8
+
+
+def logps_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    shift: bool,
+    softcapping: float,
+    temperature: float,
+    statistics: bool,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [B, T - shift] of labels [B, T] under logits [B, T, V], and the statistics."""
+    how = (ignore_index, shift, softcapping, temperature, statistics)
+    if needs_function(logits):
+        return TokenLogps.apply(logits, labels, *how, inplace_backward, backend)
+    logps, _, _, measured = _op(backend, "logps_fwd")(logits, labels, *how)
+    return logps, measured
