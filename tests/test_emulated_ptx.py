@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,13 +15,17 @@ TESTS = Path(__file__).parent
 CHECKS = ("density_ratio", "emulator", "head", "logps", "special")
 
 
+def run_module(module: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """In a process where Triton compiles, as it does for a GPU."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"ptxemu.{module}", "90", *options]
+    return subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+
+
 def run(check: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """A check in a process where Triton compiles, as it does for a GPU."""
     if check == "density_ratio" and not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
         pytest.skip("nvcc was not found")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", f"ptxemu.check_{check}", "90", *options]
-    return subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    return run_module(f"check_{check}", *options)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -36,3 +41,12 @@ def test_a_planted_fault_fails_the_check(check: str, fault: str) -> None:
     assert result.returncode == 1, result.stdout + result.stderr
     said = {"value": "values are wrong", "address": "out of bounds", "race": "race (read after write)"}
     assert f"{said[fault]}" in result.stdout, result.stdout + result.stderr
+
+
+def test_batches_of_any_size_take_one_compilation_a_kernel() -> None:
+    result = run_module("compilations")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        {"V": 1009, "_logps_fwd_kernel": 1, "_logps_bwd_kernel": 1},
+        {"V": 8192, "_logps_split_kernel": 1, "_logps_merge_kernel": 1, "_logps_bwd_kernel": 1},
+    ]
