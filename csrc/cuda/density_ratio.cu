@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     density_ratio_fwd_kernel(const SequenceLayout layout, const LossOptions options, const ForwardPointers<T> p) {
   const int64_t items = layout.num_items(), item = blockIdx.x;
   const bool valid = boundaries_valid(layout);
-  // Arrays are indexed by constants only, here and below, so that all of it stays in registers.
+  // Arrays are indexed by constants only, here and below: they stay in registers. Writing takes thread 0 a frame of 48 bytes.
   const auto sum = [&](int64_t k) {
     if (!valid || k >= layout.sequences_per_item()) return SequenceSums{};
     return sum_sequence(layout, layout.sequence(item, k, options.interleaved), p.token_logps, p.ref_token_logps);
