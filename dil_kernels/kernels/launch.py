@@ -50,8 +50,8 @@ class Shapes(NamedTuple):
 TABLE = {
     (8, 0): {2: Shapes(Shape(4, 8), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8), Shape(4, 8))},
     (9, 0): {
-        2: Shapes(Shape(4, 4, 3), Shape(4, 4, 2, 3), Shape(2, 8)),
-        4: Shapes(Shape(8, 8), Shape(4, 16), Shape(4, 8)),
+        2: Shapes(Shape(8, 4, 3), Shape(2, 4, 3, 8), Shape(2, 4, 1, 4)),
+        4: Shapes(Shape(8, 4), Shape(4, 16), Shape(2, 4)),
     },
     (10, 0): {2: Shapes(Shape(8, 4), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8), Shape(4, 8))},
     (12, 0): {2: Shapes(Shape(4, 4), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(4, 4), Shape(4, 4), Shape(4, 4))},
