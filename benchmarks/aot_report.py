@@ -40,7 +40,7 @@ VOCABULARIES = (1000, 50257, 128256)
 RESULTS = Path(__file__).parent / "results" / "ahead-of-time"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WARP = 32
-LOOPS_OVER_LOGITS = ("logps_fwd", "logps_split", "head_rescale")
+LOOPS_OVER_LOGITS = ("logps_fwd", "logps_split", "logps_bwd", "head_rescale")
 PTX_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16}
 
 
@@ -223,7 +223,10 @@ def kernels_of(family: str, architectures: Iterable[int] = ARCHITECTURES) -> Ite
 def widest(ptx: str, instruction: str) -> int:
     """Bytes that one thread moves by the widest global load ("ld") or store ("st")."""
     pattern = rf"\b{instruction}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b"
-    return max((int(lanes or 1) * PTX_BYTES[bits] for lanes, bits in re.findall(pattern, ptx)), default=0)
+    found = [int(lanes or 1) * PTX_BYTES[bits] for lanes, bits in re.findall(pattern, ptx)]
+    if instruction == "ld":  # and copies to shared memory
+        found += [int(size, 0) for size in re.findall(r"\bcp\.async\.\w+\.shared\.global .*?\], (\w+)", ptx)]
+    return max(found, default=0)
 
 
 def instructions_a_logit(kernel: Kernel, cubin: str) -> float | str:
@@ -237,7 +240,7 @@ def instructions_a_logit(kernel: Kernel, cubin: str) -> float | str:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     operations: list[str] = []
     labels: dict[str, int] = {}
-    loops = []
+    loops: list[list[str]] = []
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(operations)
@@ -246,10 +249,14 @@ def instructions_a_logit(kernel: Kernel, cubin: str) -> float | str:
                 operations.append(found[1])
             target = re.search(r"`\((\.L_\w+)\)", found[2])
             if found[1] == "BRA" and target and target[1] in labels:
-                loops.append(len(operations) - labels[target[1]])
-    # Of two loops over logits, the one without masks is hot; loops of a few instructions are none over logits.
-    loops = [length for length in loops if length > 16 and kernel.name in LOOPS_OVER_LOGITS]
-    hot = min(loops, default=len(operations))
+                loops.append(operations[labels[target[1]] :])
+    # Of two loops over logits, the one without masks is hot; loops of a few instructions are none over logits, nor are
+    # those of the log-probs that take no exponential: they write zeros.
+    computes = ("MUFU" if kernel.name.startswith("logps") else "FMUL",)
+    loops = [
+        loop for loop in loops if len(loop) > 16 and kernel.name in LOOPS_OVER_LOGITS and set(computes) & set(loop)
+    ]
+    hot = min(map(len, loops), default=len(operations))
     return round(hot * WARP * kernel.num_warps / (loads * block), 2)
 
 

@@ -168,12 +168,13 @@ def test_every_way_to_launch_matches_the_oracle(impl: Implementation, launch: st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "shapes", lambda capability, itemsize: shapes)
         patch.setattr(module, "MIN_SPAN", min_span or 2**31)
+        patch.setattr(module, "forward_launch", module.forward_launch.__wrapped__)  # keeps no choice
         actual = run(problem, impl.backend, impl.device)
         _, measured = statistics(problem, impl.backend, impl.device)
     truth, eager = run(problem, "eager", "cpu", torch.float64), run(problem, "eager", impl.device)
     _, true_statistics = statistics(problem, "eager", "cpu", torch.float64)
     for i, what in enumerate(("logps", "grad_logits")):
-        assert_as_exact_as_eager(actual[i], eager[i], truth[i], what)
+        assert_as_exact_as_eager(actual[i], eager[i], truth[i], what, unresolved=FP64_EPS)
     assert_close_statistics(measured, true_statistics, problem)
 
 

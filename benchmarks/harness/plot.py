@@ -93,7 +93,7 @@ def _bars(
         for axes, panel, timed in zip(axes_row, panels, family.passes, strict=True):
             _bar_panel(axes, panel, colours, value, floor)
             if panel:
-                axes.set_title(f"{timed.name}: {panel[0].title}", fontsize=9, loc="left")
+                axes.set_title(f"{timed.name}: {panel[0].title}", fontsize=8, loc="left")
     for axes in grid[-1]:
         axes.set_xlabel(unit, fontsize=9)
     if floor(records[0]) is not None:

@@ -1,14 +1,10 @@
 """Launch shapes of the log-prob kernels: a small table per architecture, looked up and never searched for at run time.
 
-No entry has been measured yet. They are derived from what keeps the memory busy: by Little's law an H200 (4.3 TB/s over
-132 SMs, about 0.7 us from request to data) needs 23 KB of loads in flight per SM, an A100 (1.9 TB/s, 108 SMs) 12 KB, a
-B200 (7.5 TB/s, 148 SMs) 36 KB, an RTX 5090 (1.7 TB/s, 170 SMs) 7 KB. A program that reads `loads` 16-byte vectors a
-thread before it computes has 512 x warps x loads bytes in flight, and about half its life it waits; registers (an
-element of a loaded vector takes one) let two such programs of 8 x 8, or four of 8 x 4, live on an SM. For sm_100 the
-assembler spills with statistics at 8 warps and 128 registers, so its 16-bit forward takes 4 warps. The 16-bit backward
-takes 4 warps of 4 loads rather than 8 of 2: as many bytes in flight a program, and its prologue serves twice the logits
-(docs/kernels.md counts the instructions).
-`benchmarks/sweep_launch.py` times the candidates on a GPU and prints a table to paste here.
+Those of sm_90 were measured on an H200 (`benchmarks/sweep_launch.py`, docs/kernels.md); the others follow them until
+they are measured. What decides for 16 bits is that loads do not stop while a program computes: two tiles are on their
+way to shared memory while a third is in use, and a program of the backward takes eight, one after the other. fp32 has
+half the arithmetic a byte, and is at the copy's rate without. Softcapping is bound by its arithmetic and wants many
+programs of few registers.
 """
 
 from __future__ import annotations
@@ -46,15 +42,12 @@ class Shapes(NamedTuple):
     capped_backward: Shape
 
 
+FP32 = Shapes(Shape(8, 4), Shape(4, 16), Shape(2, 4))
+BACKWARDS_OF_16_BITS = (Shape(2, 4, stages=3, tiles=8), Shape(2, 4, tiles=4))
 # (major, minor) of the first GPUs that an entry serves -> bytes of an element -> shapes.
 TABLE = {
-    (8, 0): {2: Shapes(Shape(4, 8), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8), Shape(4, 8))},
-    (9, 0): {
-        2: Shapes(Shape(8, 4, 3), Shape(2, 4, 3, 8), Shape(2, 4, 1, 4)),
-        4: Shapes(Shape(8, 4), Shape(4, 16), Shape(2, 4)),
-    },
-    (10, 0): {2: Shapes(Shape(8, 4), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(8, 8), Shape(4, 8), Shape(4, 8))},
-    (12, 0): {2: Shapes(Shape(4, 4), Shape(4, 4), Shape(2, 8)), 4: Shapes(Shape(4, 4), Shape(4, 4), Shape(4, 4))},
+    (8, 0): {2: Shapes(Shape(8, 4, stages=3), *BACKWARDS_OF_16_BITS), 4: FP32},
+    (12, 0): {2: Shapes(Shape(4, 4, stages=3), *BACKWARDS_OF_16_BITS), 4: FP32},  # 100 KB of shared memory an SM
 }
 PROGRAMS_PER_SM = 4  # below this, rows are split
 MIN_SPAN = 4096  # elements; a smaller share of a row costs more to merge than it saves
@@ -91,6 +84,8 @@ class BackwardLaunch(NamedTuple):
     num_warps: int
 
 
+# Choosing how to launch takes as long as launching: choices are kept.
+@functools.lru_cache(maxsize=4096)
 def forward_launch(shape: Shape, num_rows: int, V: int, itemsize: int, num_sms: int) -> ForwardLaunch:
     """How to launch the forward over a number of rows: tiles no larger than a row or a split needs."""
     splits = 1
@@ -102,6 +97,7 @@ def forward_launch(shape: Shape, num_rows: int, V: int, itemsize: int, num_sms: 
     return ForwardLaunch(rows, block, shape.stages, num_warps, splits, triton.cdiv(span, block) * block)
 
 
+@functools.lru_cache(maxsize=4096)
 def backward_launch(shape: Shape, V: int, itemsize: int) -> BackwardLaunch:
     """How to launch the backward: a few tiles a program."""
     block, num_warps = _block(shape.num_warps, V, itemsize)

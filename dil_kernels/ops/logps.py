@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dil_kernels import backends
 from dil_kernels.ops import define_op, needs_function, refuse_double_backward
-
-if TYPE_CHECKING:
-    from dil_kernels.kernels.launch import BackwardLaunch, ForwardLaunch, Shape
 
 
 def _output_shape(logits: Tensor, shift: bool) -> tuple[int, int]:
@@ -94,17 +91,6 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
     return launch, logps
 
 
-# Choosing how to launch takes as long as launching: choices are kept.
-@functools.lru_cache(maxsize=4096)
-def _forward_launch(shape: Shape, num_rows: int, V: int, itemsize: int, num_sms: int) -> ForwardLaunch:
-    return _kernels()[0].forward_launch(shape, num_rows, V, itemsize, num_sms)
-
-
-@functools.lru_cache(maxsize=4096)
-def _backward_launch(shape: Shape, V: int, itemsize: int) -> BackwardLaunch:
-    return _kernels()[0].backward_launch(shape, V, itemsize)
-
-
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return contextlib.nullcontext()
@@ -139,7 +125,9 @@ def _triton_logps_fwd(
     device = launch.device_of(logits.device)
     shape = launch.shapes(device.capability, logits.itemsize).forward.of(statistics + (softcapping != 0.0))
     rows = min(num_rows, launch.PROGRAMS_PER_SM * device.num_sms)  # with more, all are launched alike
-    ROWS, BLOCK_V, STAGES, num_warps, splits, span = _forward_launch(shape, rows, V, logits.itemsize, device.num_sms)
+    ROWS, BLOCK_V, STAGES, num_warps, splits, span = launch.forward_launch(
+        shape, rows, V, logits.itemsize, device.num_sms
+    )
     inputs = (logits, labels, *logits.stride()[:2], *labels.stride(), num_rows, T_out, V)
     constants: dict[str, float] = {"ignore_index": ignore_index, "SHIFT": shift, "STATISTICS": statistics}
     constants |= _processing(softcapping, temperature)
@@ -186,7 +174,7 @@ def _launch_bwd(
     device = launch.device_of(logits.device)
     shapes = launch.shapes(device.capability, logits.itemsize)
     shape = shapes.backward if softcapping == 0.0 else shapes.capped_backward
-    TILES, BLOCK_V, STAGES, num_warps = _backward_launch(shape, V, logits.itemsize)
+    TILES, BLOCK_V, STAGES, num_warps = launch.backward_launch(shape, V, logits.itemsize)
     num_rows = B * T
     grid = (-(-V // (TILES * BLOCK_V)), min(num_rows, launch.MAX_GRID), -(-num_rows // launch.MAX_GRID))
     with _on_device(logits):
