@@ -53,7 +53,7 @@ oldest_PINS := -c tests/versions/oldest.txt
 # What the newest versions of Triton compile, executed; and what only its interpreter runs.
 newest_TESTS := tests/test_emulated_ptx.py::test_compiled_kernels_compute_the_truth_within_their_memory \
   tests/test_ahead_of_time.py::test_the_launch_sweep_prints_an_entry_of_the_table
-CORE_TESTS := $(addprefix tests/test_,bad_input.py build.py fused_loss.py imports.py linear.py logps.py losses.py ops.py scalar_losses.py)
+CORE_TESTS := $(addprefix tests/test_,ahead_of_time.py bad_input.py build.py fused_loss.py imports.py linear.py logps.py losses.py ops.py scalar_losses.py)
 TORCH_OF = $$($(1)/bin/python -c "import torch; print(torch.__path__[0])")
 test-oldest test-newest: test-%: $(VENV)/.installed-dev
 	$($*_PYTHON) -m venv --clear $(VENV)-$*
@@ -63,7 +63,7 @@ test-oldest test-newest: test-%: $(VENV)/.installed-dev
 	DIL_KERNELS_BUILD=$(if $(shell command -v nvcc),cuda,cpu) TORCH_CUDA_ARCH_LIST=9.0 \
 	  $(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps .
 	$(VENV)-$*/bin/dil-env
-	$(VENV)-$*/bin/pytest -n 2 $(CORE_TESTS) $($*_TESTS) $(ARGS)
+	TORCH_CUDA_ARCH_LIST=9.0 $(VENV)-$*/bin/pytest -n 2 $(CORE_TESTS) $($*_TESTS) $(ARGS)
 	$(VENV)-$*/bin/pytest tests/test_stable_abi.py --other-torch $(call TORCH_OF,$(BIN)/..)
 	$(BIN)/pytest tests/test_stable_abi.py --other-torch $(call TORCH_OF,$(VENV)-$*)
 
