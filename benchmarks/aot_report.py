@@ -151,7 +151,7 @@ def linear_head(arch: int) -> Iterator[Kernel]:
     tensors = ("tile_ptr", "bias_ptr", "state_ptr", "sums_ptr", "references_ptr", "reference_ptr", "norm_ptr")
     tensors += ("label_grad_ptr",)
     numbers = ("logit_scale", "softcap", "inv_temperature", "slack")
-    aligned = {"stride_tile", "stride_grad", "stride_stash", "R", "n", "D", "V", "start", "tile_columns"}
+    aligned = {"stride_tile", "stride_grad", "stride_stash", "n", "D", "V", "tile_columns"}
     tile = {"BLOCK_V": block, "BLOCK_D": kernels.SUMS_BLOCK_D}
     for dtype, (pointer, _) in DTYPES.items():
         types = dict.fromkeys(tensors, "*fp32") | dict.fromkeys(numbers, "fp32") | {"labels_ptr": "*i64"}
@@ -182,7 +182,7 @@ def head_rows(arch: int) -> Iterator[Kernel]:
     fp32 += ("state_ptr", "coefs_ptr", "grad_logps_ptr", "sums_ptr")
     types = dict.fromkeys(fp32, "*fp32") | dict.fromkeys(("softcap", "temperature", "scale"), "fp32")
     types |= dict.fromkeys(("index_ptr", "labels_ptr", "targets_ptr"), "*i64")
-    aligned = {"stride_values", "stride_weight", "N", "M", "R", "D", "V"}
+    aligned = {"stride_values", "stride_weight", "D", "V"}
     rows, columns = {"BLOCK": kernels.ROW_BLOCK}, {"BLOCK_D": kernels.COLUMNS}
     finish = {"SOFTCAP": True, "STATISTICS": True, "NORMALISE": True} | rows
     for dtype, (pointer, _) in DTYPES.items():

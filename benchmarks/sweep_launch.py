@@ -31,17 +31,23 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 class Grid:
     """What is swept."""
 
-    shapes: tuple[Shape, ...]
+    forward: tuple[Shape, ...]
+    backward: tuple[Shape, ...]
     cases: tuple[tuple[int, int], ...]  # rows, V
     device: str
 
 
 FULL = Grid(
-    shapes=tuple(Shape(loads, warps) for loads, warps in itertools.product((1, 2, 4, 8), (2, 4, 8, 16))),
+    forward=tuple(Shape(*shape) for shape in itertools.product((2, 4, 8), (2, 4, 8), (1, 3))),
+    backward=tuple(
+        Shape(loads, warps, *ahead)
+        for loads, warps, ahead in itertools.product((2, 4), (2, 4, 8), ((1, 1), (1, 4), (3, 4), (3, 8)))
+    ),
     cases=((4096, 128256), (4096, 50257), (8192, 32000), (64, 128256)),
     device="cuda",
 )
-DRY = Grid(shapes=(Shape(1, 1), Shape(2, 2)), cases=((2, 40), (1, 9001)), device="cpu")
+SHAPES = (Shape(1, 1), Shape(2, 2, 2, 2))
+DRY = Grid(SHAPES, SHAPES, cases=((2, 40), (1, 9001)), device="cpu")
 
 
 @contextmanager
@@ -73,10 +79,12 @@ def sweep(grid: Grid, itemsize: int, capability: tuple[int, int]) -> Shapes:
     """Time all candidates for one size of element; print each, return the best."""
     ops = torch.ops.dil_kernels
     totals: dict[str, dict[Shape, float]] = {name: {} for name in PASSES}
-    print(
-        f"{'pass':16}{'loads':>6}{'warps':>6}" + "".join(f"{f'{rows} x {V}':>16}" for rows, V in grid.cases) + "   GB/s"
-    )
-    for which, shape in itertools.product(PASSES, grid.shapes):
+    columns = "".join(f"{name:>7}" for name in Shape._fields).replace("num_warps", "  warps")
+    print(f"{'pass':16}{columns}" + "".join(f"{f'{rows} x {V}':>16}" for rows, V in grid.cases) + "   GB/s")
+    candidates = [
+        (which, shape) for which in PASSES for shape in (grid.forward if which == "forward" else grid.backward)
+    ]
+    for which, shape in candidates:
         how = (-100, False, PASSES[which], 1.0)
         times, rates = [], []
         for rows, V in grid.cases:
@@ -93,7 +101,7 @@ def sweep(grid: Grid, itemsize: int, capability: tuple[int, int]) -> Shapes:
             moved = logits.numel() * itemsize * (1 if which == "forward" else 2)
             rates.append(moved / times[-1] / 1e6)
         totals[which][shape] = math.prod(times)
-        print(f"{which:16}{shape.loads:6}{shape.num_warps:6}" + "".join(f"{r:16.1f}" for r in rates), flush=True)
+        print(f"{which:16}" + "".join(f"{n:7}" for n in shape) + "".join(f"{r:16.1f}" for r in rates), flush=True)
     return Shapes(*(min(found, key=found.__getitem__) for found in totals.values()))
 
 

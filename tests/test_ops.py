@@ -10,7 +10,7 @@ import torch
 from implementations import Implementation, every_implementation, every_kernel
 from torch.autograd import forward_ad
 
-from dil_kernels import dil_loss, fused_dil_loss, sequence_logps, token_logps
+from dil_kernels import dil_loss, fused_dil_loss, linear_token_logps, sequence_logps, token_logps
 from dil_kernels.divergences import divergence_names
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
@@ -194,6 +194,23 @@ def test_forward_mode_derivatives_are_refused(impl: Implementation, requires_gra
             token_logps(x, labels, backend=impl.backend)
         with pytest.raises(NotImplementedError, match="jvp"):
             dil_loss(u, l, w.detach(), l, reduction="sum")
+
+
+@every_kernel
+def test_transforms_of_torch_func_are_refused(impl: Implementation) -> None:
+    """What they hand over does not say that it requires a gradient: a call without its Function would drop it."""
+    logits, labels = logps_inputs(impl.device)
+    hidden, weight = torch.randn(3, *labels.shape, 8, device=impl.device), torch.randn(33, 8, device=impl.device)
+    w, l = torch.zeros(2, 3, 1, device=impl.device)
+    calls = (
+        (lambda x: token_logps(x, labels, backend=impl.backend), torch.stack([logits] * 3)),
+        (lambda x: linear_token_logps(x, weight, labels, max_scored_tokens=9, backend=impl.backend), hidden),
+        (lambda x: dil_loss(x, l[0], x, l[0], reduction="sum")[0], w),
+    )
+    for call, inputs in calls:
+        for transform in (lambda x, call=call: torch.func.vmap(call)(x).sum(), lambda x, call=call: call(x[0]).sum()):
+            with pytest.raises(RuntimeError, match="functorch"):
+                torch.func.grad(transform)(inputs)
 
 
 @every_kernel

@@ -17,8 +17,12 @@ from dil_kernels.kernels.scalar_math import LN2, LOG2E, TOTAL_SCALE, log1p, tanh
 LN2_HIGH = tl.constexpr(0.693145751953125)
 LN2_LOW = tl.constexpr(1.4286068203094173e-06)
 
+# What differs from batch to batch, or tile to tile: specialised on 1 and on multiples of 16, it would compile a kernel
+# again for each kind.
+OF_THE_BATCH = ("N", "M", "R")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _select_rows_kernel(
     index_ptr,  # (M,) int64
     labels_ptr,  # (M,) int64
@@ -56,7 +60,7 @@ def _select_rows_kernel(
         tl.store(labels_ptr + row, tl.zeros((BLOCK,), tl.int64), mask=row < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _gather_rows_kernel(
     out_ptr,  # (M, D), contiguous
     values_ptr,  # (N, D)
@@ -77,7 +81,7 @@ def _gather_rows_kernel(
     tl.store(out_ptr + row * D + columns, x.to(out_ptr.dtype.element_ty), mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _scatter_rows_kernel(
     out_ptr,  # (N, D), contiguous
     values_ptr,  # (M, D), contiguous
@@ -95,7 +99,7 @@ def _scatter_rows_kernel(
     tl.store(out_ptr + target * D + columns, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _coefficients_kernel(
     coefs_ptr,  # (M,) fp32
     grad_logps_ptr,  # (N,)
@@ -123,7 +127,7 @@ def _exp(x):
     return tl.exp2(n) * tl.exp2(r * LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _finish_rows_kernel(
     logps_ptr,  # (N,) fp32
     statistics_ptr,  # (3, N) fp32; unused without STATISTICS
@@ -196,7 +200,7 @@ def _finish_rows_kernel(
     tl.store(norm_ptr + row, norm, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _finish_sums_kernel(
     out_ptr,  # (R, D), contiguous
     sums_ptr,  # (R, D) fp32, contiguous

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from dil_kernels.kernels.scalar_math import LOG2E, TOTAL_SCALE, tanh, tanh_slope
 
+# What differs from batch to batch, or tile to tile: specialised on 1 and on multiples of 16, it would compile a kernel
+# again for each kind.
+OF_THE_BATCH = ("R", "start")
+
 
 @triton.jit
 def _post_process(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
@@ -27,7 +31,7 @@ def _post_process(x, bias_ptr, columns, mask, logit_scale, softcap, HAS_BIAS: tl
     return y, z, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _head_tile_kernel(
     tile_ptr,  # (R, n) fp32
     bias_ptr,  # (n,) fp32
@@ -115,7 +119,7 @@ def _head_tile_kernel(
                 tl.store(ptrs, tl.load(ptrs, mask=offsets < D, other=0.0) * rescale, mask=offsets < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _head_tile_grad_kernel(
     tile_ptr,  # (R, n) fp32
     bias_ptr,  # (n,) fp32
@@ -148,7 +152,7 @@ def _head_tile_grad_kernel(
     tl.store(grad_ptr + row * stride_grad + columns, g.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def _head_rescale_kernel(
     stash_ptr,  # (R, V)
     references_ptr,  # (tiles, R) fp32, those that each tile was written with

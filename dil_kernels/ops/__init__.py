@@ -39,9 +39,10 @@ def define_op(
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether an op of these tensors has to run in its autograd Function, which takes about as long as the op's launch.
 
-    Only a Function records a graph, and only a Function refuses forward-mode derivatives, which an op would drop.
+    Only a Function records a graph, and only a Function refuses forward-mode derivatives and the transforms of
+    torch.func, whose tensors do not say that they require a gradient: an op would drop it.
     """
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:

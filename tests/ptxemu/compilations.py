@@ -1,4 +1,4 @@
-"""How often Triton would compile each log-prob kernel over batches of many sizes; nothing is compiled or launched.
+"""How often Triton would compile each kernel over batches of many sizes; nothing is compiled or launched.
 
 python -m ptxemu.compilations 90
 """
@@ -17,6 +17,7 @@ from ptxemu import driver
 
 driver.install(int(sys.argv[1]), lambda launch: None)
 
+import dil_kernels.ops.linear  # noqa: E402
 import dil_kernels.ops.logps  # noqa: E402, F401  registers the ops
 
 compilations: Counter[str] = Counter()
@@ -53,3 +54,15 @@ for V in (1009, 8192):  # rows of the second are split
                 ops.triton_logps_bwd_(grad, logits, labels, row_max, log_sum, *how)
     print(json.dumps({"V": V} | compilations))
     compilations.clear()
+
+V, D = 1024, 64
+weight, head = torch.empty(V, D, dtype=torch.bfloat16), (1.0, 0.0, 1.0)
+for N in range(1, 40):
+    hidden, targets = torch.empty(N, D, dtype=torch.bfloat16), torch.empty(N, dtype=torch.int64)
+    for rows in (N, N + 7):
+        for kept in (0, rows):
+            tile = (4096, 512, "triton")
+            out = ops.linear_logps_fwd(hidden, weight, None, targets, rows, kept, -100, *head, True, False, *tile)
+            saved, wanted = (torch.zeros_like(out[2]), *out[3:]), (True, True, False)  # nobody wrote the index
+            ops.linear_logps_bwd(out[0], hidden, weight, None, targets, *saved, *head, *wanted, *tile)
+print(json.dumps({"V": V} | compilations))
