@@ -165,7 +165,7 @@ def linear_head(arch: int) -> Iterator[Kernel]:
             processed = {"HAS_BIAS": "bias" in variant, "SOFTCAP": "softcapping" in variant}
             statistics = {"STATISTICS": "statistics" in variant, "WHOLE": True}
             source = specialise(kernels._head_tile_kernel, types, flags | processed | statistics | tile, aligned)
-            limit = kernels.CAPPED_REGISTERS if processed["SOFTCAP"] else None
+            limit = kernels.tile_registers(processed["SOFTCAP"], statistics["STATISTICS"], processed["HAS_BIAS"])
             yield Kernel("head_tile", variant, arch, dtype, V, warps, source, limit)
         for variant, flag in (("plain", False), ("softcapping+bias", True)):
             constants = {"HAS_BIAS": flag, "SOFTCAP": flag, "BLOCK_V": kernels.GRAD_BLOCK_V}

@@ -75,7 +75,9 @@ def _gather_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     source = tl.load(index_ptr + row)
-    x = tl.load(values_ptr + source * stride_values + columns, mask=(columns < D) & (source < N), other=0.0)
+    # As a number: the interpreter of Triton 3.9 gives a comparison of scalars their own type.
+    available = D * (source < N).to(tl.int32)
+    x = tl.load(values_ptr + source * stride_values + columns, mask=columns < available, other=0.0)
     if SCALED:
         x = x.to(tl.float32) * tl.load(coefs_ptr + row)
     tl.store(out_ptr + row * D + columns, x.to(out_ptr.dtype.element_ty), mask=columns < D)
@@ -94,7 +96,7 @@ def _scatter_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     target = tl.load(index_ptr + row)
-    mask = (columns < D) & (target < N)
+    mask = columns < D * (target < N).to(tl.int32)
     x = tl.load(values_ptr + row * D + columns, mask=mask, other=0.0).to(tl.float32) * tl.load(coefs_ptr + row)
     tl.store(out_ptr + target * D + columns, x.to(out_ptr.dtype.element_ty), mask=mask)
 

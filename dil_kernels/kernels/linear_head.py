@@ -195,7 +195,13 @@ def tile_launch_shape(columns: int) -> tuple[int, int]:
     return block, min(16, max(1, block // 512))
 
 
-CAPPED_REGISTERS = 128  # a thread; left to itself, the assembler spills the tile kernel with softcapping on sm_100
+def tile_registers(softcap: bool, statistics: bool, bias: bool) -> int:
+    """Of a thread of the tile kernel. Left to itself, the assembler spills some variants to fit one program more."""
+    if softcap:
+        return 128
+    return 64 if statistics or bias else 48
+
+
 GRAD_BLOCK_V, GRAD_WARPS = 4096, 8
 RESCALE_BLOCK_V, RESCALE_WARPS = 4096, 8
 SUMS_BLOCK_D = 1024
@@ -247,7 +253,7 @@ def head_tile(
         BLOCK_V=BLOCK_V,
         BLOCK_D=SUMS_BLOCK_D,
         num_warps=num_warps,
-        maxnreg=None if softcap == 0.0 else CAPPED_REGISTERS,
+        maxnreg=tile_registers(softcap != 0.0, statistics, bias is not None),
     )
 
 
