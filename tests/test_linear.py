@@ -591,6 +591,18 @@ def test_rows_beyond_the_bound_are_nan(impl: Implementation) -> None:
     assert out.logps.isnan().tolist() == [False] * 5 + [True]
 
 
+@every_kernel
+def test_labels_of_any_stride(impl: Implementation) -> None:
+    hidden, weight = torch.randn(1, 6, 8, device=impl.device), torch.randn(20, 8, device=impl.device)
+    labels = torch.arange(12, device=impl.device).unsqueeze(0)[:, ::2]
+    for strided in (labels, labels[:, :1].expand(1, 6)):
+        actual, expected = (
+            linear_token_logps(hidden, weight, y, shift=False, backend=impl.backend)
+            for y in (strided, strided.contiguous())
+        )
+        assert torch.equal(actual, expected)
+
+
 def test_a_bound_that_is_too_small_is_refused() -> None:
     targets = torch.tensor([5, IGNORE, 6, 7, IGNORE, 8])
     hidden, weight = torch.randn(6, 4), torch.randn(9, 4)

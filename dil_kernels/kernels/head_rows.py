@@ -29,6 +29,7 @@ def _select_rows_kernel(
     logps_ptr,  # (N,) fp32
     statistics_ptr,  # (3, N) fp32; unused without STATISTICS
     targets_ptr,  # (N,) int64
+    stride_targets,
     N,
     M,
     ignore_index,
@@ -41,7 +42,7 @@ def _select_rows_kernel(
     for first in range(0, N, BLOCK):
         row = first + lane
         mask = row < N
-        target = tl.load(targets_ptr + row, mask=mask, other=0)
+        target = tl.load(targets_ptr + row.to(tl.int64) * stride_targets, mask=mask, other=0)
         scored = mask & (target != ignore_index)
         place = placed + tl.cumsum(scored.to(tl.int32), axis=0) - 1
         kept = scored & (place < M)
@@ -251,7 +252,7 @@ def select_rows(
     N, measured = targets.shape[0], statistics.numel() > 0
     block = _block(max(N, rows), SELECT_BLOCK)
     _select_rows_kernel[(1,)](
-        index, labels, logps, statistics, targets, N, rows, ignore_index,
+        index, labels, logps, statistics, targets, targets.stride(0), N, rows, ignore_index,
         STATISTICS=measured, BLOCK=block, num_warps=max(1, min(SELECT_WARPS, block // 256)),
     )  # fmt: skip
 
