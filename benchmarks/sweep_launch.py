@@ -79,7 +79,7 @@ def sweep(grid: Grid, itemsize: int, capability: tuple[int, int]) -> Shapes:
     """Time all candidates for one size of element; print each, return the best."""
     ops = torch.ops.dil_kernels
     totals: dict[str, dict[Shape, float]] = {name: {} for name in PASSES}
-    columns = "".join(f"{name:>7}" for name in Shape._fields).replace("num_warps", "  warps")
+    columns = "".join(f"{name:>7}" for name in ("loads", "warps", "stages", "tiles"))
     print(f"{'pass':16}{columns}" + "".join(f"{f'{rows} x {V}':>16}" for rows, V in grid.cases) + "   GB/s")
     candidates = [
         (which, shape) for which in PASSES for shape in (grid.forward if which == "forward" else grid.backward)

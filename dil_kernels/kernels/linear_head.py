@@ -220,6 +220,7 @@ def head_tile(
     inv_temperature: float,
     slack: float,
     statistics: bool,
+    *,
     reference: Tensor | None = None,  # [R]
 ) -> None:
     """As the op cpp_head_tile; writes the new reference a second time, where asked."""

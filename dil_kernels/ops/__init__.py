@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,6 +35,13 @@ def define_op(
         return function
 
     return register
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The device of a tensor made current, where it is not."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def needs_function(*tensors: Tensor | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,14 +172,21 @@ class CppSteps:
         """Take a tile of logits into the state; write h if asked, bring sums to a new reference, copy it if asked."""
         bias = self._bias_of(start, start + tile.shape[1])
         options = (start, *self._options, self._slack, self.statistics)
-        torch.ops.dil_kernels.cpp_head_tile(tile, bias, labels, state, grad, sums, *options)
+        self._head_tile(tile, bias, labels, state, grad, sums, *options, reference=reference)
+
+    def _head_tile(self, *inputs: Any, reference: Tensor | None) -> None:
+        torch.ops.dil_kernels.cpp_head_tile(*inputs)
         if reference is not None:
+            state = inputs[3]
             reference.copy_(state[0])
 
     def tile_again(self, tile: Tensor, labels: Tensor, state: Tensor, grad: Tensor, start: int) -> None:
         """Write h, given the state of whole rows."""
         bias = self._bias_of(start, start + tile.shape[1])
-        torch.ops.dil_kernels.cpp_head_tile_grad(tile, bias, labels, state, grad, start, *self._options)
+        self._head_tile_grad(tile, bias, labels, state, grad, start, *self._options)
+
+    def _head_tile_grad(self, *inputs: Any) -> None:
+        torch.ops.dil_kernels.cpp_head_tile_grad(*inputs)
 
     def finish(self, state: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Put the label's entry in: log-probs, statistics and what the backward needs of rows.
@@ -269,10 +276,9 @@ def _gathered(values: Tensor, index: Tensor) -> Tensor:
 
 def _scaled(values: Tensor, coefs: Tensor, dtype: torch.dtype) -> Tensor:
     """Row r of values [R, D] times coefs[r], rounded once; the product itself would convert a copy of its own."""
-    wide = (
-        values * coefs.unsqueeze(1) if values.dtype == coefs.dtype else values.to(coefs.dtype).mul_(coefs.unsqueeze(1))
-    )
-    return wide.to(dtype)
+    if values.dtype == coefs.dtype:
+        return (values * coefs.unsqueeze(1)).to(dtype)
+    return values.to(coefs.dtype).mul_(coefs.unsqueeze(1)).to(dtype)
 
 
 class TritonSteps(CppSteps):
@@ -313,27 +319,16 @@ class TritonSteps(CppSteps):
         return head_rows.coefficients(grad_logps, index, factor, self.head.logit_scale / self.head.temperature)
 
     @override
-    def tile(
-        self,
-        tile: Tensor,
-        labels: Tensor,
-        state: Tensor,
-        grad: Tensor | None,
-        sums: Tensor | None,
-        start: int,
-        reference: Tensor | None,
-    ) -> None:
+    def _head_tile(self, *inputs: Any, reference: Tensor | None) -> None:
         from dil_kernels.kernels.linear_head import head_tile
 
-        bias = self._bias_of(start, start + tile.shape[1])
-        options = (start, *self._options, self._slack, self.statistics)
-        head_tile(tile, bias, labels, state, grad, sums, *options, reference)
+        head_tile(*inputs, reference=reference)
 
     @override
-    def tile_again(self, tile: Tensor, labels: Tensor, state: Tensor, grad: Tensor, start: int) -> None:
+    def _head_tile_grad(self, *inputs: Any) -> None:
         from dil_kernels.kernels.linear_head import head_tile_grad
 
-        head_tile_grad(tile, self._bias_of(start, start + tile.shape[1]), labels, state, grad, start, *self._options)
+        head_tile_grad(*inputs)
 
     @override
     def finish(self, state: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dil_kernels.ops import define_op, needs_function, refuse_double_backward
+from dil_kernels.ops import define_op, needs_function, on_device, refuse_double_backward
 from dil_kernels.ops.linear_head import (
     Head,
     HeadForward,
     TileShape,
     head_backward,
     head_forward,
-    on_device,
     stash_stride,
 )
 

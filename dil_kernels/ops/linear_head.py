@@ -17,7 +17,6 @@ of the head, four for rows without a stash, two for a frozen weight, one without
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -311,8 +310,3 @@ def peak_memory(
         scaled = S * D * (size + acc + size * half * cuda)
         for_weight = rows * D * operand + max(scaled, 0 if all_kept else parts)
     return vectors + kept + max(forward, for_hidden * grad_hidden, for_weight)
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The device of a tensor made current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

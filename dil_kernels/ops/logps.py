@@ -16,7 +16,6 @@ the logits x, or of tanh(x / softcapping). The statistics are mean logit, entrop
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from types import ModuleType
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dil_kernels import backends
-from dil_kernels.ops import define_op, needs_function, refuse_double_backward
+from dil_kernels.ops import define_op, needs_function, on_device, refuse_double_backward
 
 
 def _output_shape(logits: Tensor, shift: bool) -> tuple[int, int]:
@@ -91,12 +90,6 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
     return launch, logps
 
 
-def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
 def _processing(softcapping: float, temperature: float) -> dict[str, float]:
     """What the kernels make of a logit x: multiplier * x, or multiplier * tanh(inv_cap * x)."""
     if softcapping == 0.0:
@@ -133,7 +126,7 @@ def _triton_logps_fwd(
     constants |= _processing(softcapping, temperature)
     tile = {"ROWS": ROWS, "BLOCK_V": BLOCK_V, "STAGES": STAGES}
     tile |= {"num_warps": num_warps, "maxnreg": launch.max_registers(num_warps)}
-    with _on_device(logits):
+    with on_device(logits):
         if splits == 1:
             kernels._logps_fwd_kernel[(num_rows,)](*outputs, *inputs, **constants, **tile)
         else:
@@ -177,7 +170,7 @@ def _launch_bwd(
     TILES, BLOCK_V, STAGES, num_warps = launch.backward_launch(shape, V, logits.itemsize)
     num_rows = B * T
     grid = (-(-V // (TILES * BLOCK_V)), min(num_rows, launch.MAX_GRID), -(-num_rows // launch.MAX_GRID))
-    with _on_device(logits):
+    with on_device(logits):
         kernels._logps_bwd_kernel[grid](
             grad_logits,
             grad_logps,

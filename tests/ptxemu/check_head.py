@@ -113,7 +113,7 @@ def check_tile(check: Check, gen: torch.Generator, dtype: torch.dtype, n: int, R
         grad = tile if over_the_tile else torch.full((R, n), math.nan, dtype=dtype)
     how = (start, scale, cap, inverse_temperature)
     reference = torch.full((R,), math.nan) if kind == "kept" else None
-    head.head_tile(tile, bias, label + start, state, grad, sums, *how, slack, statistics, reference)
+    head.head_tile(tile, bias, label + start, state, grad, sums, *how, slack, statistics, reference=reference)
     check.launched(what)
     if reference is not None:
         check.expect(what, torch.equal(reference, state[0]), "the copy of the reference is another")
