@@ -21,7 +21,7 @@ def env() -> int:
 
 
 def _run(program: str, name: str) -> int:
-    """A function of `dil_kernels.cli`; an interrupt before it or in it is one line.
+    """A function of `dil_kernels.cli.programs`; an interrupt before it or in it is one line.
 
     While modules are imported an interrupt ends the process: as an exception it might get lost in the initialisation of
     an extension module, or come out as another one.
@@ -36,11 +36,11 @@ def _run(program: str, name: str) -> int:
     try:
         if ours:
             signal.signal(signal.SIGINT, end)
-        from dil_kernels import cli
+        from dil_kernels.cli import programs
 
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        status: int = getattr(cli, name)()
+        status: int = getattr(programs, name)()
     except KeyboardInterrupt:
         sys.stderr.write(message)
         return INTERRUPTED

@@ -1,6 +1,5 @@
 """Direct Imitation Learning (DIL, ICLR 2025) from preference pairs, with fused log-probabilities and losses."""
 
-from dil_kernels.divergences import Divergence, register_divergence
 from dil_kernels.functional import (
     DILOutput,
     LogitStatistics,
@@ -14,6 +13,7 @@ from dil_kernels.functional import (
     token_logps,
     unpaired_dil_loss,
 )
+from dil_kernels.losses.divergences import Divergence, register_divergence
 
 __version__ = "0.1.0"
 

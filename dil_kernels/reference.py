@@ -10,9 +10,9 @@ import contextlib
 import torch
 from torch import Tensor
 
-from dil_kernels.divergences import LossParameters
-from dil_kernels.graphs import has_autocast
-from dil_kernels.scalar_losses import pair_losses, response_losses, soft_bound, total
+from dil_kernels.backends import has_autocast
+from dil_kernels.losses.divergences import LossParameters
+from dil_kernels.losses.scalar import pair_losses, response_losses, soft_bound, total
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from dil_kernels.divergences import LossParameters, divergence_names, get_divergence
-from dil_kernels.scalar_losses import pair_losses
+from dil_kernels.losses.divergences import LossParameters, divergence_names, get_divergence
+from dil_kernels.losses.scalar import pair_losses
 
 DOCS = Path(__file__).parent
 CHOSEN, REJECTED = "#1b7837", "#b2182b"

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dil_kernels.embedded import load_embedded_pairs
-from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
+from dil_kernels.data.tokenization import PreferenceCollator, tokenize_dataset
+from dil_kernels.quickstart.embedded import load_embedded_pairs
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}"

@@ -11,8 +11,8 @@ import tempfile
 
 from shared import load_model, parse_options
 
-from dil_kernels.embedded import load_embedded_pairs
 from dil_kernels.integrations.trl import DILConfig, DILTrainer  # was: from trl import DPOConfig, DPOTrainer
+from dil_kernels.quickstart.embedded import load_embedded_pairs
 
 
 def main(argv: list[str] | None = None) -> None:

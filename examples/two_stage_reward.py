@@ -21,8 +21,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainingArguments
 
-from dil_kernels.reward import DensityRatioReward, train_reward
-from dil_kernels.tabular import tabular_policy
+from dil_kernels.losses.tabular import tabular_policy
+from dil_kernels.models.reward import DensityRatioReward, train_reward
 
 RESPONSES = ["red", "green", "blue", "grey"]
 PI_REF = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)

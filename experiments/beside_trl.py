@@ -28,9 +28,9 @@ import torch
 from transformers import TrainerCallback
 
 from dil_kernels import sequence_logps
-from dil_kernels.environment import describe_environment
+from dil_kernels.cli.environment import describe_environment
+from dil_kernels.data.tokenization import PreferenceCollator, tokenize_dataset
 from dil_kernels.models.evaluation import evaluating
-from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
 from experiments.beside_trl_report import write_report
 from experiments.tables import RESULTS
 
@@ -215,7 +215,7 @@ def make_trainer(arm: str, model: Any, tokenizer: Any, train: Any, watch: Watch,
 def load_problem(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Model, tokenizer, and the pairs for training and for the held-out curves, none longer than the maximum."""
     from dil_kernels.data import load_preference_pairs
-    from dil_kernels.embedded import load_embedded_pairs
+    from dil_kernels.quickstart.embedded import load_embedded_pairs
 
     model, tokenizer = load_model(options)
     pairs = load_embedded_pairs("train") if options.pairs is None else load_preference_pairs(options.pairs)
@@ -235,7 +235,7 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
         from shared import load_model as load_tiny
 
         return load_tiny(None)
-    from dil_kernels.smollm2 import prepare
+    from dil_kernels.quickstart.smollm2 import prepare
 
     directory = options.model or prepare("runs/smollm2")
     tokenizer = AutoTokenizer.from_pretrained(directory)

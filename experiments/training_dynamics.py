@@ -110,9 +110,9 @@ def _real_problem(options: argparse.Namespace) -> tuple[Any, int, tuple[Tokenise
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dil_kernels.data import load_preference_pairs
-    from dil_kernels.embedded import load_embedded_pairs
-    from dil_kernels.smollm2 import prepare
-    from dil_kernels.tokenization import tokenize_dataset
+    from dil_kernels.data.tokenization import tokenize_dataset
+    from dil_kernels.quickstart.embedded import load_embedded_pairs
+    from dil_kernels.quickstart.smollm2 import prepare
 
     model_dir = prepare(options.model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)

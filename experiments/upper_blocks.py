@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dil_kernels import token_logps
-from dil_kernels.tokenization import IGNORE_INDEX, PreferenceCollator
+from dil_kernels.data.tokenization import IGNORE_INDEX, PreferenceCollator
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dil_kernels.modeling import FusedHeadOutput
+from dil_kernels.models.fused_head import FusedHeadOutput
 
 IGNORE = -100
 RELATIVE = 1e-5  # fp32 against fp32, of the largest entry: two layers, a few hundred terms a sum

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import dil_kernels
-from dil_kernels.reward import density_ratio_reward_loss
-from dil_kernels.tabular import tabular_policy
+from dil_kernels.losses.tabular import tabular_policy
+from dil_kernels.models.reward import density_ratio_reward_loss
 
 IGNORE = -100
 LOGITS = {"temperature": (1.0, 0.7, 1.3), "final_logit_softcapping": (9.0, 7.5, 20.0), "ignore_index": (-100, -7, -9)}

@@ -11,7 +11,7 @@ import pytest
 from tiny_model import make_tokenizer
 
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
-from dil_kernels.tokenization import tokenize_dataset
+from dil_kernels.data.tokenization import tokenize_dataset
 
 LENGTHS = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from dil_kernels.models.packed_attention import UnsupportedPackingError
+from dil_kernels.models.rotary_lengths import keep_lengths_apart
 from dil_kernels.training.generations import _generate
 from dil_kernels.training.held_out import score_held_out
-from dil_kernels.training.packed_attention import UnsupportedPackingError
-from dil_kernels.training.rotary_lengths import keep_lengths_apart
 
 RELATIVE = 2e-5  # fp32, of the log-prob of a token: two layers, a few hundred terms a sum
 ORIGINAL = 24  # tokens that models with rotary embeddings for longer ones were "pretrained" on

@@ -11,7 +11,7 @@ import pytest
 from tiny_tokenizers import byte_level
 
 from dil_kernels.data import PreferenceDataError, check_pair
-from dil_kernels.tokenization import PairTokenizer
+from dil_kernels.data.tokenization import PairTokenizer
 
 # As SmolVLM's and Idefics 3's: a string for a content is iterated letter by letter, and lost.
 OF_PARTS = (

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from tiny_model import CHAT_TEMPLATE, make_model, make_pairs, make_tokenizer
 
-from dil_kernels import backends, cli
-from dil_kernels.arguments import build_parser
-from dil_kernels.divergences import divergence_names
-from dil_kernels.option_names import ELSEWHERE, option_string
+from dil_kernels import backends
+from dil_kernels.cli import programs
+from dil_kernels.cli.arguments import build_parser
+from dil_kernels.cli.option_names import option_string
+from dil_kernels.losses.divergences import divergence_names
+from dil_kernels.wording import ELSEWHERE
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that a refused command prints; its exit status is 2."""
     try:
-        status = cli.main(argv)
+        status = programs.main(argv)
     except SystemExit as end:
         status = end.code
     assert status == 2
@@ -54,7 +56,7 @@ def test_a_run_from_a_recipe(model_dir: Path, pairs_file: Path, tmp_path: Path, 
         "loss_type: bce\nmax_steps: 9\nper_device_train_batch_size: 4\nlogging_steps: 1\nreport_to: none\n"
         "learning_rate: 1e-3\nsave_strategy: no\nuse_cpu: true\n"
     )
-    assert cli.main(["--config", str(recipe), "--max-steps", "3", "--loss-type", "lsif"]) == 0
+    assert programs.main(["--config", str(recipe), "--max-steps", "3", "--loss-type", "lsif"]) == 0
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in history if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3]  # the command line won
@@ -95,7 +97,7 @@ def test_a_run_of_mixed_data_with_further_options(model_dir: Path, pairs_file: P
         "model_init_kwargs: {attention_bias: true}\n"
         "lora_rank: 2\nuse_rslora: true\nlora_modules_to_save: [lm_head]\nlora_dropout: 0.5\ndisable_dropout: false\n"
     )
-    assert cli.main(["--config", str(recipe)]) == 0
+    assert programs.main(["--config", str(recipe)]) == 0
     printed = capsys.readouterr().out
     assert "3 held-out pairs" in printed
     saved = json.loads((output / "adapter_config.json").read_text())
@@ -124,7 +126,7 @@ def test_what_tokenizer_and_model_refuse(model_dir: Path, pairs_file: Path, tmp_
     ):
         assert message in refused([*nothing, *options], capsys)
     argv += ["--train-file", str(pairs_file), "--model-init-kwargs", '{"hiden_size": 3}']
-    assert cli.main(argv) == 2
+    assert programs.main(argv) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "could not be loaded with --model-init-kwargs" in last
     assert "hiden_size" in last
@@ -199,7 +201,7 @@ def test_what_the_trainer_refuses_is_one_line(model_dir: Path, pairs_file: Path,
         (["--padding-free", "--attn-implementation", "eager"], "--padding-free true was given, but LlamaForCausalLM"),
         (["--ref-adapter-name", "a"], "--ref-adapter-name a was given, but model is not a PeftModel"),
     ):
-        assert cli.main([*argv, "--disable-tqdm", "--use-cpu", *options]) == 2
+        assert programs.main([*argv, "--disable-tqdm", "--use-cpu", *options]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"dil-train: error: {message}")
 
 
@@ -221,14 +223,14 @@ def test_a_run_that_fails_says_why_on_one_line(
 
     monkeypatch.setattr("dil_kernels.training.run.run_training", fail)
     argv = ["--model", str(model_dir), "--train-file", str(pairs_file), "--output-dir", str(tmp_path / "out")]
-    assert cli.main(argv) == status
+    assert programs.main(argv) == status
     assert capsys.readouterr().err.strip().splitlines()[-1] == f"dil-train: error: {error}"
 
 
 def test_a_recipe_says_no_and_none_as_the_command_line_does(
     model_dir: Path, pairs_file: Path, tmp_path: Path, capsys
 ) -> None:
-    from dil_kernels.arguments import parse_arguments
+    from dil_kernels.cli.arguments import parse_arguments
 
     recipe = tmp_path / "recipe.yaml"
     base = f"model: {model_dir}\ntrain_file: {pairs_file}\noutput_dir: {tmp_path / 'out'}\nreport_to: none\n"
@@ -244,7 +246,7 @@ def test_a_recipe_says_no_and_none_as_the_command_line_does(
 
 def test_help_lists_what_the_registries_hold(capsys) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["--help"])
+        programs.main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert f"--loss-type {{{','.join(divergence_names())}}}" in text
@@ -253,7 +255,7 @@ def test_help_lists_what_the_registries_hold(capsys) -> None:
 
 
 def test_env_says_what_is_there_and_why_not(capsys) -> None:
-    assert cli.env_main() == 0
+    assert programs.env_main() == 0
     text = capsys.readouterr().out
     for name in backends.BACKENDS:
         assert f"\n  {name} " in text

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dil_kernels import backends, cli
-from dil_kernels.arguments import build_parser, parse_arguments
-from dil_kernels.option_names import as_on_command_line
+from dil_kernels import backends
+from dil_kernels.cli import programs
+from dil_kernels.cli.arguments import build_parser, parse_arguments
+from dil_kernels.cli.option_names import as_on_command_line
 
 OPTIONS = {action.dest: action for action in build_parser()._actions if action.dest != "help"}
 NONSENSE = {
@@ -36,10 +37,10 @@ def run(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def load(*args: object) -> None:
         raise LoadedError
 
-    monkeypatch.setattr(cli, "_load_tokenizer", load)
-    monkeypatch.setattr(cli, "_load_data", load)
+    monkeypatch.setattr(programs, "_load_tokenizer", load)
+    monkeypatch.setattr(programs, "_load_data", load)
     try:
-        status = cli.main(argv)
+        status = programs.main(argv)
     except SystemExit as end:
         status = end.code
     except LoadedError:

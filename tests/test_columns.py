@@ -14,10 +14,10 @@ import pytest
 from refusals import LENGTHS, cache, refusal, tokenising_refusal, write_lines  # noqa: F401  cache is a fixture
 from tiny_model import CHAT_TEMPLATE, make_tokenizer
 
-from dil_kernels import cli, data
-from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs
-from dil_kernels.pairs.cache_key import source_digest
-from dil_kernels.tokenization import tokenize_dataset
+from dil_kernels.cli import programs
+from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs, loading
+from dil_kernels.data.cache_key import source_digest
+from dil_kernels.data.tokenization import tokenize_dataset
 
 PLAIN = {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5"}
 ASKED = [{"role": "user", "content": "w1"}]
@@ -118,7 +118,7 @@ def test_dil_train_refuses_columns_of_images(tmp_path: Path, capsys: pytest.Capt
     path = write_lines(tmp_path / "pairs.jsonl", PLAIN, {**PLAIN, "images": ["a.png"]})
     make_tokenizer().save_pretrained(tmp_path / "model")
     model, out = str(tmp_path / "model"), str(tmp_path / "out")
-    assert cli.main(["--model", model, "--train-file", str(path), "--output-dir", out]) == 2
+    assert programs.main(["--model", model, "--train-file", str(path), "--output-dir", out]) == 2
     problem = f"dil-train: error: {path}, line 2, column 'images' has images, video or sound"
     assert capsys.readouterr().err.splitlines()[-1].startswith(problem)
     assert not (tmp_path / "out").exists()
@@ -152,7 +152,7 @@ def test_cached_rows_are_those_of_this_code(tmp_path: Path, monkeypatch: pytest.
     datasets.Dataset.from_list([PLAIN]).to_parquet(directory / "train.parquet")
     kept = []
     for key in ("one", "one", "other"):
-        monkeypatch.setattr(data, "code_key", lambda key=key: key)
+        monkeypatch.setattr(loading, "code_key", lambda key=key: key)
         assert load_preference_pairs(directory).to_list() == [PLAIN]
         kept.append(len(list((tmp_path / "cache").rglob("cache-*.arrow"))))
     assert kept == [1, 1, 2]
@@ -160,12 +160,12 @@ def test_cached_rows_are_those_of_this_code(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_key_of_cached_rows_changes_with_the_code(tmp_path: Path) -> None:
     package = tmp_path / "dil_kernels"
-    (package / "pairs").mkdir(parents=True)
+    (package / "data").mkdir(parents=True)
     keys = set()
-    for name in ("data.py", "tokenization.py", "pairs/messages.py", "pairs/columns.py"):
-        (package / name).write_text("one = 1\n")
+    for name in ("loading.py", "tokenization.py", "messages.py", "columns.py"):
+        (package / "data" / name).write_text("one = 1\n")
         keys.add(source_digest(package))
-        (package / name).write_text("one = 2\n")
+        (package / "data" / name).write_text("one = 2\n")
         keys.add(source_digest(package))
     assert len(keys) == 8
 

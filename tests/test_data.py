@@ -11,8 +11,8 @@ import pytest
 from tiny_model import make_pairs, make_tokenizer
 
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
-from dil_kernels.pairs.files import FILE_SUFFIXES
-from dil_kernels.tokenization import IGNORE_INDEX, PreferenceCollator, tokenize_dataset, tokenize_pair, truncate
+from dil_kernels.data.files import FILE_SUFFIXES
+from dil_kernels.data.tokenization import IGNORE_INDEX, PreferenceCollator, tokenize_dataset, tokenize_pair, truncate
 
 PLAIN = {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5"}
 

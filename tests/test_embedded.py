@@ -6,7 +6,7 @@ import difflib
 
 import pytest
 
-from dil_kernels.embedded import SPLITS, load_embedded_pairs
+from dil_kernels.quickstart.embedded import SPLITS, load_embedded_pairs
 
 PAIRS = {split: load_embedded_pairs(split).to_list() for split in SPLITS}
 ALL = PAIRS["train"] + PAIRS["test"]

@@ -7,7 +7,7 @@ from tiny_model import make_model
 from torch import nn
 
 from dil_kernels.models.evaluation import evaluating
-from dil_kernels.training.packed_attention import packing_problem
+from dil_kernels.models.packed_attention import packing_problem
 
 
 def half_frozen() -> tuple[nn.Module, dict[str, bool]]:

@@ -18,7 +18,7 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from dil_kernels.modeling import fused_head_problem, install_fused_head
+from dil_kernels.models.fused_head import fused_head_problem, install_fused_head
 
 
 @pytest.mark.parametrize("installed_first", [False, True])

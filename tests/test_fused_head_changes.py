@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from dil_kernels.modeling import fused_head_problem, install_fused_head
+from dil_kernels.models.fused_head import fused_head_problem, install_fused_head
 
 
 def test_config_that_changes_later_is_noticed():

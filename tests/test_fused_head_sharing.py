@@ -16,7 +16,7 @@ from fused_head_models import RELATIVE, assert_close, assert_same, batch, fused,
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
-from dil_kernels.modeling import install_fused_head, remove_fused_head
+from dil_kernels.models.fused_head import install_fused_head, remove_fused_head
 
 WAIT = 60.0  # seconds, of a thread for another
 

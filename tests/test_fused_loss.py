@@ -14,9 +14,9 @@ from implementations import Implementation, every_implementation
 from problems import IGNORE, boundaries
 
 from dil_kernels import Divergence, dil_loss, fused_dil_loss, register_divergence, sequence_logps
-from dil_kernels.divergences import _REGISTRY, LossParameters, divergence_names, get_divergence
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import LossOptions
+from dil_kernels.losses.divergences import _REGISTRY, LossParameters, divergence_names, get_divergence
 from dil_kernels.ops.density_ratio import density_ratio
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")

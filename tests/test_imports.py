@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dil_kernels import help_text
-from dil_kernels.graphs import constant_in_graphs
+from dil_kernels.backends import constant_in_graphs
+from dil_kernels.cli import help_text
 
 HELP = """
 import json, sys
-from dil_kernels import cli
+from dil_kernels.cli import programs
 try:
-    cli.main(["--help"])
+    programs.main(["--help"])
 except SystemExit as end:
     assert end.code == 0
 print(json.dumps([*sys.modules]), file=sys.stderr)

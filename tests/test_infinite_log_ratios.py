@@ -14,8 +14,8 @@ from test_scalar_losses import GENERATORS, sigmoid
 
 from dil_kernels import _C as compiled
 from dil_kernels import dil_loss, unpaired_dil_loss
-from dil_kernels.divergences import LossParameters, get_divergence
-from dil_kernels.scalar_losses import pair_losses
+from dil_kernels.losses.divergences import LossParameters, get_divergence
+from dil_kernels.losses.scalar import pair_losses
 
 INF = math.inf
 HUGE = (-INF, -1e300, -800.0, -2.0, 0.0, 3.0, 420.0, 700.0, 800.0, 1e300, INF)

@@ -13,8 +13,8 @@ from tiny_model import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs
-from dil_kernels.pairs.messages import split_strings
-from dil_kernels.tokenization import tokenize_dataset, tokenize_pair
+from dil_kernels.data.messages import split_strings
+from dil_kernels.data.tokenization import tokenize_dataset, tokenize_pair
 
 TEMPLATE = (
     "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"

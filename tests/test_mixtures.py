@@ -12,8 +12,8 @@ import datasets
 import pytest
 
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
-from dil_kernels.mixture import DataSource, data_sources, load_mixture, split_off_test
-from dil_kernels.pairs.pair_storage import source_of
+from dil_kernels.data.mixture import DataSource, data_sources, load_mixture, split_off_test
+from dil_kernels.data.pair_storage import source_of
 
 PLAIN = {"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}
 # What readers of CSV take for numbers, nulls, quotes, or the end of a line.

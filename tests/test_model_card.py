@@ -17,8 +17,8 @@ from test_trainer import batch_of, make_trainer, plain_logps, tokenized
 from test_unpaired_training import make_responses
 from tiny_model import make_model, make_pairs, make_tokenizer
 
-from dil_kernels.arguments import parse_arguments
-from dil_kernels.tokenization import PreferenceCollator
+from dil_kernels.cli.arguments import parse_arguments
+from dil_kernels.data.tokenization import PreferenceCollator
 from dil_kernels.trainer import DILConfig, DILTrainer
 from dil_kernels.training.held_out import BEFORE_NAME
 from dil_kernels.training.model_card import recipe_of

@@ -11,7 +11,7 @@ from implementations import Implementation, every_implementation, every_kernel
 from torch.autograd import forward_ad
 
 from dil_kernels import dil_loss, fused_dil_loss, linear_token_logps, sequence_logps, token_logps
-from dil_kernels.divergences import divergence_names
+from dil_kernels.losses.divergences import divergence_names
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
 

@@ -38,18 +38,17 @@ from transformers import (
 )
 from two_processes import run_on_two_processes
 
-from dil_kernels.tokenization import PreferenceCollator
-from dil_kernels.trainer import DILConfig, DILTrainer
-from dil_kernels.training.held_out import score_held_out
-from dil_kernels.training.metrics import METRICS
-from dil_kernels.training.packed_attention import (
+from dil_kernels.data.batches import PackedCollator, has_scored_token, model_inputs, packed_inputs, sequence_sums
+from dil_kernels.data.tokenization import PreferenceCollator
+from dil_kernels.models.packed_attention import (
     PackedMask,
     UnsupportedPackingError,
     install_packed_attention,
-    packed_inputs,
     packing_problem,
 )
-from dil_kernels.training.packed_batches import PackedCollator, has_scored_token, model_inputs, sequence_sums
+from dil_kernels.trainer import DILConfig, DILTrainer
+from dil_kernels.training.held_out import score_held_out
+from dil_kernels.training.metrics import METRICS
 
 
 @pytest.fixture(autouse=True)

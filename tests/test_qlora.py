@@ -15,7 +15,7 @@ from tiny_model import make_model, make_pairs, make_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dil_kernels import cli
+from dil_kernels.cli import programs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
@@ -85,8 +85,8 @@ def test_dil_train_loads_in_4bit(tmp_path: Path, model_dir: Path, capsys: pytest
     argv = ["--model", str(model_dir), "--train-file", str(pairs), "--output-dir", str(tmp_path / "out"), "--use-cpu"]
     argv += ["--load-in-4bit", "--max-steps", "2", "--report-to", "none", "--disable-tqdm"]
     with pytest.raises(SystemExit):
-        cli.main(argv)
+        programs.main(argv)
     assert "--load-in-4bit needs --lora-rank" in capsys.readouterr().err
-    assert cli.main([*argv, "--lora-rank", "4"]) == 0
+    assert programs.main([*argv, "--lora-rank", "4"]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "out" / "model.safetensors").exists()

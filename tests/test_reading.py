@@ -12,7 +12,7 @@ from refusals import LENGTHS, cache, refusal, write_lines  # noqa: F401  cache i
 from tiny_model import make_tokenizer
 
 from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs
-from dil_kernels.tokenization import tokenize_dataset
+from dil_kernels.data.tokenization import tokenize_dataset
 
 PLAIN = {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5"}
 ASKED = [{"role": "user", "content": "w1"}]

@@ -15,13 +15,13 @@ import yaml
 from tiny_model import make_model, make_pairs, make_tokenizer
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Trainer, get_scheduler
 
-from dil_kernels import cli
-from dil_kernels.arguments import RunOptions, parse_arguments
+from dil_kernels.cli import programs
+from dil_kernels.cli.arguments import RunOptions, parse_arguments
 from dil_kernels.data import load_preference_pairs
+from dil_kernels.data.tokenization import PreferenceCollator, tokenize_dataset
 from dil_kernels.functional import linear_memory_bytes
-from dil_kernels.modeling import fused_head_problem, install_fused_head
+from dil_kernels.models.fused_head import fused_head_problem, install_fused_head
 from dil_kernels.recipes import packaged_recipes
-from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
 from dil_kernels.training.config import DILConfig
 
 TRAIN_PREFS = 61_135  # rows of HuggingFaceH4/ultrafeedback_binarized, split train_prefs
@@ -117,7 +117,7 @@ def test_all_but_the_weights_is_built(name: str) -> None:
     model = meta_model(model_config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert fused_head_problem(model) is None
-    trained = cli._with_lora(model, options, config)
+    trained = programs._with_lora(model, options, config)
     fused = install_fused_head(trained)
     assert (fused.logit_scale, fused.final_logit_softcapping) == (1.0, None)
     adapters = 7 * 32 * 2 if options.lora_rank else 0
@@ -185,7 +185,7 @@ def test_the_small_recipe_runs(tmp_path: Path, capsys) -> None:
     pairs.write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(12)))
     files = ["--train-file", str(pairs), "--eval-file", str(pairs), "--output-dir", str(tmp_path / "out")]
     model = ["--model", str(tmp_path / "model"), "--learning-rate", "1e-3"]
-    assert cli.main(["--config", "smollm2-135m-dil", *model, *files, "--use-cpu", "--disable-tqdm"]) == 0
+    assert programs.main(["--config", "smollm2-135m-dil", *model, *files, "--use-cpu", "--disable-tqdm"]) == 0
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert "12 held-out pairs" in capsys.readouterr().out
@@ -198,16 +198,16 @@ def test_lora_from_the_command_line(tmp_path: Path, capsys) -> None:
     pairs.write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(4)))
     argv = ["--config", "smollm2-135m-dil", "--model", str(tmp_path / "model"), "--train-file", str(pairs)]
     argv += ["--output-dir", str(tmp_path / "out"), "--use-cpu", "--disable-tqdm"]
-    assert cli.main([*argv, "--lora-rank", "3", "--lora-target-modules", "q_proj", "up_proj"]) == 0
+    assert programs.main([*argv, "--lora-rank", "3", "--lora-target-modules", "q_proj", "up_proj"]) == 0
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (3, 6)
     assert set(adapter["target_modules"]) == {"q_proj", "up_proj"}
     capsys.readouterr()
     argv[argv.index("--output-dir") + 1] = str(tmp_path / "other")
-    assert cli.main([*argv, "--lora-rank", "3", "--lora-target-modules", "query"]) == 2
+    assert programs.main([*argv, "--lora-rank", "3", "--lora-target-modules", "query"]) == 2
     assert "--lora-rank 3: Target modules {'query'} not found" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main([*argv, "--lora-alpha", "16"])
+        programs.main([*argv, "--lora-alpha", "16"])
     assert "--lora-alpha: needs --lora-rank" in capsys.readouterr().err
 
 
@@ -218,7 +218,7 @@ def test_flash_attention_that_is_not_installed_is_one_line(tmp_path: Path, capsy
     pairs.write_text(json.dumps(make_pairs(1)[0]) + "\n")
     argv = ["--config", "mistral-7b-base-dil", "--model", str(tmp_path / "model"), "--train-file", str(pairs)]
     argv += ["--train-split", "train", "--eval-file", str(pairs), "--eval-split", "train", "--use-cpu"]
-    assert cli.main([*argv, "--output-dir", str(tmp_path / "out")]) == 2
+    assert programs.main([*argv, "--output-dir", str(tmp_path / "out")]) == 2
     *_, line = capsys.readouterr().err.strip().splitlines()
     assert re.search(r"^dil-train: error: model .* FlashAttention2 .*--attn-implementation sdpa needs no further", line)
     assert not (tmp_path / "out").exists()
@@ -230,7 +230,7 @@ def test_a_recipe_says_whose_choices_it_makes(name: str) -> None:
     assert f"--config {name}" in text
     assert yaml.safe_load(text)["output_dir"] == f"runs/{name}"
     assert "ours" in text
-    assert name in (Path(cli.__file__).parent / "recipes" / "README.md").read_text()
+    assert name in (Path(programs.__file__).parent / "recipes" / "README.md").read_text()
     if name in PAPER and "lora" not in name:
         assert {"[paper]", "[authors]", "[ours]"} <= set(re.findall(r"\[\w+\]", text))
 

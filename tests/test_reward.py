@@ -20,10 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from dil_kernels.divergences import divergence_names, get_divergence
-from dil_kernels.reward import DensityRatioReward, RewardTrainer, density_ratio_reward_loss, train_reward
-from dil_kernels.tabular import tabular_policy
-from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
+from dil_kernels.data.tokenization import PreferenceCollator, tokenize_dataset
+from dil_kernels.losses.divergences import divergence_names, get_divergence
+from dil_kernels.losses.tabular import tabular_policy
+from dil_kernels.models.reward import DensityRatioReward, RewardTrainer, density_ratio_reward_loss, train_reward
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "two_stage_reward.py"
 SEPARABLE = [name for name in divergence_names() if get_divergence(name).separable]

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from tiny_model import make_model, make_pairs, make_tokenizer
 
-from dil_kernels import cli, quickstart
+from dil_kernels.cli import programs
+from dil_kernels.quickstart import run as quickstart
 from dil_kernels.trainer import DILConfig, DILTrainer
 
 
@@ -47,7 +48,7 @@ def arguments(inputs: Path, output_dir: Path, **options: Any) -> list[str]:
 
 def train(*args: Any, **options: Any) -> int:
     try:
-        return cli.main(arguments(*args, **options))
+        return programs.main(arguments(*args, **options))
     except SystemExit as end:
         return int(end.code or 0)
 
@@ -121,7 +122,7 @@ def test_overwriting_removes_checkpoints_alone_and_once_training_begins(inputs: 
 def test_a_directory_that_cannot_be_written_is_refused_at_once(
     inputs: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(cli, "_load_data", lambda options: pytest.fail("data was read"))
+    monkeypatch.setattr(programs, "_load_data", lambda options: pytest.fail("data was read"))
     file = tmp_path / "file"
     file.write_text("")
     for path, reason in (
@@ -280,7 +281,7 @@ def test_an_interrupted_run_promises_no_more_than_there_is(
 @pytest.mark.parametrize(
     ("owner", "name", "error", "said"),
     [
-        (cli, "_load_model", KeyboardInterrupt, "interrupted before training began"),
+        (programs, "_load_model", KeyboardInterrupt, "interrupted before training began"),
         (DILTrainer, "train", KeyboardInterrupt, "interrupted; no checkpoint had been written before it"),
         (DILTrainer, "train", RuntimeError, "RuntimeError; no checkpoint had been written before it"),
         (DILTrainer, "training_step", KeyboardInterrupt, "interrupted; no checkpoint had been written before it"),
@@ -311,7 +312,7 @@ def test_a_failure_in_training_has_no_traceback_unless_asked_for(
     assert train(inputs, tmp_path / "out") == 1
     assert last_line(capsys) == ("RuntimeError: out of memory on two lines; no checkpoint had been written before it")
     with pytest.raises(Exception, match="out of memory"):
-        cli.main(arguments(inputs, tmp_path / "other", traceback=True))
+        programs.main(arguments(inputs, tmp_path / "other", traceback=True))
 
 
 def test_memory_is_pinned_only_where_there_is_a_device_to_copy_to(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mpmath import mp, mpf
 
 from dil_kernels import _C as compiled
-from dil_kernels.divergences import LossParameters, divergence_names, get_divergence
-from dil_kernels.scalar_losses import pair_losses, response_losses, total
+from dil_kernels.losses.divergences import LossParameters, divergence_names, get_divergence
+from dil_kernels.losses.scalar import pair_losses, response_losses, total
 
 mp.dps = 60
 COMPILED = compiled.divergence_names()

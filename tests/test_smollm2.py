@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dil_kernels import smollm2
+from dil_kernels.quickstart import smollm2
 
 MODEL_DIR = Path(__file__).parents[1] / "runs" / "smollm2"
 
@@ -41,7 +41,7 @@ def test_length_does_not_give_the_embedded_preference_away(model_dir: Path) -> N
     """The figures of preference_pairs.md."""
     from transformers import AutoTokenizer
 
-    from dil_kernels.embedded import SPLITS, load_embedded_pairs
+    from dil_kernels.quickstart.embedded import SPLITS, load_embedded_pairs
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     pairs = [pair for split in SPLITS for pair in load_embedded_pairs(split)]
@@ -93,5 +93,5 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_the_package_does_not_import_transformers() -> None:
-    code = "import sys, dil_kernels, dil_kernels.smollm2; sys.exit('transformers' in sys.modules)"
+    code = "import sys, dil_kernels, dil_kernels.quickstart.smollm2; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

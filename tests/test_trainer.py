@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingA
 from two_processes import run_on_two_processes
 
 from dil_kernels import DILOutput
-from dil_kernels.tokenization import PreferenceCollator, tokenize_dataset
+from dil_kernels.data.tokenization import PreferenceCollator, tokenize_dataset
 from dil_kernels.trainer import DILConfig, DILTrainer, last_complete_checkpoint
 from dil_kernels.training.checkpoints import where_to_resume
 from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs, safe_log_ratios

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dil_kernels.embedded import embedded_pairs_path
-from dil_kernels.smollm2 import prepare
+from dil_kernels.quickstart.embedded import embedded_pairs_path
+from dil_kernels.quickstart.smollm2 import prepare
 
 ROOT = Path(__file__).parents[1]
 MAX_LENGTH, BATCH, STEPS, LEARNING_RATE = 64, 2, 2, 2e-5

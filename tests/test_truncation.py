@@ -12,8 +12,8 @@ from tiny_model import make_pairs, make_tokenizer
 from two_processes import run_on_two_processes
 
 from dil_kernels.data import PreferenceDataError
-from dil_kernels.pairs.truncation import DataReport
-from dil_kernels.tokenization import tokenize_and_report, tokenize_dataset
+from dil_kernels.data.tokenization import tokenize_and_report, tokenize_dataset
+from dil_kernels.data.truncation import DataReport
 from dil_kernels.trainer import DILConfig
 
 

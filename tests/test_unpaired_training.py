@@ -25,11 +25,11 @@ from tiny_model import make_model, make_pairs, make_tokenizer
 from torch import Tensor
 from two_processes import run_on_two_processes
 
-from dil_kernels import cli
-from dil_kernels.arguments import parse_arguments
+from dil_kernels.cli import programs
+from dil_kernels.cli.arguments import parse_arguments
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
-from dil_kernels.divergences import _REGISTRY
-from dil_kernels.tokenization import PreferenceCollator
+from dil_kernels.data.tokenization import PreferenceCollator
+from dil_kernels.losses.divergences import _REGISTRY
 
 PLAIN = {"prompt": "w1 w2 ", "completion": "w3 w4", "label": True}
 CHAT = {
@@ -222,13 +222,13 @@ def test_the_command_line_with_a_registered_loss(tmp_path: Path, monkeypatch: py
     arguments += ["--loss-type", "cubic", "--max-steps", "2", "--logging-steps", "1", "--report-to", "none"]
     arguments += ["--use-cpu", "--save-strategy", "no", "--per-device-train-batch-size", "6"]
     with pytest.raises(SystemExit):
-        cli.main(arguments)
+        programs.main(arguments)
     assert "invalid choice: 'cubic'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main([*arguments, "--import", "no_such_module"])
+        programs.main([*arguments, "--import", "no_such_module"])
     assert "--import no_such_module: ModuleNotFoundError" in capsys.readouterr().err
     try:
-        assert cli.main([*arguments, "--import", "my_losses"]) == 0
+        assert programs.main([*arguments, "--import", "my_losses"]) == 0
         _REGISTRY.pop("cubic", None)
         del sys.modules["my_losses"]
         card = (tmp_path / "out" / "README.md").read_text()

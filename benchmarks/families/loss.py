@@ -10,8 +10,8 @@ from torch import Tensor
 import dil_kernels
 from dil_kernels import reference
 from dil_kernels.backends import resolve_backend, sums_are_compiled
-from dil_kernels.divergences import LossParameters
 from dil_kernels.functional.loss import DILOutput, loss_of_token_logps, resolve_loss_options
+from dil_kernels.losses.divergences import LossParameters
 from harness.check import rounding, worst
 from harness.family import OURS, Errors, Family, Fn, Pass, Provider
 from harness.peers import compile_problem

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dil_kernels.tokenization import IGNORE_INDEX, PreferenceCollator
+from dil_kernels.data.tokenization import IGNORE_INDEX, PreferenceCollator
 from harness.family import DTYPE_NAMES
 from harness.machine import REPOSITORY
 
@@ -129,7 +129,7 @@ def make_config(name: ModelName) -> Any:
 
 
 def _prepared_smollm2() -> Any:
-    from dil_kernels.smollm2 import prepare
+    from dil_kernels.quickstart.smollm2 import prepare
 
     return prepare(SMOLLM2)
 
@@ -159,8 +159,8 @@ def make_tokenizer(name: ModelName) -> Any:
 
 def _real_pairs(case: TrainCase) -> list[dict[str, Any]]:
     from dil_kernels.data import check_pair, load_preference_pairs
-    from dil_kernels.embedded import load_embedded_pairs
-    from dil_kernels.tokenization import tokenize_pair
+    from dil_kernels.data.tokenization import tokenize_pair
+    from dil_kernels.quickstart.embedded import load_embedded_pairs
 
     path = os.environ.get(DATA_VARIABLE)
     pairs = load_embedded_pairs("train") if path is None else load_preference_pairs(path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels import reference
-from dil_kernels.backends import resolve_backend
+from dil_kernels.backends import constant_in_graphs, has_autocast, resolve_backend
 from dil_kernels.checks import (
     check_cu_seqlens,
     check_head,
@@ -25,7 +25,6 @@ from dil_kernels.checks import (
 from dil_kernels.functional.logps import LogitStatistics, mask_boundaries
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import DILOutput, resolve_loss_options, resolve_ref_logps
-from dil_kernels.graphs import constant_in_graphs, has_autocast
 from dil_kernels.ops.linear import linear_logps
 from dil_kernels.ops.linear_head import TILE_SHAPES, peak_memory, stash_rows_within
 

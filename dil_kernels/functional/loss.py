@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dil_kernels.backends import resolve_backend, sums_are_compiled
 from dil_kernels.checks import LOGITS_DTYPES, check_choice, check_per_pair, check_tensors, shape_of
-from dil_kernels.divergences import floor_of_P
 from dil_kernels.functional.logps import prepare_rows, token_logps
 from dil_kernels.functional.loss_options import (
     DILOutput,
@@ -16,9 +15,10 @@ from dil_kernels.functional.loss_options import (
     resolve_loss_options,
     resolve_ref_logps,
 )
+from dil_kernels.losses.divergences import floor_of_P
+from dil_kernels.losses.scalar import non_negative_loss
 from dil_kernels.ops.density_ratio import density_ratio
 from dil_kernels.reference import accumulation_dtype, split_pairs
-from dil_kernels.scalar_losses import non_negative_loss
 
 
 def dil_loss(
@@ -48,14 +48,14 @@ def dil_loss(
         policy_rejected_logps: [B].
         ref_chosen_logps: [B], constant.
         ref_rejected_logps: [B], constant.
-        loss_type: a name in `dil_kernels.divergences`; docs/losses.md describes each.
+        loss_type: a name in `dil_kernels.losses.divergences`; docs/losses.md describes each.
         beta: inverse temperature of "dpo" (default 0.1); an error with any other loss.
         power: exponent of "power" (default 0.5): 1 is "lsif", 0 "ukl", -1 "is", up to constants; an error with any
             other loss.
         alpha: share of the chosen responses in the reference expectation, for separable losses; 0 is the paper.
         max_log_ratio: soft bound M on the log ratios, u -> M tanh(u / M), whose gradient is that of the loss there
             times 1 / cosh(u / M)^2; the rewards stay unbounded. None for no bound.
-        non_negative: C of the non-negative correction (`dil_kernels.scalar_losses.non_negative_loss`), which needs
+        non_negative: C of the non-negative correction (`dil_kernels.losses.scalar.non_negative_loss`), which needs
             reduction "mean" and is exact only for the responses of this call; the losses stay uncorrected.
         chosen_weight, rejected_weight: factors of the two terms of a separable loss.
         reduction: "none", "mean" or "sum".

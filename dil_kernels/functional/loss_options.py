@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dil_kernels.checks import check_choice, check_per_pair, check_tensors, shape_of
-from dil_kernels.divergences import LossParameters, get_divergence, resolve_non_negative, resolve_options
-from dil_kernels.scalar_losses import total
+from dil_kernels.losses.divergences import LossParameters, get_divergence, resolve_non_negative, resolve_options
+from dil_kernels.losses.scalar import total
 
 REDUCTIONS = ("mean", "sum", "none")
 PAIR_LAYOUTS = ("concatenated", "interleaved")

@@ -33,12 +33,12 @@ from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options
 from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_sums
 from dil_kernels.integrations.trl_config import DILConfig
-from dil_kernels.modeling import UnsupportedHeadError, install_fused_head
+from dil_kernels.models.fused_head import UnsupportedHeadError, install_fused_head
+from dil_kernels.models.rotary_lengths import keep_lengths_apart
 from dil_kernels.reference import accumulation_dtype
 from dil_kernels.training.loss_watch import NonFinitePairs
 from dil_kernels.training.metrics import METRICS, counted_pairs, means, pair_metrics
 from dil_kernels.training.model_checks import check_rows
-from dil_kernels.training.rotary_lengths import keep_lengths_apart
 
 __all__ = ["DILConfig", "DILTrainer"]
 

@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dil_kernels.backends import BACKENDS
 from dil_kernels.checks import check_choice
-from dil_kernels.divergences import resolve_options
+from dil_kernels.losses.divergences import resolve_options
 
 if Version(trl.__version__) < Version("1.0.0"):
     raise ImportError(f"this DILTrainer needs TRL 1.0 or later, found {trl.__version__}; see dil_kernels.dil_loss")

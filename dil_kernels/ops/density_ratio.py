@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels import backends, reference
-from dil_kernels.divergences import LossParameters
+from dil_kernels.losses.divergences import LossParameters
 from dil_kernels.ops import needs_function, refuse_double_backward
 
 

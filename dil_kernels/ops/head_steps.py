@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dil_kernels.scalar_losses import tanh_slope
+from dil_kernels.losses.scalar import tanh_slope
 
 # A row's reference is renewed, and what was written with the old one rescaled, where another entry than the label
 # exceeds it by more (nats): small enough that s keeps its digits, large enough that it is rare.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dil_kernels.option_names import describe_error
+from dil_kernels.wording import describe_error
 
 logger = logging.getLogger(__name__)
 

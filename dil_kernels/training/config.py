@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dil_kernels.backends import BACKENDS
-from dil_kernels.divergences import resolve_options
-from dil_kernels.tokenization import TRUNCATION_MODES
+from dil_kernels.data.tokenization import TRUNCATION_MODES
+from dil_kernels.losses.divergences import resolve_options
 from dil_kernels.training.ranges import check_numbers
 
 SYNC_DEFAULTS = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}

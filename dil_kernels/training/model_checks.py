@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dil_kernels.data.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
 from dil_kernels.models.evaluation import evaluating
-from dil_kernels.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
 from dil_kernels.training.adapters import has_adapters
 
 Models = tuple[nn.Module, nn.Module | None]  # the policy and the reference

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dil_kernels.backends import resolve_backend
+from dil_kernels.data.batches import model_inputs
 from dil_kernels.functional import token_logps
-from dil_kernels.training.packed_batches import model_inputs
 
 
 def model_token_logps(

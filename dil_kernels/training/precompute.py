@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers.utils.logging import tqdm
 
+from dil_kernels.data.batches import sequence_labels
+from dil_kernels.data.tokenization import REF_COLUMNS, UNPAIRED_REF_COLUMNS
 from dil_kernels.functional.loss_options import LossOptions, resolve_ref_logps
-from dil_kernels.tokenization import REF_COLUMNS, UNPAIRED_REF_COLUMNS
-from dil_kernels.training.packed_batches import sequence_labels
 from dil_kernels.training.ref_cache import (
     ReferenceCache,
     default_ref_cache_dir,

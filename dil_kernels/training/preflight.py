@@ -12,9 +12,9 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from dil_kernels.backends import resolve_backend
-from dil_kernels.option_names import describe_error
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.metrics import METRICS, SIDE_METRICS
+from dil_kernels.wording import describe_error
 
 SPEED_METRICS = ("runtime", "samples_per_second", "steps_per_second")  # of `Trainer.evaluate`
 

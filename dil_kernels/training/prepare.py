@@ -7,9 +7,9 @@ from typing import Any
 
 import datasets
 
-from dil_kernels.divergences import get_divergence
-from dil_kernels.pairs.truncation import DataReport
-from dil_kernels.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS, tokenize_and_report
+from dil_kernels.data.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS, tokenize_and_report
+from dil_kernels.data.truncation import DataReport
+from dil_kernels.losses.divergences import get_divergence
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.model_checks import Models, check_fits
 from dil_kernels.training.precompute import has_reference

@@ -11,8 +11,6 @@ import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dil_kernels.option_names import describe_error
-from dil_kernels.trainer import DILConfig, DILTrainer
 from dil_kernels.training.checkpoints import NO_CHECKPOINT, SavingError, saving, where_to_resume
 from dil_kernels.training.generations import GENERATIONS_NAME
 from dil_kernels.training.held_out import BeforeAfter, HeldOutBefore, score_held_out
@@ -20,6 +18,8 @@ from dil_kernels.training.model_card import CARD_NAME, PLOT_NAME, CardNotes
 from dil_kernels.training.output_dir import RemoveCheckpoints
 from dil_kernels.training.progress import LiveLines, LiveProgress
 from dil_kernels.training.start import CannotStartError
+from dil_kernels.training.trainer import DILConfig, DILTrainer
+from dil_kernels.wording import describe_error
 
 RESULTS_NAME = "before_after.json"
 

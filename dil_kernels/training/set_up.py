@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from dil_kernels.modeling import UnsupportedHeadError, fused_head_problem, install_fused_head
-from dil_kernels.training.packed_attention import UnsupportedPackingError, install_packed_attention
-from dil_kernels.training.packed_batches import PackedCollator
+from dil_kernels.data.batches import PackedCollator
+from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
+from dil_kernels.models.packed_attention import UnsupportedPackingError, install_packed_attention
 
 
 def refuse_inexact_setups(trainer: Trainer) -> None:

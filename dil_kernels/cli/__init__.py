@@ -1,0 +1,1 @@
+"""`dil-train` and `dil-env`: options, recipes, and what each prints."""

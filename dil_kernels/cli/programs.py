@@ -1,0 +1,269 @@
+"""`dil-train` and `dil-env`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+    from dil_kernels.cli.run_options import RunOptions
+    from dil_kernels.training.trainer import DILConfig
+
+BAD_INPUT = 2
+FAILED = 1
+INTERRUPTED = 130
+OF_ONE_RUN = ("resume_from_checkpoint", "overwrite_output_dir", "traceback")  # and of no other that repeats it
+
+
+class InputError(Exception):
+    """Something given to `dil-train` that it cannot start with."""
+
+
+class RunError(Exception):
+    """A training that failed; the message says why, and where to go on from."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dil-train`.
+
+    Args:
+        argv: the command line without the program; that of the process if None.
+
+    Returns:
+        The exit status: 0, 2 for bad input (nothing was written), 1 for a failed training.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    # transformers imports peft, peft bitsandbytes, and that warns of a kernel for 4 bits on the CPU that it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        if list(argv) in (["-h"], ["--help"]):
+            from dil_kernels.cli.help_text import help_text
+
+            print(help_text(), end="")
+            raise SystemExit(0)
+        from dil_kernels.cli.arguments import in_options, parse_arguments
+        from dil_kernels.data.loading import PreferenceDataError
+        from dil_kernels.wording import describe_error
+
+        options, config = parse_arguments(argv)
+    except ImportError as error:
+        return _fail(f"dil-train needs the extra [train]: pip install 'dil-kernels[train]' ({error})", BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted before training began", INTERRUPTED)
+    except Exception as error:  # whatever argparse, YAML and JSON raise beside their errors of syntax
+        return _fail(f"the options cannot be read: {type(error).__name__}: {error}", BAD_INPUT)
+    try:
+        train(options, config)
+    except KeyboardInterrupt as interrupt:
+        return _fail(
+            f"interrupted; {interrupt}" if str(interrupt) else "interrupted before training began", INTERRUPTED
+        )
+    except Exception as error:  # whatever models, data and packages raise
+        if options.traceback:
+            raise
+        if isinstance(error, PreferenceDataError):
+            return _fail(" ".join(str(error).split()), BAD_INPUT)  # its names are columns, not options
+        if isinstance(error, InputError | NotImplementedError):
+            return _fail(in_options(str(error)), BAD_INPUT)
+        expected = isinstance(error, RunError | FloatingPointError)
+        message = str(error) if expected else f"{describe_error(error)} (--traceback shows where)"
+        return _fail(in_options(message), FAILED)
+    return 0
+
+
+def env_main() -> int:
+    """Run `dil-env`: print what is installed, which backends are available, and why the others are not."""
+    from dil_kernels.cli.environment import describe_environment
+
+    print(describe_environment())
+    return 0
+
+
+def train(options: RunOptions, config: DILConfig) -> None:
+    """Load data and models, check them, and train.
+
+    Raises:
+        InputError: a checkpoint, model, tokenizer or integration that cannot be used, or options that do not fit these.
+        PreferenceDataError: a broken preference pair.
+        NotImplementedError: a set-up that `DILTrainer` refuses, such as several GPUs in one process.
+        RunError: training failed.
+    """
+    from dil_kernels.training.output_dir import output_directory
+    from dil_kernels.training.preflight import check_before_loading
+
+    checkpoint = _resolve_checkpoint(options, config)
+    with contextlib.ExitStack() as stack:
+        try:
+            check_before_loading(config)
+            stack.enter_context(
+                output_directory(
+                    str(config.output_dir),
+                    overwrite=options.overwrite_output_dir,
+                    checkpoint=checkpoint,
+                    inputs={"--model": options.model, "--ref-model": options.ref_model},
+                )
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        _load_and_train(options, config, checkpoint)
+
+
+def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | None) -> None:
+    tokenizer = _load_tokenizer(options)  # which is small, before the data
+    train_dataset, eval_dataset = _load_data(options, config)
+    from dil_kernels.training.output_dir import continues
+    from dil_kernels.training.run import SetupError, TrainingError, run_training
+
+    model = _with_lora(_load_model(options.model, options), options, config)
+    ref_model = None if options.ref_model is None else _load_model(options.ref_model, options)
+    try:
+        run_training(
+            model,
+            tokenizer,
+            config,
+            train_dataset,
+            eval_dataset,
+            ref_model=ref_model,
+            resume_from_checkpoint=checkpoint or False,
+            sources=_sources(options),
+            overwrite=options.overwrite_output_dir and not continues(str(config.output_dir), checkpoint),
+        )
+    except SetupError as error:
+        raise InputError(str(error)) from error
+    except TrainingError as error:
+        raise RunError(str(error)) from error
+
+
+def _sources(options: RunOptions) -> dict[str, Any]:
+    """The options beside `DILConfig` that the model card states: those that were given."""
+    kept = {name: value for name, value in options.given().items() if name not in OF_ONE_RUN}
+    if "import_modules" in kept:
+        kept["import"] = kept.pop("import_modules")
+    return kept
+
+
+def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | None:
+    """The checkpoint to resume from, if any.
+
+    Raises:
+        InputError: there is none, it is not whole, or it was trained with other options.
+    """
+    from dil_kernels.training.checkpoints import last_complete_checkpoint
+    from dil_kernels.training.start import check_same_run, check_whole, options_record
+
+    if options.resume_from_checkpoint is False:
+        return None
+    try:
+        if options.resume_from_checkpoint is True:
+            checkpoint = last_complete_checkpoint(str(config.output_dir))
+        else:
+            checkpoint = Path(options.resume_from_checkpoint)
+            if not checkpoint.is_dir():
+                raise FileNotFoundError(f"{checkpoint}: no such directory")
+        check_whole(checkpoint)
+        check_same_run(checkpoint, options_record(config), config.resume_with_changes)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"--resume-from-checkpoint: {error}") from error
+    return str(checkpoint)
+
+
+def _load_data(options: RunOptions, config: DILConfig) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    from dil_kernels.data.loading import is_local_file, load_preference_pairs
+    from dil_kernels.data.mixture import data_sources, load_mixture, split_off_test
+
+    def load(source: str, split: str) -> datasets.Dataset:
+        name = None if is_local_file(source) else options.dataset_config
+        return load_preference_pairs(source, split=split, name=name)
+
+    if options.train_file is None:
+        train_dataset = load_mixture(data_sources(options.datasets))
+    else:
+        train_dataset = load(options.train_file, options.train_split)
+    if options.test_split_size is not None:
+        return split_off_test(train_dataset, options.test_split_size, config.seed)
+    if options.eval_file is None:
+        return train_dataset, None
+    split = options.eval_split or ("train" if is_local_file(options.eval_file) else "test")
+    return train_dataset, load(options.eval_file, split)
+
+
+def _load_tokenizer(options: RunOptions) -> Any:
+    from jinja2 import TemplateSyntaxError
+    from transformers import AutoTokenizer
+
+    from dil_kernels.cli.run_options import read_chat_template
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, **_of_the_hub(options.model, options))
+    except (OSError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"--model {options.model}: no tokenizer could be loaded: {problem}") from error
+    if options.pad_token is not None:
+        if options.pad_token not in tokenizer.get_vocab():
+            raise InputError(f"--pad-token {options.pad_token}: the tokenizer of {options.model} has no such token")
+        tokenizer.pad_token = options.pad_token
+    if options.chat_template_path is not None:
+        tokenizer.chat_template = read_chat_template(options.chat_template_path)
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            where = f"--chat-template-path {options.chat_template_path}, line {error.lineno}"
+            raise InputError(f"{where}: {error.message}") from error
+        except Exception:  # a template may ask for other messages; those of the data are looked at one by one
+            pass
+    return tokenizer
+
+
+def _of_the_hub(name: str, options: RunOptions) -> dict[str, Any]:
+    """Arguments of `from_pretrained`, of tokenizer and model; the revision is that of --model."""
+    revision = options.model_revision if name == options.model else None
+    return {
+        **({} if revision is None else {"revision": revision}),
+        **({"trust_remote_code": True} if options.trust_remote_code else {}),
+    }
+
+
+def _load_model(name: str, options: RunOptions) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    given: dict[str, Any] = {**_of_the_hub(name, options), **(options.model_init_kwargs or {})}
+    quantization = options.quantization_config()
+    if quantization is not None:
+        given["quantization_config"] = quantization
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=options.dtype, attn_implementation=options.attn_implementation, **given
+        )
+    except (OSError, ValueError, ImportError) as error:
+        problem = " ".join(str(error).split())
+        if isinstance(error, ImportError) and options.attn_implementation is not None:
+            problem += " (--attn-implementation sdpa needs no further package)"
+        raise InputError(f"model {name} could not be loaded: {problem}") from error
+    except TypeError as error:
+        if options.model_init_kwargs is None:
+            raise
+        raise InputError(f"model {name} could not be loaded with --model-init-kwargs: {error}") from error
+
+
+def _with_lora(model: Any, options: RunOptions, config: DILConfig) -> Any:
+    """The model with the adapters asked for; without any, as it is."""
+    lora = options.lora_config()
+    if lora is None:
+        return model
+    from dil_kernels.training.adapters import with_adapter
+
+    try:
+        return with_adapter(model, lora, config)
+    except ValueError as error:
+        raise InputError(f"--lora-rank {options.lora_rank}: {error}") from error
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"dil-train: error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,207 @@
+"""Conversations whose texts are replaced by markers, which show what a chat template leaves out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from dil_kernels.data.messages import TOOLS, Message, Messages
+
+RENDERING_ERRORS = (TemplateError, KeyError, TypeError, ValueError)
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names of the same thing
+
+
+class Piece(NamedTuple):
+    """A text of a conversation: the key of a message, counted from 0."""
+
+    message: int
+    key: str
+
+
+class MarkedConversation:
+    """A conversation with a marker in each text, and so the same for every conversation of one shape.
+
+    Roles stay, and so do numbers. Ids that tie a tool's message to its call are replaced, but may be left out: they
+    say nothing. The arguments of a call become one argument. The name of a tool need not be repeated where its call has
+    it.
+
+    Attributes:
+        messages: the marked ones.
+        pieces: by marker.
+    """
+
+    def __init__(self, messages: Messages) -> None:
+        self.pieces: dict[str, Piece] = {}
+        self._ids: dict[str, str] = {}
+        self._called: dict[str, str] = {}  # markers of functions, by their names
+        self.messages = [self._message(index, message) for index, message in enumerate(messages)]
+
+    def lost(self, text: str) -> list[Piece]:
+        """The pieces that are not in a rendered text, each once, those of a message in the order of its keys."""
+        return list(dict.fromkeys(piece for marker, piece in self.pieces.items() if marker not in text))
+
+    def _message(self, index: int, message: dict[str, Any]) -> dict[str, Any]:
+        marked: dict[str, Any] = {}
+        reasoning: dict[str, str] = {}
+        for key, value in message.items():
+            piece = Piece(index, key)
+            if key == "tool_calls":
+                marked[key] = [self._call(piece, call) for call in value]
+            elif key == "tool_call_id" and isinstance(value, str):
+                marked[key] = self._id(value)
+            elif key in REASONING_KEYS and isinstance(value, str):  # one text may stand under several of the names
+                marked[key] = reasoning[value] = reasoning.get(value) or self._text(piece, value)
+            elif key == "name" and message["role"] == "tool" and value in self._called:
+                marked[key] = self._called[value]
+            else:
+                marked[key] = value if key == "role" else self._texts(piece, value)
+        return marked
+
+    def _call(self, piece: Piece, call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function")
+        marked: dict[str, Any] = {}
+        for key, value in call.items():
+            if key == "function" and isinstance(function, dict):
+                marked[key] = self._call(piece, function)
+            elif key == "name" and isinstance(value, str):
+                marked[key] = self._called[value] = self._text(piece, value)
+            elif key == "arguments" and value:
+                marked[key] = {self._text(piece, "name"): self._text(piece, "value")}
+            elif key == "id" and isinstance(value, str):
+                marked[key] = self._id(value)
+            else:
+                marked[key] = value
+        return marked
+
+    def _texts(self, piece: Piece, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._text(piece, value)
+        if isinstance(value, dict):
+            return {key: self._texts(piece, item) for key, item in value.items()}
+        return [self._texts(piece, item) for item in value] if isinstance(value, list) else value
+
+    def _text(self, piece: Piece, text: str) -> str:
+        if not text.strip():
+            return text
+        marker = f"mark{len(self.pieces)}end"
+        self.pieces[marker] = piece
+        return marker
+
+    def _id(self, value: str) -> str:
+        return self._ids.setdefault(value, f"{len(self._ids):09}")  # as long as Mistral's templates want ids
+
+
+class Form(NamedTuple):
+    """How a template takes messages: arguments as JSON text, no content as an empty one, contents as lists of parts."""
+
+    text_arguments: bool = False
+    text_contents: bool = False
+    parts: bool = False
+
+    def of(self, messages: Messages) -> Messages:
+        """Messages in this form."""
+        if self.text_arguments:
+            messages = [_with_text_arguments(message) for message in messages]
+        if self.text_contents:
+            messages = [{**message, "content": message["content"] or ""} for message in messages]
+        if self.parts:
+            messages = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                if message["content"] is not None
+                else message
+                for message in messages
+            ]
+        return messages
+
+
+class Shape(NamedTuple):
+    """What a template makes of all conversations of one shape."""
+
+    form: Form
+    left_out: frozenset[Piece] = frozenset()
+    by_option: frozenset[Piece] = frozenset()  # those of them that are rendered without the options of the template
+    tools_left_out: bool = False
+
+
+def probe(marked: MarkedConversation, options: Mapping[str, Any], apply: Callable[..., str]) -> Shape:
+    """Find what a template leaves out, in the form in which this is least; nothing where it refuses markers.
+
+    Args:
+        marked: the conversation.
+        options: of the template, with the tools.
+        apply: renders messages with options.
+    """
+    tools, tool_markers = _mark_tools(options.get(TOOLS, []))
+    marked_options = {**options, TOOLS: tools} if tools else options
+    best: tuple[list[Piece], Form, str] | None = None
+    for form in _forms(marked.messages):
+        text = _attempt(marked, form, marked_options, apply)
+        if text is not None and (best is None or len(marked.lost(text)) < len(best[0])):
+            best = marked.lost(text), form, text
+            if not best[0]:
+                break
+    if best is None:
+        return Shape(Form())
+    lost, form, text = best
+    by_option: frozenset[Piece] = frozenset()
+    if lost and options.keys() - {TOOLS}:
+        plain = _attempt(marked, form, {TOOLS: tools} if tools else {}, apply)
+        by_option = frozenset(lost) - frozenset(lost if plain is None else marked.lost(plain))
+    return Shape(form, frozenset(lost), by_option, any(marker not in text for marker in tool_markers))
+
+
+def _forms(messages: Messages) -> list[Form]:
+    has_arguments = any(
+        "arguments" in _function(call) for message in messages for call in message.get("tool_calls", [])
+    )
+    has_none = any(message["content"] is None for message in messages)
+    choices = [(False, True)[: 1 + possible] for possible in (has_arguments, has_none, True)]
+    return [Form(*chosen) for chosen in itertools.product(*choices)]
+
+
+def _attempt(
+    marked: MarkedConversation, form: Form, options: Mapping[str, Any], apply: Callable[..., str]
+) -> str | None:
+    """The marked conversation as text; None where the template refuses it, or writes lists of parts as they are."""
+    try:
+        text = apply(form.of(marked.messages), **options)
+    except RENDERING_ERRORS:
+        return None
+    written = form.parts and any(opening in text for opening in ("'text': 'mark", '"text": "mark'))
+    return None if written else text
+
+
+def _function(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a call has its name and arguments: in its function, or in itself."""
+    function = call.get("function")
+    return function if isinstance(function, dict) else dict(call)
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = _function(call)
+        if "arguments" in function:
+            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
+
+
+def _mark_tools(tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Tools with a marker for each name, and the markers."""
+    marked: list[dict[str, Any]] = []
+    markers: list[str] = []
+    for tool in tools:
+        function = _function(tool)
+        if isinstance(function.get("name"), str):
+            markers.append(f"mark{len(markers)}tool")
+            function = {**function, "name": markers[-1]}
+        marked.append({**tool, "function": function} if "function" in tool else function)
+    return marked, markers

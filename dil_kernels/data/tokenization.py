@@ -1,0 +1,272 @@
+"""Preference pairs to token ids, and token ids to batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+
+from dil_kernels.data.cache_key import code_key
+from dil_kernels.data.chat_template import ChatRenderer
+from dil_kernels.data.columns import without_padding
+from dil_kernels.data.encoding import TextEncoder
+from dil_kernels.data.loading import (
+    Pair,
+    PreferenceDataError,
+    check_pair,
+    is_conversational,
+    open_pairs,
+    place,
+    response_columns,
+)
+from dil_kernels.data.pair_storage import source_of
+from dil_kernels.data.truncation import TRUNCATION_MODES, DataReport, is_too_long, truncate
+
+__all__ = [
+    "IGNORE_INDEX",
+    "REF_COLUMNS",
+    "TOKEN_COLUMNS",
+    "TRUNCATION_MODES",
+    "UNPAIRED_REF_COLUMNS",
+    "UNPAIRED_TOKEN_COLUMNS",
+    "PairTokenizer",
+    "PreferenceCollator",
+    "tokenize_and_report",
+    "tokenize_dataset",
+    "tokenize_pair",
+    "truncate",
+]
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+UNPAIRED_TOKEN_COLUMNS = ("prompt_ids", "completion_ids", "label")
+UNPAIRED_REF_COLUMNS = ("ref_logps",)
+
+
+def tokenize_dataset(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    truncation_mode: str,
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """Token ids of every pair, checked and truncated; warns of how many pairs were truncated.
+
+    Args:
+        dataset: pairs in any form that `load_preference_pairs` accepts.
+        tokenizer: a transformers tokenizer; conversations need its chat template, strings its end-of-sequence token.
+        max_length, max_prompt_length, truncation_mode: as in `truncate`; "drop" leaves out what is too long.
+        num_proc: processes to tokenise with.
+
+    Returns:
+        One row a pair: prompt_ids, chosen_ids and rejected_ids (lists of token ids), row (its place in `dataset`,
+        counted from 1) and length (tokens of the longer sequence). One row a response, where these come unpaired:
+        completion_ids and label in place of chosen_ids and rejected_ids. Reference log-probs that the data set has
+        stay.
+
+    Raises:
+        PreferenceDataError: a pair is broken, has a text that would be left out, or a response that cannot be told
+            from its prompt exactly; or every pair is too long.
+    """
+    tokenized, report = tokenize_and_report(
+        dataset,
+        tokenizer,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        truncation_mode=truncation_mode,
+        num_proc=num_proc,
+    )
+    if report.dropped or report.prompts_cut or report.responses_cut or report.identical:
+        logger.warning("%s", report)
+    return tokenized
+
+
+def tokenize_and_report(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    truncation_mode: str,
+    num_proc: int | None = None,
+) -> tuple[datasets.Dataset, DataReport]:
+    """As `tokenize_dataset`, and what became of the rows in place of a warning."""
+
+    source = source_of(dataset)
+    dataset, first = open_pairs(dataset, source)
+    features = dataset.features
+    to_ids = PairTokenizer(tokenizer)
+
+    def tokenize(record: Pair, index: int, code: str) -> dict[str, Any]:
+        where = place(source, index + 1)
+        pair = check_pair(without_padding(record, features), where, first)
+        whole = to_ids(pair, where)
+        prompt_ids, *responses = to_ids.truncated(
+            whole, max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode
+        )
+        columns = [f"{column}_ids" for column in response_columns(pair)]
+        lost = [len(ids) - len(kept) for ids, kept in zip(whole[1:], responses, strict=True)]
+        return {
+            "prompt_ids": prompt_ids,
+            **dict(zip(columns, responses, strict=True)),
+            **({"label": pair["label"]} if "label" in pair else {}),
+            "row": index + 1,
+            "length": len(prompt_ids) + max(map(len, responses)),
+            "dropped": is_too_long(prompt_ids, responses, max_length),
+            "prompt_lost": len(whole[0]) - len(prompt_ids),
+            "responses_lost": sum(lost),
+            "responses_cut": sum(count > 0 for count in lost),
+            "identical": len(responses) == 2 and responses[0] == responses[1],
+        }
+
+    given = (*REF_COLUMNS, *UNPAIRED_REF_COLUMNS)
+    tokenized = dataset.map(
+        tokenize,
+        with_indices=True,
+        remove_columns=[name for name in dataset.column_names if name not in given],
+        num_proc=num_proc,
+        # `datasets` keeps results by the arguments, not by the code that this calls.
+        fn_kwargs={"code": code_key()},
+        desc="Tokenizing preference pairs",
+    )
+    names = ("dropped", "prompt_lost", "responses_lost", "responses_cut", "identical")
+    counts = {name: tokenized.with_format("numpy")[name][:] for name in names}
+    tokenized, kept = tokenized.with_format(None).remove_columns(list(names)), ~counts["dropped"]
+    report = DataReport(
+        rows=len(dataset),
+        max_length=max_length,
+        dropped=int((~kept).sum()),
+        prompts_cut=int((counts["prompt_lost"] > 0).sum()),
+        prompt_tokens_cut=int(counts["prompt_lost"].sum()),
+        rows_with_responses_cut=int((counts["responses_cut"] > 0).sum()),
+        responses_cut=int(counts["responses_cut"].sum()),
+        response_tokens_cut=int(counts["responses_lost"].sum()),
+        identical=int(counts["identical"][kept].sum()),
+    )
+    if report.dropped == report.rows:
+        raise PreferenceDataError(f"all {report.rows} rows are longer than max_length={max_length} tokens")
+    return (tokenized.select(kept.nonzero()[0]) if report.dropped else tokenized), report
+
+
+class PairTokenizer:
+    """Token ids of pairs, untruncated.
+
+    A conversation goes through the chat template: its prompt ends where generation starts, and its response is all
+    that follows: end-of-turn marks, and the messages of tools and users between the assistant's. A string begins with
+    what the tokenizer begins a text with, and its response ends with the end-of-sequence token; neither stands twice.
+
+    A prompt has the ids that it has alone, as generation has it, and those of a response follow it, see `TextEncoder`.
+
+    Args:
+        tokenizer: a transformers tokenizer; conversations need its chat template, strings its end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer)
+        self._renderer = ChatRenderer(tokenizer)
+
+    def __call__(self, pair: Pair, where: str) -> tuple[list[int], ...]:
+        """The ids of the prompt and of each response: chosen and rejected, or the one completion.
+
+        Raises:
+            PreferenceDataError: the template leaves out a text, or renders the prompt differently within the
+                conversation; the tokenizer cannot tell the response from the prompt; or one of them has no token.
+        """
+        conversational = is_conversational(pair)
+        prompt, texts = self._renderer.render(pair, where) if conversational else _join(pair)
+        if not conversational and self._tokenizer.eos_token_id is None:
+            raise PreferenceDataError(f"{where}: the tokenizer has no end-of-sequence token to end a response with")
+        text_ids = self._encoder.encode(prompt)
+        prompt_ids = text_ids if conversational else self._encoder.started(text_ids)
+        if not prompt_ids:
+            raise PreferenceDataError(f"{where}, column 'prompt': the prompt has no token to predict the response from")
+        responses = []
+        for column, text in texts.items():
+            ids = self._encoder.response(text_ids, prompt, text, f"{where}, column {column!r}")
+            ids = self._encoder.ended(ids, append=not conversational)
+            if not ids:
+                raise PreferenceDataError(f"{where}, column {column!r}: the response has no token")
+            responses.append(ids)
+        return prompt_ids, *responses
+
+    def truncated(self, ids: tuple[list[int], ...], **lengths: Any) -> tuple[list[int], ...]:
+        """Ids cut as `truncate` cuts them; the prompt keeps its BOS."""
+        return truncate(*ids, start_ids=self._encoder.start_of(ids[0]), **lengths)
+
+
+def tokenize_pair(pair: Pair, tokenizer: Any, where: str) -> tuple[list[int], ...]:
+    """Token ids of one pair, as of `PairTokenizer`."""
+    return PairTokenizer(tokenizer)(pair, where)
+
+
+def _join(pair: Pair) -> tuple[str, dict[str, str]]:
+    return pair["prompt"], {column: pair["prompt"] + pair[column] for column in response_columns(pair)}
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Batches tokenised pairs: B chosen sequences, then the B rejected ones, padded on the right.
+
+    Unpaired responses come in their order, with their sides.
+
+    Attributes:
+        pad_token_id: fills the input ids; attention mask and labels keep it out of everything.
+        pad_to_multiple_of: T is a multiple of this.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of B pairs.
+
+        Returns:
+            input_ids, attention_mask and labels [2B, T] int64 (labels are -100 on prompt and padding); num_scored, how
+            many positions are scored, which the device would have to be asked for. Where the pairs have them: rows [B]
+            int64, the place of each pair in its data set; ref_chosen_logps and ref_rejected_logps [B] fp32. For S
+            unpaired responses: [S, T], is_chosen [S] bool, rows [S] and ref_logps [S].
+        """
+        sides = responses_of(pairs)
+        longest = max(len(prompt) + len(response) for prompt, response in sides)
+        shape = (len(sides), longest + -longest % self.pad_to_multiple_of)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE_INDEX)
+        for index, (prompt, response) in enumerate(sides):
+            end = len(prompt) + len(response)
+            input_ids[index, :end] = torch.tensor([*prompt, *response])
+            attention_mask[index, :end] = 1
+            labels[index, len(prompt) : end] = input_ids[index, len(prompt) : end]
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch["num_scored"] = int((labels[:, 1:] != IGNORE_INDEX).sum())
+        return {**batch, **pair_columns(pairs)}
+
+
+def responses_of(pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response of each sequence of a batch: the chosen ones, then the rejected; unpaired, in their order."""
+    columns = ("completion_ids",) if "label" in pairs[0] else TOKEN_COLUMNS[1:]
+    return [(pair["prompt_ids"], pair[column]) for column in columns for pair in pairs]
+
+
+def pair_columns(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What a batch says of its pairs, where they have it: rows, is_chosen, and the log-probs of the reference."""
+    columns = {}
+    if "row" in pairs[0]:
+        columns["rows"] = torch.tensor([pair["row"] for pair in pairs])
+    if "label" in pairs[0]:
+        columns["is_chosen"] = torch.tensor([pair["label"] for pair in pairs])
+    for column in (*REF_COLUMNS, *UNPAIRED_REF_COLUMNS):
+        if column in pairs[0]:
+            columns[column] = torch.tensor([pair[column] for pair in pairs], dtype=torch.float32)
+    return columns

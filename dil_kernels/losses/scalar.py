@@ -1,0 +1,231 @@
+"""Losses and gradients of log ratios in torch, a number a sequence: what csrc/divergences.h does in C++.
+
+Gradients are the analytic ones. What overflows is an infinity of the right sign, never a NaN: of two terms that
+overflow against each other, that of an infinite log ratio counts beside that of a finite one, and else their logarithms
+are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dil_kernels.losses.divergences import Divergence, LossParameters, get_divergence
+
+
+def pair_losses(u_w: Tensor, u_l: Tensor, parameters: LossParameters) -> Tensor:
+    """Loss of each pair from its log ratios, [B] each."""
+    divergence = get_divergence(parameters.loss_type)
+    if divergence.pair is not None:
+        w, l = (soft_bound(u, parameters.max_log_ratio) for u in (u_w, u_l))
+        return divergence.pair(w, l) if divergence.parameter is None else divergence.pair(w, l, parameters.parameter)
+    return _SeparablePairs.apply(u_w, u_l, *_fields(parameters))
+
+
+def response_losses(u: Tensor, is_chosen: Tensor, parameters: LossParameters) -> Tensor:
+    """The term of each response of unpaired data, [S], from its log ratio; the loss must be separable."""
+    return _SeparableResponses.apply(u, is_chosen, *_fields(parameters))
+
+
+def total(losses: Tensor) -> Tensor:
+    """The sum of losses; where it overflows in both directions, +inf instead of NaN."""
+    return _Total.apply(losses)
+
+
+def non_negative_loss(
+    loss: Tensor,
+    chosen: Tensor,
+    chosen_counts: Tensor,
+    rejected: Tensor,
+    rejected_counts: Tensor,
+    parameters: LossParameters,
+    constant: float,
+    floor: Tensor,
+) -> Tensor:
+    """The non-negative correction of Kato and Teshima 2021 (ICML, eq. 7) of a mean loss.
+
+    With ``Q = P - P(-inf) >= 0`` and the weighted means over a batch, the loss is
+
+        mean_w[-A + C Q] + max(0, (1 - alpha) mean_l[Q] + (alpha - C) mean_w[Q])
+
+    so where the second term is positive the loss stays as it is, and elsewhere only the chosen term with ``alpha = C``
+    is left. It couples a batch: exact for the responses it sees, not for a mean over micro-batches or processes.
+
+    Args:
+        loss: [], the mean loss without correction, carrying its gradient.
+        chosen: log ratios of chosen responses, [B] or [S]; rejected: of rejected ones.
+        chosen_counts, rejected_counts: which of them count, bool.
+        parameters: of the loss.
+        constant: C, below the reciprocal of the largest density ratio.
+        floor: ``P(-inf)``, [].
+    """
+    alone = replace(parameters, alpha=constant, rejected_weight=0.0)
+    zeros = torch.zeros_like(chosen)
+    chosen = torch.where(chosen_counts, chosen, 0)
+    count = chosen_counts.sum().clamp(min=1)
+    chosen_only = total(torch.where(chosen_counts, pair_losses(chosen, zeros, alone), 0) / count)
+    divergence = get_divergence(parameters.loss_type)
+    with torch.no_grad():
+        Q_w, Q_l = (
+            torch.where(
+                counts, divergence.term("P", _soft_bound(u, parameters.max_log_ratio)[0], parameters.parameter), floor
+            )
+            - floor
+            for u, counts in ((chosen, chosen_counts), (rejected, rejected_counts))
+        )
+        Q_w_mean, Q_l_mean = Q_w.sum() / count, Q_l.sum() / rejected_counts.sum().clamp(min=1)
+        rejected_part = _scaled(Q_l_mean, parameters.rejected_weight * (1.0 - parameters.alpha))
+        kept = ~(rejected_part < _scaled(Q_w_mean, parameters.chosen_weight * (constant - parameters.alpha)))
+    # The constants of P, so that the loss does not jump where the second term changes sign.
+    shares = parameters.chosen_weight * (parameters.alpha - constant) + parameters.rejected_weight * (
+        1.0 - parameters.alpha
+    )
+    return torch.where(kept, loss, (chosen_only + floor * shares).to(loss.dtype))
+
+
+def tanh_slope(x: Tensor) -> Tensor:
+    """``1 / cosh(x)^2``, exact in relative terms, as ``1 - tanh(x)^2`` is not."""
+    e = (-2.0 * x.abs()).exp()
+    return 4.0 * e / (1.0 + e).square()
+
+
+def soft_bound(u: Tensor, M: float) -> Tensor:
+    """``M tanh(u / M)``, differentiable, with the slope of `tanh_slope`; u where M is 0."""
+    return _SoftBound.apply(u, M)
+
+
+def _fields(p: LossParameters) -> tuple[str, float, float, float, float, float]:
+    return p.loss_type, p.parameter, p.alpha, p.max_log_ratio, p.chosen_weight, p.rejected_weight
+
+
+def _scaled(grad: Tensor, by: Tensor | float) -> Tensor:
+    """A gradient or a mean, times a slope, a weight or a derivative; 0 where that is 0, however large the rest."""
+    if isinstance(by, float):
+        return torch.zeros_like(grad) if by == 0.0 else grad * by
+    return torch.where(by == 0, 0, grad * by)
+
+
+def _soft_bound(u: Tensor, M: float) -> tuple[Tensor, Tensor]:
+    """``M tanh(u / M)`` and its slope ``1 / cosh(u / M)^2``; u itself where M is 0."""
+    return (u, torch.ones_like(u)) if M == 0.0 else (M * (u / M).tanh(), tanh_slope(u / M))
+
+
+def _overflowed(positive: Tensor, negative: Tensor) -> Tensor:  # e^positive - e^negative where both overflow
+    return torch.where(positive < negative, -math.inf, math.inf)
+
+
+def _log_term(divergence: Divergence, name: str, u: Tensor, p: LossParameters, weight: float) -> Tensor:
+    if getattr(divergence, name) is None:  # not known, so that the loss is taken as +inf
+        return torch.full_like(u, math.nan)
+    if weight == 0.0:
+        return torch.full_like(u, -math.inf)
+    return math.log(weight) + divergence.term(name, u, p.parameter)
+
+
+def _weighted(d: Divergence, name: str, v: Tensor, p: LossParameters, weight: float) -> Tensor:
+    """``weight P(v)`` or ``weight P'(v)``, finite also where only P is not."""
+    term = d.term(name, v, p.parameter)
+    if getattr(d, f"log_{name}") is None:
+        return weight * term
+    return torch.where(term.isposinf(), _log_term(d, f"log_{name}", v, p, weight).exp(), weight * term)
+
+
+def _chosen(d: Divergence, u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:
+    """``chosen_weight [-A(u) + alpha P(u)]`` and its derivative."""
+    v, slope = _soft_bound(u, p.max_log_ratio)
+    loss, grad = -d.term("A", v, p.parameter), -d.term("dA", v, p.parameter)
+    if p.alpha != 0.0:
+        loss = loss + _weighted(d, "P", v, p, p.alpha)
+        grad = grad + _weighted(d, "dP", v, p, p.alpha)
+        positive, negative = _log_term(d, "log_P", v, p, p.alpha), _log_term(d, "log_A", v, p, 1.0)
+        loss = torch.where(loss.isnan() & ~u.isnan(), _overflowed(positive, negative), loss)
+        # A'(u) (alpha e^u - 1)
+        grad = torch.where(grad.isnan() & ~u.isnan(), _overflowed(math.log(p.alpha) + v, torch.zeros_like(v)), grad)
+    return _scaled(loss, p.chosen_weight), _scaled(_scaled(grad, slope), p.chosen_weight)
+
+
+def _rejected(d: Divergence, u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:
+    """``rejected_weight (1 - alpha) P(u)`` and its derivative; zeros where the weight is 0."""
+    weight = p.rejected_weight * (1.0 - p.alpha)
+    if weight == 0.0:
+        return torch.zeros_like(u), torch.zeros_like(u)
+    v, slope = _soft_bound(u, p.max_log_ratio)
+    return _weighted(d, "P", v, p, weight), _scaled(_weighted(d, "dP", v, p, weight), slope)
+
+
+def _pair(d: Divergence, u_w: Tensor, u_l: Tensor, p: LossParameters) -> Tensor:
+    chosen, rejected = _chosen(d, u_w, p)[0], _rejected(d, u_l, p)[0]
+    loss = chosen + rejected
+    w, l = _soft_bound(u_w, p.max_log_ratio)[0], _soft_bound(u_l, p.max_log_ratio)[0]
+    positive = torch.logaddexp(
+        _log_term(d, "log_P", w, p, p.chosen_weight * p.alpha),
+        _log_term(d, "log_P", l, p, p.rejected_weight * (1.0 - p.alpha)),
+    )
+    signed = _overflowed(positive, _log_term(d, "log_A", w, p, p.chosen_weight))
+    signed = torch.where(w.isinf() & ~l.isinf(), chosen, torch.where(l.isinf() & ~w.isinf(), rejected, signed))
+    return torch.where(loss.isnan() & ~u_w.isnan() & ~u_l.isnan(), signed, loss)
+
+
+class _SeparablePairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u_w: Tensor, u_l: Tensor, *fields: Any) -> Tensor:
+        parameters = LossParameters(*fields)
+        ctx.save_for_backward(u_w, u_l)
+        ctx.fields = fields
+        return _pair(get_divergence(parameters.loss_type), u_w, u_l, parameters)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u_w, u_l = ctx.saved_tensors
+        parameters = LossParameters(*ctx.fields)
+        divergence = get_divergence(parameters.loss_type)
+        grad_w, grad_l = _chosen(divergence, u_w, parameters)[1], _rejected(divergence, u_l, parameters)[1]
+        return _scaled(grad_w, grad), _scaled(grad_l, grad), *(None,) * len(ctx.fields)
+
+
+class _SeparableResponses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, is_chosen: Tensor, *fields: Any) -> Tensor:
+        parameters = LossParameters(*fields)
+        divergence = get_divergence(parameters.loss_type)
+        ctx.save_for_backward(u, is_chosen)
+        ctx.fields = fields
+        return torch.where(is_chosen, _chosen(divergence, u, parameters)[0], _rejected(divergence, u, parameters)[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, is_chosen = ctx.saved_tensors
+        parameters = LossParameters(*ctx.fields)
+        divergence = get_divergence(parameters.loss_type)
+        slope = torch.where(is_chosen, _chosen(divergence, u, parameters)[1], _rejected(divergence, u, parameters)[1])
+        return _scaled(slope, grad), None, *(None,) * len(ctx.fields)
+
+
+class _SoftBound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, M: float) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.M = M
+        return _soft_bound(u, M)[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (u,) = ctx.saved_tensors
+        return grad * _soft_bound(u, ctx.M)[1], None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor) -> Tensor:
+        ctx.shape = losses.shape
+        positive = torch.where(losses > 0, losses, 0).sum()
+        rest = torch.where(losses > 0, 0, losses).sum()  # NaN, too
+        return torch.where((positive == math.inf) & ~rest.isnan(), positive, positive + rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.expand(ctx.shape)
