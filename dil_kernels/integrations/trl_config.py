@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from dil_kernels.backends import BACKENDS
 from dil_kernels.checks import check_choice
 from dil_kernels.losses.divergences import resolve_options
+from dil_kernels.training.loss_fields import FusedLossFields
 
 if Version(trl.__version__) < Version("1.0.0"):
     raise ImportError(f"this DILTrainer needs TRL 1.0 or later, found {trl.__version__}; see dil_kernels.dil_loss")
@@ -32,64 +34,18 @@ NAMES_IN_TRL = {"sigmoid": "dpo", "bco_pair": "bce"}
 
 
 @dataclass
-class DILConfig(DPOConfig):
+class DILConfig(FusedLossFields, DPOConfig):
     """TRL's `DPOConfig` with the options of the density-ratio losses; checked at construction.
 
     Raises:
         ValueError: an option that is unknown, out of range, or not used by the loss.
     """
 
-    loss_type: list[str] = field(
+    loss_type: list[str] = field(  # type: ignore[assignment]  # TRL has a list
         default_factory=lambda: ["lsif"],
         metadata={
             "help": "The density-ratio loss: lsif (the paper's), ukl, bce, power, is, brier, dpo, or a registered one."
         },
-    )
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "Inverse temperature of the dpo loss (as TRL's if not given: 0.1); no other loss has one."},
-    )
-    power: float | None = field(
-        default=None,
-        metadata={"help": "Exponent of the power loss (0.5 if not given): 1 is lsif, 0 ukl, -1 Itakura-Saito."},
-    )
-    alpha: float = field(
-        default=0.0,
-        metadata={"help": "Share of the chosen responses in the reference expectation, in [0, 1]; 0 is the paper's."},
-    )
-    max_log_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Soft bound M on the log ratios in the loss, u -> M tanh(u/M); none if not given."},
-    )
-    chosen_weight: float = field(
-        default=1.0,
-        metadata={"help": "Factor of the chosen term of a separable loss."},
-    )
-    rejected_weight: float = field(
-        default=1.0,
-        metadata={"help": "Factor of the rejected term of a separable loss."},
-    )
-    average_log_prob: bool = field(
-        default=True,
-        metadata={"help": "Divide each log ratio by the number of scored tokens of its response."},
-    )
-    fused_head: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Take log-probs inside the output head, without logits: where the model allows it if not given, "
-            "always (an error where it does not) if true, never if false."
-        },
-    )
-    stash_bytes: int | None = field(
-        default=None,
-        metadata={
-            "help": "Bytes that the fused head may keep from forward to backward; less is slower. If not given, a "
-            "eighth of the device's memory."
-        },
-    )
-    backend: str = field(
-        default="auto",
-        metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
     )
 
     def __post_init__(self) -> None:
@@ -108,8 +64,8 @@ class DILConfig(DPOConfig):
             TypeError: an option that is not of this class.
             ValueError: an option that the loss does not use, as at construction.
         """
-        names = DILConfig.__annotations__
-        if unknown := options.keys() - names.keys():
+        names = {option.name for option in dataclasses.fields(FusedLossFields)}
+        if unknown := options.keys() - names:
             raise TypeError(f"options of the DPOConfig itself, or unknown ones: {', '.join(sorted(unknown))}")
         new = cls.__new__(cls)  # what is computed at construction, as the device is, comes along
         ours = {name: cls.__dataclass_fields__[name].default for name in names}
@@ -120,8 +76,7 @@ class DILConfig(DPOConfig):
 
     def loss_options(self) -> dict[str, Any]:
         """The keywords of the fused losses that define the loss."""
-        names = ("beta", "power", "alpha", "max_log_ratio", "chosen_weight", "rejected_weight")
-        return {"loss_type": self.loss_type[0], **{name: getattr(self, name) for name in names}}
+        return super().loss_options() | {"loss_type": self.loss_type[0]}
 
     def _check(self) -> None:
         if len(self.loss_type) != 1:

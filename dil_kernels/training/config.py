@@ -3,61 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
 from dil_kernels.backends import BACKENDS
+from dil_kernels.checks import check_choice
 from dil_kernels.data.tokenization import TRUNCATION_MODES
 from dil_kernels.losses.divergences import resolve_options
+from dil_kernels.training.loss_fields import FusedLossFields
 from dil_kernels.training.ranges import check_numbers
 
 SYNC_DEFAULTS = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 
 
 @dataclass
-class DILConfig(TrainingArguments):
+class DILConfig(FusedLossFields, TrainingArguments):
     """Options of `DILTrainer`, beside those of `transformers.TrainingArguments`; checked at construction.
 
     Raises:
         ValueError: an option that is unknown, out of range, or not used by the loss.
     """
 
-    loss_type: str = field(
-        default="lsif",
-        metadata={
-            "help": "The density-ratio loss (docs/losses.md): lsif (the paper's default), ukl, bce, power, is, brier, "
-            "dpo, or a registered one."
-        },
-    )
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "Inverse temperature of the dpo loss (0.1 if not given); no other loss has one."},
-    )
-    power: float | None = field(
-        default=None,
-        metadata={"help": "Exponent of the power loss (0.5 if not given): 1 is lsif, 0 ukl, -1 Itakura-Saito."},
-    )
-    alpha: float = field(
-        default=0.0,
-        metadata={"help": "Share of the chosen responses in the reference expectation, in [0, 1]; 0 is the paper's."},
-    )
-    max_log_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Soft bound M on the log ratios in the loss, u -> M tanh(u/M); none if not given."},
-    )
-    chosen_weight: float = field(
-        default=1.0,
-        metadata={"help": "Factor of the chosen term of a separable loss."},
-    )
-    rejected_weight: float = field(
-        default=1.0,
-        metadata={"help": "Factor of the rejected term of a separable loss."},
-    )
-    average_log_prob: bool = field(
-        default=True,
-        metadata={"help": "Divide each log ratio by the number of scored tokens of its response."},
-    )
     max_length: int | None = field(
         default=1024,
         metadata={"help": "Tokens of prompt and response beyond which a pair is truncated; None for no limit."},
@@ -102,24 +68,6 @@ class DILConfig(TrainingArguments):
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Switch off every dropout of the model."},
-    )
-    backend: str = field(
-        default="auto",
-        metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
-    )
-    fused_head: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Take log-probs inside the output head, without logits: where the model allows it if not given, "
-            "always (an error where it does not) if true, never if false."
-        },
-    )
-    stash_bytes: int | None = field(
-        default=None,
-        metadata={
-            "help": "Bytes that the fused head may keep from forward to backward; less is slower. If not given, an "
-            "eighth of the device's memory."
-        },
     )
     ref_cache_dir: str | None = field(
         default=None,
@@ -193,8 +141,8 @@ class DILConfig(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # of which torch warns where there is no accelerator
-        _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
-        _check_choice("backend", self.backend, ("auto", *BACKENDS))
+        check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} was given, but no DIL loss has one")
         if self.padding_free and self.torch_compile:
@@ -236,16 +184,6 @@ class DILConfig(TrainingArguments):
             raise ValueError(
                 f"max_prompt_length={self.max_prompt_length} was given, but truncation_mode='drop' cuts no prompt"
             )
-
-    def loss_options(self) -> dict[str, Any]:
-        """The keywords of the fused losses that define the loss."""
-        names = ("loss_type", "beta", "power", "alpha", "max_log_ratio", "chosen_weight", "rejected_weight")
-        return {name: getattr(self, name) for name in names}
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; available: {', '.join(choices)}")
 
 
 def _resolve_prompt_length(max_length: int, max_prompt_length: int | None) -> int:

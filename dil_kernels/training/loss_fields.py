@@ -1,0 +1,76 @@
+"""The options that the configs of all trainers share: of the loss, and of how its log-probs are computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class LossFields:
+    """What defines the loss."""
+
+    loss_type: str = field(
+        default="lsif",
+        metadata={
+            "help": "The density-ratio loss (docs/losses.md): lsif (the paper's default), ukl, bce, power, is, brier, "
+            "dpo, or a registered one."
+        },
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "Inverse temperature of the dpo loss (0.1 if not given); no other loss has one."},
+    )
+    power: float | None = field(
+        default=None,
+        metadata={"help": "Exponent of the power loss (0.5 if not given): 1 is lsif, 0 ukl, -1 Itakura-Saito."},
+    )
+    alpha: float = field(
+        default=0.0,
+        metadata={"help": "Share of the chosen responses in the reference expectation, in [0, 1]; 0 is the paper's."},
+    )
+    max_log_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Soft bound M on the log ratios in the loss, u -> M tanh(u/M); none if not given."},
+    )
+    chosen_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the chosen term of a separable loss."},
+    )
+    rejected_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the rejected term of a separable loss."},
+    )
+
+    def loss_options(self) -> dict[str, Any]:
+        """The keywords of the fused losses that define the loss."""
+        return {option.name: getattr(self, option.name) for option in dataclasses.fields(LossFields)}
+
+
+@dataclass
+class FusedLossFields(LossFields):
+    """What defines the loss, what it is taken of, and what computes it."""
+
+    average_log_prob: bool = field(
+        default=True,
+        metadata={"help": "Divide each log ratio by the number of scored tokens of its response."},
+    )
+    fused_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Take log-probs inside the output head, without logits: where the model allows it if not given, "
+            "always (an error where it does not) if true, never if false."
+        },
+    )
+    stash_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bytes that the fused head may keep from forward to backward; less is slower. If not given, an "
+            "eighth of the device's memory."
+        },
+    )
+    backend: str = field(
+        default="auto",
+        metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
+    )
