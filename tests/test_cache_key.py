@@ -27,7 +27,7 @@ def test_kept_rows_are_those_of_the_same_code(tmp_path: Path, monkeypatch: pytes
     assert runs == [1, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["loading.py", "tokenization.py", "encoding.py", "markers.py"])
+@pytest.mark.parametrize("name", ["loading.py", "pairs.py", "tokenization.py", "encoding.py", "markers.py"])
 def test_the_key_is_of_the_code_that_makes_rows(tmp_path: Path, name: str) -> None:
     package = Path(dil_kernels.__file__).parent
     copy = tmp_path / "copy"

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(help_text(), end="")
             raise SystemExit(0)
         from dil_kernels.cli.arguments import in_options, parse_arguments
-        from dil_kernels.data.loading import PreferenceDataError
+        from dil_kernels.data import PreferenceDataError
         from dil_kernels.wording import describe_error
 
         options, config = parse_arguments(argv)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dil_kernels.data.loading import Pair, PreferenceDataError, response_columns
 from dil_kernels.data.markers import REASONING_KEYS, RENDERING_ERRORS, Form, MarkedConversation, Piece, Shape, probe
-from dil_kernels.data.messages import CONTINUE, TEMPLATE_OPTIONS, TOOLS, Message, Messages
+from dil_kernels.data.messages import CONTINUE, TEMPLATE_OPTIONS, TOOLS, Message, Messages, PreferenceDataError
+from dil_kernels.data.pairs import Pair, response_columns
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,10 @@ from typing import Any
 import datasets
 
 from dil_kernels.data.files import ROWS_PER_CHUNK
-from dil_kernels.data.loading import PreferenceDataError, check_form, load_preference_pairs
+from dil_kernels.data.loading import load_preference_pairs
+from dil_kernels.data.messages import PreferenceDataError
 from dil_kernels.data.pair_storage import concatenate_stored, parts_of_columns, set_source, source_of
+from dil_kernels.data.pairs import check_form
 from dil_kernels.wording import did_you_mean
 
 TEXT_KEYS = ("path", "name", "data_dir", "split")

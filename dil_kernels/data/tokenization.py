@@ -15,16 +15,10 @@ from dil_kernels.data.cache_key import code_key
 from dil_kernels.data.chat_template import ChatRenderer
 from dil_kernels.data.columns import without_padding
 from dil_kernels.data.encoding import TextEncoder
-from dil_kernels.data.loading import (
-    Pair,
-    PreferenceDataError,
-    check_pair,
-    is_conversational,
-    open_pairs,
-    place,
-    response_columns,
-)
+from dil_kernels.data.loading import open_pairs, place
+from dil_kernels.data.messages import PreferenceDataError
 from dil_kernels.data.pair_storage import source_of
+from dil_kernels.data.pairs import Pair, check_pair, is_conversational, response_columns
 from dil_kernels.data.truncation import TRUNCATION_MODES, DataReport, is_too_long, truncate
 
 __all__ = [
