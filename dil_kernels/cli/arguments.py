@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import enum
-import functools
 import importlib
 import json
 import re
 import sys
-import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import yaml
@@ -20,11 +18,11 @@ from transformers import TrainingArguments
 from dil_kernels.backends import BACKENDS
 from dil_kernels.cli.class_options import lora_fields, plain_bnb_fields, plain_lora_fields
 from dil_kernels.cli.option_names import as_on_command_line, option_string
-from dil_kernels.cli.option_types import nonempty, type_options
-from dil_kernels.cli.run_options import RunOptions, add_class_options, add_run_options, check_run_options, run_options
+from dil_kernels.cli.option_types import OptionField, fields_of, members_of, nonempty, type_options
+from dil_kernels.cli.run_options import RunOptions, check_run_options, run_options
 from dil_kernels.data.tokenization import TRUNCATION_MODES
 from dil_kernels.losses.divergences import divergence_names
-from dil_kernels.recipes import find_recipe
+from dil_kernels.recipes import find_recipe, packaged_recipes
 from dil_kernels.training.config import DILConfig
 from dil_kernels.wording import describe_error, did_you_mean
 
@@ -78,11 +76,30 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and name the option nearest to an unknown one."""
 
     source = ""  # where the options being parsed stand, for the messages
+    nulls: dict[str, bool | None]  # what null in a recipe means, of options that have such a value
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.color = False  # in which argparse of Python 3.14 writes where the terminal takes it
         self.register("type", None, nonempty)  # of options that are text
+        self.nulls = dict.fromkeys(REQUIRED)
+
+    def add_field(self, group: argparse._ArgumentGroup, name: str, field: OptionField, text: str) -> None:
+        """Add an option to a group.
+
+        Args:
+            group: of this parser.
+            name: of the option, with underscores.
+            field: that it sets.
+            text: its help.
+        """
+        names = dict.fromkeys([name, *(other for pair in RENAMED.items() if name in pair for other in pair)])
+        keywords = {**type_options(field.hint, field.keywords.get("choices")), **field.keywords}
+        group.add_argument(*map(option_string, names), dest=name, help=text.replace("%", "%%"), **keywords)
+        if type(None) in members_of(field.hint):
+            self.nulls[name] = None
+        elif field.default is False:
+            self.nulls[name] = False
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with status 2."""
@@ -97,9 +114,7 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args([_dashed_option(token) for token in argv])
         if unknown:
             option = next((token for token in unknown if token.startswith("-")), unknown[0]).split("=")[0]
-            nearest = did_you_mean(_underscored(option), map(_underscored, self._option_string_actions))
-            hint = f"; did you mean {option_string(nearest)}?" if nearest else ""
-            self.error(f"unknown option {option}{hint}{_without_peft(option)}")
+            self.error(f"unknown option {option}{_hint(option, self._option_string_actions, option_string)}")
         return namespace
 
 
@@ -202,20 +217,15 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     for key, value in recipe.items():
         option = _underscored(str(key))
         if option not in actions:
-            nearest = did_you_mean(option, actions)
-            hint = f"; did you mean {nearest!r}?" if nearest else ""
-            parser.error(f"unknown option {key!r}{hint}{_without_peft(option)}")
+            parser.error(f"unknown option {key!r}{_hint(option, actions, repr)}")
         dest = actions[option].dest
         if dest in names:
             parser.error(f"{names[dest]!r} and {key!r} are one option")
         names[dest] = key
         if value is None:
-            if dest in _null_values():
-                values[dest] = _null_values()[dest]
-            elif dest in _field_names():
+            if dest not in parser.nulls:
                 parser.error(f"option {key!r} cannot be null; leave it out for its default")
-            else:  # of peft or bitsandbytes
-                values[dest] = None
+            values[dest] = parser.nulls[dest]
         elif isinstance(value, list) and not value:
             parser.error(f"option {key!r}: the list is empty")
         elif isinstance(value, list) and actions[option].nargs != "+":
@@ -229,10 +239,13 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     return values
 
 
-def _without_peft(option: str) -> str:
-    """To be said of an unknown option that may be a field of peft's, where peft is not installed."""
-    of_lora = _underscored(option).startswith(("lora_", "use_")) and not lora_fields()
-    return "; options of LoRA need peft: pip install peft" if of_lora else ""
+def _hint(option: str, known: Iterable[str], spelled: Callable[[str], str]) -> str:
+    """To be said of an unknown option: which one may be meant, or that it may be of peft, which is not installed."""
+    option = _underscored(option)
+    nearest = did_you_mean(option, map(_underscored, known))
+    hint = f"; did you mean {spelled(nearest)}?" if nearest else ""
+    of_lora = option.startswith(("lora_", "use_")) and not lora_fields()
+    return hint + ("; options of LoRA need peft: pip install peft" if of_lora else "")
 
 
 def _repeated_key(node: yaml.Node | None) -> str | None:
@@ -243,24 +256,6 @@ def _repeated_key(node: yaml.Node | None) -> str | None:
     nodes = [value for _, value in node.value] if isinstance(node, yaml.MappingNode) else node.value
     twice = (key for index, key in enumerate(keys) if isinstance(key, str) and key != "<<" and key in keys[:index])
     return next(filter(None, (*twice, *map(_repeated_key, nodes))), None)
-
-
-def _field_names() -> set[str]:
-    return {field.name for kind in (DILConfig, RunOptions) for field in dataclasses.fields(kind)}
-
-
-@functools.cache
-def _null_values() -> dict[str, bool | None]:
-    """What null in a recipe means: None where that is a value of the option, or nothing its default; or false."""
-    found: dict[str, bool | None] = {}
-    for kind in (DILConfig, RunOptions):
-        hints = typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            if type(None) in typing.get_args(hints[field.name]) or field.name in REQUIRED:
-                found[field.name] = None
-            elif field.default is False:
-                found[field.name] = False
-    return found
 
 
 def _as_tokens(name: str, value: Any) -> list[str]:
@@ -283,48 +278,52 @@ def build_parser() -> Parser:
         usage="dil-train --model MODEL --train-file FILE --output-dir DIR [options]\n"
         "       dil-train --config RECIPE.yaml [options]",
     )
-    add_run_options(parser.add_argument_group("model, data and output"))
-    add_class_options(parser)
+    group = parser.add_argument_group("model, data and output")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML recipe of any of these options, which the command line overrides; or one of the package's: "
+        + ", ".join(packaged_recipes()),
+    )
+    group.add_argument(
+        "--import",
+        dest="import_modules",
+        action="append",
+        metavar="MODULE",
+        help="import a Python module first, such as one that calls register_divergence; may be repeated",
+    )
+    group.add_argument("--output-dir", metavar="DIR", help="where checkpoints, model, table and plot are written")
+    for name, field in fields_of(RunOptions).items():
+        if field.help:
+            parser.add_field(group, name, field, field.help)
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     omitted = OMITTED_FIELDS | {old for old, new in RENAMED.items() if new in inherited}
-    fields = {field.name: field for field in dataclasses.fields(DILConfig) if field.name not in omitted}
-    own = [name for name in fields if name not in inherited]
-    common = [name for name in COMMON_FIELDS if name in fields]
-    others = [name for name in fields if name not in {*own, *common}]
-    hints = typing.get_type_hints(DILConfig)
-    for title, names, brief in (
+    fields = {name: field for name, field in fields_of(DILConfig).items() if name not in omitted}
+    for name, choices in _choices().items():
+        fields[name] = dataclasses.replace(fields[name], keywords={"choices": choices, "metavar": None})
+    lora, bnb = plain_lora_fields(), plain_bnb_fields()
+    own = {name: field for name, field in fields.items() if name not in inherited}
+    common = {name: fields[name] for name in COMMON_FIELDS if name in fields}
+    others = {name: field for name, field in fields.items() if name not in {*own, *common}}
+    for title, members, brief in (
+        ("LoRA: fields of peft.LoraConfig (all of them: --lora-kwargs)", lora, True),
+        ("quantisation: arguments of transformers.BitsAndBytesConfig (all: --bnb-kwargs)", bnb, True),
         ("Direct Imitation Learning", own, False),
         ("training", common, True),
         ("further options of transformers.TrainingArguments", others, True),
     ):
         group = parser.add_argument_group(title)
-        for name in names:
-            _add_field(group, fields[name], hints[name], brief)
+        for name, field in members.items():
+            parser.add_field(group, name, field, _describe(field, brief))
+    parser.nulls |= dict.fromkeys([*lora, *bnb])  # as if they were not given
     return parser
 
 
-def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any, brief: bool) -> None:
-    """Add an option for a field of `DILConfig`.
-
-    Args:
-        group: of options.
-        field: with metadata help.
-        hint: its resolved type.
-        brief: show only the first sentence of its help.
-    """
-    options = type_options(hint, tuple(field.metadata.get("choices", ())) or None)
-    if field.name in _choices():
-        options = {"choices": _choices()[field.name]}
-    text = " ".join(str(field.metadata.get("help", "")).split())
-    if brief:
-        text = re.split(r"(?<=[a-z)`][.!?])\s", text)[0]
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    default = default.value if isinstance(default, enum.Enum) else default
-    if default is not None:
-        text = f"{text.rstrip('.')} (default: {default})"
-    other_names = [option_string(other) for pair in RENAMED.items() if field.name in pair for other in pair]
-    names = dict.fromkeys([option_string(field.name), *other_names])
-    group.add_argument(*names, dest=field.name, help=text.replace("%", "%%"), **options)
+def _describe(field: OptionField, brief: bool) -> str:
+    """The help of a field, of which the first sentence alone if brief, and its default."""
+    text = re.split(r"(?<=[\w)`>][.!?])\s", field.help)[0] if brief else field.help
+    default = field.default.value if isinstance(field.default, enum.Enum) else field.default
+    return text if default is None else f"{text.rstrip('.')} (default: {default})".lstrip()
 
 
 def _choices() -> dict[str, tuple[str, ...]]:

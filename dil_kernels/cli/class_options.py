@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dil_kernels.cli.option_names import option_string
+from dil_kernels.cli.option_types import OptionField, fields_of, members_of
 from dil_kernels.training.ranges import check_number
 from dil_kernels.wording import describe_error, did_you_mean
 
@@ -29,24 +29,7 @@ OF_4_BITS, OF_8_BITS = "bnb_4bit_", ("llm_int8_threshold", "llm_int8_has_fp16_we
 QUANT_TYPES = ("nf4", "fp4")
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassField:
-    """A field of a class.
-
-    Attributes:
-        name: of the field.
-        hint: its type.
-        default: its default.
-        help: what the class says of it.
-    """
-
-    name: str
-    hint: Any
-    default: Any
-    help: str = ""
-
-
-def lora_fields() -> dict[str, ClassField]:
+def lora_fields() -> dict[str, OptionField]:
     """The fields of `peft.LoraConfig` by the names of their options; none without peft.
 
     An option is named as its field if that begins with lora_ or use_, else lora_ comes before it.
@@ -55,56 +38,49 @@ def lora_fields() -> dict[str, ClassField]:
         return {}
     import peft
 
-    hints = typing.get_type_hints(peft.LoraConfig)
     inherited = {field.name for field in dataclasses.fields(peft.PeftConfig)}
-    fields = [field for field in dataclasses.fields(peft.LoraConfig) if field.name not in inherited]
-    names = {field.name for field in fields}
+    fields = {name: field for name, field in fields_of(peft.LoraConfig).items() if name not in inherited}
     found = {}
-    for field in fields:
-        option = field.name if field.name.startswith(("lora_", "use_")) else f"lora_{field.name}"
-        if option != field.name and option in names:
-            option = field.name  # `bias`, beside which there is `lora_bias`
-        text = str(field.metadata.get("help", ""))
-        found[option] = ClassField(field.name, hints[field.name], field.default, text)
+    for name, field in fields.items():
+        option = name if name.startswith(("lora_", "use_")) else f"lora_{name}"
+        found[name if option in fields else option] = field  # `bias`, beside which there is `lora_bias`
     return found
 
 
-def bnb_fields() -> dict[str, ClassField]:
+def bnb_fields() -> dict[str, OptionField]:
     """The arguments of `transformers.BitsAndBytesConfig` by the names of their options, which are their own."""
     from transformers import BitsAndBytesConfig
 
-    return {
-        name: ClassField(name, Any if argument.default is None else type(argument.default), argument.default)
+    found = {
+        name: OptionField(name, Any if argument.default is None else type(argument.default), argument.default)
         for name, argument in inspect.signature(BitsAndBytesConfig).parameters.items()
         if argument.kind is not argument.VAR_KEYWORD
     }
+    kind = "bnb_4bit_quant_type"
+    return {**found, kind: dataclasses.replace(found[kind], default=QUANT_TYPES[0], keywords={"choices": QUANT_TYPES})}
 
 
-def plain_lora_fields() -> dict[str, ClassField]:
+def plain_lora_fields() -> dict[str, OptionField]:
     """Those fields of LoRA that are options of their own."""
     return {
         option: field
         for option, field in lora_fields().items()
-        if field.name not in LORA_ELSEWHERE and _without_none(field.hint) in PLAIN
+        if field.name not in LORA_ELSEWHERE and _is_plain(field.hint)
     }
 
 
-def plain_bnb_fields() -> dict[str, ClassField]:
+def _is_plain(hint: Any) -> bool:
+    kinds = [member for member in members_of(hint) if member is not type(None)]
+    return len(kinds) == 1 and kinds[0] in PLAIN
+
+
+def plain_bnb_fields() -> dict[str, OptionField]:
     """Those of quantisation that are."""
     return {
         option: field
         for option, field in bnb_fields().items()
         if field.name not in BNB_ELSEWHERE and field.hint in (bool, int, float, str)
     }
-
-
-def _without_none(hint: Any) -> Any:
-    members = [member for member in typing.get_args(hint) if member is not type(None)]
-    return members[0] if _is_union(hint) and len(members) == 1 else hint
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def lora_config(rank: int, alpha: float | None, target_modules: Sequence[str], **given: Any) -> Any:
@@ -150,20 +126,19 @@ def quantization_config(load_in_4bit: bool, load_in_8bit: bool, dtype: str, **gi
             or bitsandbytes is not installed.
     """
     values = _values("bnb_kwargs", "transformers.BitsAndBytesConfig", bnb_fields(), BNB_ELSEWHERE, given)
-    if load_in_4bit and load_in_8bit:
+    bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+    chosen = [option for option, is_chosen in bits.items() if is_chosen]
+    if len(chosen) > 1:
         raise ValueError("load_in_4bit=True was given, and load_in_8bit=True, too: choose one")
     for name in values:
-        if name.startswith(OF_4_BITS) and not load_in_4bit:
-            raise ValueError(f"{_spelled(name, given, 'bnb_kwargs')} needs --load-in-4bit")
-        if name in OF_8_BITS and not load_in_8bit:
-            raise ValueError(f"{_spelled(name, given, 'bnb_kwargs')} needs --load-in-8bit")
-        if not load_in_4bit and not load_in_8bit:
-            raise ValueError(f"{_spelled(name, given, 'bnb_kwargs')} needs --load-in-4bit or --load-in-8bit")
-    if not load_in_4bit and not load_in_8bit:
+        needed = ["load_in_4bit"] if name.startswith(OF_4_BITS) else ["load_in_8bit"] if name in OF_8_BITS else [*bits]
+        if not {*chosen} & {*needed}:
+            spelled = option_string(name) if name in given else f"{option_string('bnb_kwargs')} with {name!r}"
+            raise ValueError(f"{spelled} needs {' or '.join(map(option_string, needed))}")
+    if not chosen:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
-        option = "load_in_4bit" if load_in_4bit else "load_in_8bit"
-        raise ValueError(f"{option}=True needs bitsandbytes: pip install bitsandbytes")
+        raise ValueError(f"{chosen[0]}=True needs bitsandbytes: pip install bitsandbytes")
     if values.get("bnb_4bit_quant_type", QUANT_TYPES[0]) not in QUANT_TYPES:
         raise ValueError(f"bnb_4bit_quant_type={values['bnb_4bit_quant_type']}: available: {', '.join(QUANT_TYPES)}")
     if load_in_4bit:
@@ -175,7 +150,7 @@ def quantization_config(load_in_4bit: bool, load_in_8bit: bool, dtype: str, **gi
     from transformers import BitsAndBytesConfig
 
     try:
-        return BitsAndBytesConfig(load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, **values)
+        return BitsAndBytesConfig(**bits, **values)
     except Exception as error:  # whatever transformers raises of a value
         raise ValueError(f"{_said(given)}: {describe_error(error)}") from error
 
@@ -183,7 +158,7 @@ def quantization_config(load_in_4bit: bool, load_in_8bit: bool, dtype: str, **gi
 def _values(
     mapping: str,
     owner: str,
-    fields: Mapping[str, ClassField],
+    fields: Mapping[str, OptionField],
     elsewhere: Mapping[str, str],
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -225,8 +200,8 @@ def fits(value: Any, hint: Any) -> bool:
     """Whether a value read from JSON or YAML is of a type, of those that such values can have."""
     if hint is Any:
         return True
-    if _is_union(hint):
-        return any(fits(value, member) for member in typing.get_args(hint))
+    if len(members_of(hint)) > 1:
+        return any(fits(value, member) for member in members_of(hint))
     if typing.get_origin(hint) is typing.Literal:  # which may say what goes on otherwise, in brackets
         starts = [
             choice.partition("[")[0] for choice in typing.get_args(hint) if isinstance(choice, str) and "[" in choice
@@ -246,7 +221,3 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _said(given: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-
-
-def _spelled(name: str, given: Mapping[str, Any], mapping: str) -> str:
-    return option_string(name) if name in given else f"{option_string(mapping)} with {name!r}"

@@ -1,19 +1,61 @@
-"""What `argparse` needs to read the value of an option, from the type of its field."""
+"""The fields of classes as options: what `argparse` needs to read the value of one, from its type.
+
+`transformers.HfArgumentParser` reads fields alike, but no null and no JSON object, of a list beside another type one
+entry, and it fills in defaults, behind which a recipe could not be told from what was not given.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import enum
 import os
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dil_kernels.data.json_text import parse_json
 
+KEYWORDS = ("choices", "const", "metavar", "nargs", "type")  # of `add_argument`, in metadata of fields
 MAX_LISTED = 4  # choices that --help lists
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionField:
+    """A field that is an option.
+
+    Attributes:
+        name: of the field.
+        hint: its resolved type.
+        default: its default.
+        help: what its class says of it, on one line.
+        keywords: of `add_argument`, beside those that the type asks for.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    help: str = ""
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def fields_of(kind: Any) -> dict[str, OptionField]:
+    """The fields of a dataclass by name, with the help and the KEYWORDS in their metadata."""
+    hints = typing.get_type_hints(kind)
+    found = {}
+    for field in dataclasses.fields(kind):
+        text = " ".join(str(field.metadata.get("help", "")).split())
+        keywords = {name: value for name, value in field.metadata.items() if name in KEYWORDS}
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        found[field.name] = OptionField(field.name, hints[field.name], default, text, keywords)
+    return found
+
+
+def members_of(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; of another type it alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def type_options(hint: Any, choices: Sequence[str] | None = None) -> dict[str, Any]:
@@ -23,9 +65,9 @@ def type_options(hint: Any, choices: Sequence[str] | None = None) -> dict[str, A
         hint: its resolved type.
         choices: all of its values, where they are known beside the type.
     """
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    members = members_of(hint)
     optional = type(None) in members
-    lists = [member for member in members if typing.get_origin(member) is list]
+    lists = [member for member in members if typing.get_origin(member) in (list, tuple)]
     for kind in (*members, *(kind for each in lists for kind in typing.get_args(each))):
         if isinstance(kind, type) and issubclass(kind, enum.Enum):
             choices = tuple(choice.value for choice in kind)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dil_kernels.cli.class_options import (
-    QUANT_TYPES,
-    lora_config,
-    plain_bnb_fields,
-    plain_lora_fields,
-    quantization_config,
-)
+from dil_kernels.cli.class_options import lora_config, plain_bnb_fields, plain_lora_fields, quantization_config
 from dil_kernels.cli.option_names import option_string
-from dil_kernels.cli.option_types import boolean, checkpoint, json_object, type_options
+from dil_kernels.cli.option_types import checkpoint, json_object
 from dil_kernels.data.loading import is_local_file
 from dil_kernels.data.mixture import data_sources
-from dil_kernels.recipes import packaged_recipes
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.ranges import check_numbers
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-BOOL: dict[str, Any] = {"metavar": "BOOL", "type": boolean, "nargs": "?", "const": True}
-JSON: dict[str, Any] = {"metavar": "JSON", "type": json_object}
 # Arguments of `from_pretrained` that have an option of their own.
 MODEL_INIT_ELSEWHERE = {
     "attn_implementation": "attn_implementation",
@@ -39,44 +29,98 @@ MODEL_INIT_ELSEWHERE = {
 }
 
 
+def _option(text: str, default: Any = None, **keywords: Any) -> Any:
+    """A field that is an option.
+
+    Args:
+        text: its help.
+        default: without it.
+        keywords: of `add_argument`, beside those that the type asks for.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, **keywords})
+
+
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """What `dil-train` needs beside its `DILConfig`.
 
     Attributes:
+        import_modules: that were imported first.
         lora_options: options by name that are fields of `peft.LoraConfig`.
         bnb_options: options by name that are arguments of `transformers.BitsAndBytesConfig`.
     """
 
-    model: str
-    train_file: str | None = None
-    eval_file: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    dataset_config: str | None = None
-    datasets: tuple[dict[str, Any], ...] = ()
-    test_split_size: float | None = None
-    ref_model: str | None = None
-    dtype: str = "float32"
-    attn_implementation: str | None = None
-    model_revision: str | None = None
-    trust_remote_code: bool = False
-    model_init_kwargs: dict[str, Any] | None = None
-    pad_token: str | None = None
-    chat_template_path: str | None = None
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    lora_target_modules: tuple[str, ...] = ("all-linear",)
-    lora_kwargs: dict[str, Any] | None = None
-    lora_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    bnb_kwargs: dict[str, Any] | None = None
-    bnb_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    resume_from_checkpoint: str | bool = False
+    model: str = _option(
+        "the model to train: a directory, or a name on the hub", default=dataclasses.MISSING, metavar="NAME"
+    )
+    train_file: str | None = _option(
+        "preference pairs (prompt, chosen, rejected) or single responses (prompt, completion, label): a .jsonl, .json, "
+        ".csv (each also .gz) or .parquet file, or a data set on the hub",
+        metavar="FILE",
+    )
+    eval_file: str | None = _option("held-out pairs for the before/after table; likewise", metavar="FILE")
+    overwrite_output_dir: bool = _option(
+        "write into a directory that holds something: what will be overwritten is named, and checkpoints of an earlier "
+        "run are removed when training begins",
+        default=False,
+    )
+    train_split: str = _option("split of a hub data set to train on (default: train)", default="train", metavar="NAME")
+    eval_split: str | None = _option(
+        "split of a hub data set to evaluate on (default: test; train of a file)", metavar="NAME"
+    )
+    dataset_config: str | None = _option(
+        "configuration of the hub data sets of --train-file and --eval-file", metavar="NAME"
+    )
+    datasets: tuple[dict[str, Any], ...] = _option(
+        "train on several data sets in place of --train-file; in a recipe, a list of mappings: path, and if need be "
+        "name, data_dir, data_files, split and fraction (its share of the rows, of all of them or of none)",
+        default=(),
+        type=json_object,
+        metavar="JSON",
+    )
+    test_split_size: float | None = _option(
+        "hold out this share of the training data, or from 1 on this many rows, in place of --eval-file"
+    )
+    ref_model: str | None = _option("the reference model (default: the model as it is before training)", metavar="NAME")
+    dtype: str = _option(
+        "precision of the weights (default: float32, which small learning rates need; see --bf16 for the rest)",
+        default="float32",
+        choices=DTYPES,
+    )
+    attn_implementation: str | None = _option("attention of transformers, e.g. flash_attention_2", metavar="NAME")
+    model_revision: str | None = _option(
+        "branch, tag or commit of --model on the hub, and of its tokenizer", metavar="NAME"
+    )
+    trust_remote_code: bool = _option("run the code that models and tokenizer bring along", default=False)
+    model_init_kwargs: Mapping[str, Any] | None = _option(
+        "further arguments of from_pretrained, for --model and --ref-model, such as fields of their config"
+    )
+    pad_token: str | None = _option("token of the tokenizer to pad with (default: its own, or its EOS)")
+    chat_template_path: str | None = _option(
+        "file of a Jinja chat template to use in place of the tokenizer's", metavar="FILE"
+    )
+    lora_rank: int | None = _option("train LoRA adapters of this rank (needs peft; default: all weights)")
+    lora_alpha: float | None = _option("scale of LoRA (default: twice the rank)")
+    lora_target_modules: tuple[str, ...] = _option(
+        "layers that LoRA adapts (default: all-linear, every linear layer but the output head)",
+        default=("all-linear",),
+    )
+    lora_kwargs: Mapping[str, Any] | None = _option("fields of peft.LoraConfig, by their names there")
+    load_in_4bit: bool = _option("hold the base weights in 4 bits, in NF4 of bitsandbytes, under LoRA", default=False)
+    load_in_8bit: bool = _option("hold them in 8 bits", default=False)
+    bnb_kwargs: Mapping[str, Any] | None = _option("arguments of transformers.BitsAndBytesConfig, by their names there")
+    resume_from_checkpoint: str | bool = _option(
+        "continue from this checkpoint, or without DIR from the last complete one in --output-dir",
+        default=False,
+        type=checkpoint,
+        metavar="DIR",
+        nargs="?",
+        const=True,
+    )
+    traceback: bool = _option("show where an error arose, for a report of it", default=False)
     import_modules: tuple[str, ...] = ()
-    overwrite_output_dir: bool = False
-    traceback: bool = False
+    lora_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bnb_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def has_eval(self) -> bool:
@@ -122,18 +166,12 @@ def run_options(values: Mapping[str, Any], modules: tuple[str, ...]) -> tuple[Ru
     """
     fields = [field.name for field in dataclasses.fields(RunOptions)]
     lora, bnb = plain_lora_fields(), plain_bnb_fields()
-    own = {name: value for name, value in values.items() if name in fields}
-    own["datasets"] = tuple(own.get("datasets") or ())
-    own["lora_target_modules"] = tuple(own.get("lora_target_modules") or RunOptions.lora_target_modules)
-    run = RunOptions(
-        **{
-            **own,
-            "import_modules": modules,
-            "lora_options": {name: value for name, value in values.items() if name in lora and value is not None},
-            "bnb_options": {name: value for name, value in values.items() if name in bnb and value is not None},
-        }
-    )
-    return run, {name: value for name, value in values.items() if name not in {*fields, *lora, *bnb}}
+    own: dict[str, Any] = {name: value for name, value in values.items() if name in fields}
+    own |= {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
+    for of_class, names in (("lora_options", lora), ("bnb_options", bnb)):
+        own[of_class] = {name: values[name] for name in names if values.get(name) is not None}
+    others = {name: value for name, value in values.items() if name not in {*fields, *lora, *bnb}}
+    return RunOptions(**{**own, "import_modules": modules}), others
 
 
 def check_run_options(run: RunOptions, config: DILConfig) -> None:
@@ -204,114 +242,3 @@ def read_chat_template(path: str) -> str:
     if not text.strip():
         raise ValueError(f"--chat-template-path {path}: the file is empty")
     return text
-
-
-def add_class_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that are fields of classes of peft and transformers."""
-    for title, fields in (
-        ("LoRA: fields of peft.LoraConfig (all of them: --lora-kwargs)", plain_lora_fields()),
-        ("quantisation: arguments of transformers.BitsAndBytesConfig (all: --bnb-kwargs)", plain_bnb_fields()),
-    ):
-        group = parser.add_argument_group(title)
-        for option, field in fields.items():
-            choices = QUANT_TYPES if field.name == "bnb_4bit_quant_type" else None
-            text = " ".join(field.help.split()).partition(". ")[0]
-            default = QUANT_TYPES[0] if choices else field.default
-            text += "" if default is None else f" (default: {default})"
-            group.add_argument(
-                option_string(option), help=text.strip().replace("%", "%%"), **type_options(field.hint, choices)
-            )
-
-
-def add_run_options(group: argparse._ArgumentGroup) -> None:
-    """Add the options of `RunOptions`."""
-    add = group.add_argument
-    add(
-        "--config",
-        metavar="FILE",
-        help="YAML recipe of any of these options, which the command line overrides; or one of the package's: "
-        + ", ".join(packaged_recipes()),
-    )
-    add(
-        "--import",
-        dest="import_modules",
-        action="append",
-        metavar="MODULE",
-        help="import a Python module first, such as one that calls register_divergence; may be repeated",
-    )
-    add("--model", metavar="NAME", help="the model to train: a directory, or a name on the hub")
-    add(
-        "--train-file",
-        metavar="FILE",
-        help="preference pairs (prompt, chosen, rejected) or single responses (prompt, completion, label): a .jsonl, "
-        ".json, .csv (each also .gz) or .parquet file, or a data set on the hub",
-    )
-    add("--eval-file", metavar="FILE", help="held-out pairs for the before/after table; likewise")
-    add("--output-dir", metavar="DIR", help="where checkpoints, model, table and plot are written")
-    add(
-        "--overwrite-output-dir",
-        **BOOL,
-        help="write into a directory that holds something: what will be overwritten is named, and checkpoints of an "
-        "earlier run are removed when training begins",
-    )
-    add("--train-split", metavar="NAME", help="split of a hub data set to train on (default: train)")
-    add(
-        "--eval-split",
-        metavar="NAME",
-        help="split of a hub data set to evaluate on (default: test; train of a file)",
-    )
-    add("--dataset-config", metavar="NAME", help="configuration of the hub data sets of --train-file and --eval-file")
-    add(
-        "--datasets",
-        **{**JSON, "nargs": "+"},
-        help="train on several data sets in place of --train-file; in a recipe, a list of mappings: path, and if need "
-        "be name, data_dir, data_files, split and fraction (its share of the rows, of all of them or of none)",
-    )
-    add(
-        "--test-split-size",
-        metavar="FLOAT",
-        type=float,
-        help="hold out this share of the training data, or from 1 on this many rows, in place of --eval-file",
-    )
-    add("--ref-model", metavar="NAME", help="the reference model (default: the model as it is before training)")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="precision of the weights (default: float32, which small learning rates need; see --bf16 for the rest)",
-    )
-    add("--attn-implementation", metavar="NAME", help="attention of transformers, e.g. flash_attention_2")
-    add("--model-revision", metavar="NAME", help="branch, tag or commit of --model on the hub, and of its tokenizer")
-    add("--trust-remote-code", **BOOL, help="run the code that models and tokenizer bring along")
-    add(
-        "--model-init-kwargs",
-        **JSON,
-        help="further arguments of from_pretrained, for --model and --ref-model, such as fields of their config",
-    )
-    add("--pad-token", metavar="TEXT", help="token of the tokenizer to pad with (default: its own, or its EOS)")
-    add("--chat-template-path", metavar="FILE", help="file of a Jinja chat template to use in place of the tokenizer's")
-    add(
-        "--lora-rank",
-        metavar="INT",
-        type=int,
-        help="train LoRA adapters of this rank (needs peft; default: all weights)",
-    )
-    add("--lora-alpha", metavar="FLOAT", type=float, help="scale of LoRA (default: twice the rank)")
-    add(
-        "--lora-target-modules",
-        metavar="NAME",
-        nargs="+",
-        help="layers that LoRA adapts (default: all-linear, every linear layer but the output head)",
-    )
-    add("--lora-kwargs", **JSON, help="fields of peft.LoraConfig, by their names there")
-    add("--load-in-4bit", **BOOL, help="hold the base weights in 4 bits, in NF4 of bitsandbytes, under LoRA")
-    add("--load-in-8bit", **BOOL, help="hold them in 8 bits")
-    add("--bnb-kwargs", **JSON, help="arguments of transformers.BitsAndBytesConfig, by their names there")
-    add(
-        "--resume-from-checkpoint",
-        metavar="DIR",
-        nargs="?",
-        const=True,
-        type=checkpoint,
-        help="continue from this checkpoint, or without DIR from the last complete one in --output-dir",
-    )
-    add("--traceback", **BOOL, help="show where an error arose, for a report of it")
