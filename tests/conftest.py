@@ -23,6 +23,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+pytest.register_assert_rewrite("plain_training", "tiny_trainer", "trl_runs")
+
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:  # --bare says which tests that leaves out
@@ -76,6 +78,25 @@ def nan_poisoned():
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Chunks of 4 rows and tiles of 32 columns in the head, so that small problems have several."""
+    from dil_kernels.ops.head_steps import TileShape
+    from dil_kernels.ops.linear_head import TILE_SHAPES
+
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(TILE_SHAPES, device, TileShape(4, 32))
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """Let `datasets` keep what it makes in the directory of the test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

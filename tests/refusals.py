@@ -1,4 +1,4 @@
-"""What the tests of reading data share: files, a cache of their own, and what is said of data that are refused."""
+"""What the tests of reading data share: pairs, files, and what is said of data that are refused."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ from dil_kernels.data.tokenization import tokenize_dataset
 LENGTHS = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
+def message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
 
 
-def write_lines(path: Path, *records: Any) -> Path:
+PLAIN = {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5"}
+CHAT = {
+    "prompt": [message("system", "w9"), message("user", "w1 w2")],
+    "chosen": [message("assistant", "w3 w4")],
+    "rejected": [message("assistant", "w5")],
+}
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    """A line of JSON for each; strings are lines as they are."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return path
 
 
-def refusal(source: Path, **options: Any) -> str:
+def refusal(source: Path | str, **options: Any) -> str:
     with pytest.raises(PreferenceDataError) as caught:
         load_preference_pairs(source, **options)
     return str(caught.value)

@@ -8,7 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
@@ -22,14 +21,10 @@ from harness.check import allowed_errors, find_problem
 from harness.command import main
 from harness.family import OURS, Provider
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 CPU = torch.device("cpu")
 REFERENCES = ("model", "precomputed")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def tiny(reference: str, dtype: torch.dtype = torch.float32, data: str = "ragged") -> TrainCase:

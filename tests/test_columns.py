@@ -11,13 +11,15 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from refusals import LENGTHS, cache, refusal, tokenising_refusal, write_lines  # noqa: F401  cache is a fixture
+from refusals import LENGTHS, refusal, tokenising_refusal, write_lines
 from tiny_model import CHAT_TEMPLATE, make_tokenizer
 
 from dil_kernels.cli import programs
 from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs, loading
 from dil_kernels.data.cache_key import source_digest
 from dil_kernels.data.tokenization import tokenize_dataset
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 PLAIN = {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5"}
 ASKED = [{"role": "user", "content": "w1"}]

@@ -16,6 +16,8 @@ from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pa
 from dil_kernels.data.messages import split_strings
 from dil_kernels.data.tokenization import tokenize_dataset, tokenize_pair
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 TEMPLATE = (
     "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
     "{% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>"
@@ -51,12 +53,6 @@ CALLED = {
 }
 PLAIN = {"prompt": ASKED[:1], "chosen": [said("assistant", "w3")], "rejected": [said("assistant", "w4")]}
 OPTIONS = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -8,24 +8,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+from refusals import refusal, write_lines
 
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
 from dil_kernels.data.mixture import DataSource, data_sources, load_mixture, split_off_test
 from dil_kernels.data.pair_storage import source_of
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 PLAIN = {"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}
 # What readers of CSV take for numbers, nulls, quotes, or the end of a line.
 TEXTS = ["None", "NA", "null", "1.0", "007", "true", 'a "b", c', "two\nlines\r\nthree", " blanks ", "é", "x" * 200_000]
 CHAT = {"chosen": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
 CHAT["rejected"] = [CHAT["chosen"][0], {"role": "assistant", "content": "w3"}]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -37,19 +33,8 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def numbered(count: int, letter: str) -> list[dict[str, Any]]:
     return [{**PLAIN, "chosen": f"{letter}{number}"} for number in range(count)]
-
-
-def refusal(source: Path, **options: Any) -> str:
-    with pytest.raises(PreferenceDataError) as caught:
-        load_preference_pairs(source, **options)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["pairs.csv", "pairs.csv.gz", "PAIRS.CSV", "set/train.csv", "set/train.csv.gz"])
@@ -124,7 +109,10 @@ def test_packed_json(tmp_path: Path, name: str) -> None:
 
 
 def test_files_and_configurations_of_sets(tmp_path: Path) -> None:
-    files = write_lines(tmp_path / "one.jsonl", numbered(2, "a")), write_lines(tmp_path / "two.jsonl", numbered(3, "b"))
+    files = (
+        write_lines(tmp_path / "one.jsonl", *numbered(2, "a")),
+        write_lines(tmp_path / "two.jsonl", *numbered(3, "b")),
+    )
     found = load_preference_pairs("json", data_files={"held": [str(file) for file in files]}, split="held")
     assert found["chosen"][:] == ["a0", "a1", "b0", "b1", "b2"]
     assert refusal(files[0], name="en") == f"{files[0]}: a local file has no name; got 'en'"
@@ -135,7 +123,7 @@ def test_files_and_configurations_of_sets(tmp_path: Path) -> None:
 
 
 def test_a_mixture_has_all_rows_in_their_order(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", numbered(2, "a"))
+    write_lines(tmp_path / "a.jsonl", *numbered(2, "a"))
     write_csv(tmp_path / "b.csv", numbered(3, "b"))
     mixture = load_mixture(data_sources([{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.csv")}]))
     assert mixture.to_list() == [*numbered(2, "a"), *numbered(3, "b")]
@@ -143,8 +131,8 @@ def test_a_mixture_has_all_rows_in_their_order(tmp_path: Path) -> None:
 
 
 def test_fractions_are_shares_of_the_largest_mixture_without_repetition(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", numbered(30, "a"))
-    write_lines(tmp_path / "b.jsonl", numbered(5, "b"))
+    write_lines(tmp_path / "a.jsonl", *numbered(30, "a"))
+    write_lines(tmp_path / "b.jsonl", *numbered(5, "b"))
     paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     mixture = load_mixture([DataSource(paths[0], fraction=3), DataSource(paths[1], fraction=1.0)])
     assert mixture.to_list() == [*numbered(15, "a"), *numbered(5, "b")]
@@ -153,20 +141,20 @@ def test_fractions_are_shares_of_the_largest_mixture_without_repetition(tmp_path
 
 
 def test_sets_of_a_mixture_have_one_form(tmp_path: Path) -> None:
-    plain = DataSource(str(write_lines(tmp_path / "a.jsonl", numbered(2, "a"))))
-    chat = DataSource(str(write_lines(tmp_path / "c.jsonl", [CHAT])))
+    plain = DataSource(str(write_lines(tmp_path / "a.jsonl", *numbered(2, "a"))))
+    chat = DataSource(str(write_lines(tmp_path / "c.jsonl", CHAT)))
     with pytest.raises(PreferenceDataError, match=r"c.jsonl: this pair is lists of messages, but those before it"):
         load_mixture([plain, chat])
     scored = {**PLAIN, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
     with pytest.raises(PreferenceDataError, match=r"s.jsonl: this record has prompt, chosen, rejected, ref_chosen"):
-        load_mixture([plain, DataSource(str(write_lines(tmp_path / "s.jsonl", [scored])))])
+        load_mixture([plain, DataSource(str(write_lines(tmp_path / "s.jsonl", scored)))])
 
 
 def test_optional_parts_of_one_set_of_a_mixture_stay(tmp_path: Path) -> None:
     named = {name: [{**messages[0], "name": "ann"}, messages[1]] for name, messages in CHAT.items()}
-    first = DataSource(str(write_lines(tmp_path / "c.jsonl", [CHAT] * 1001)))
+    first = DataSource(str(write_lines(tmp_path / "c.jsonl", *[CHAT] * 1001)))
     second = DataSource(
-        str(write_lines(tmp_path / "d.jsonl", [{**named, "chat_template_kwargs": {"a": 1}}])),
+        str(write_lines(tmp_path / "d.jsonl", {**named, "chat_template_kwargs": {"a": 1}})),
     )
     mixture = load_mixture([first, second])
     assert len(mixture) == 1002
@@ -179,7 +167,7 @@ def test_optional_parts_of_one_set_of_a_mixture_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "held_out"), [(0.25, 5), (7, 7), (1, 1)])
 def test_a_part_is_held_out_at_random(tmp_path: Path, size: float, held_out: int) -> None:
     rows = numbered(20, "a")
-    dataset = load_preference_pairs(write_lines(tmp_path / "a.jsonl", rows))
+    dataset = load_preference_pairs(write_lines(tmp_path / "a.jsonl", *rows))
     train, test = split_off_test(dataset, size, seed=0)
     assert len(test) == held_out
     assert sorted([*train["chosen"][:], *test["chosen"][:]]) == sorted(row["chosen"] for row in rows)
@@ -191,7 +179,7 @@ def test_a_part_is_held_out_at_random(tmp_path: Path, size: float, held_out: int
 
 @pytest.mark.parametrize("size", [0.001, 20, 21])
 def test_a_part_that_leaves_nothing_is_refused(tmp_path: Path, size: float) -> None:
-    dataset = load_preference_pairs(write_lines(tmp_path / "a.jsonl", numbered(20, "a")))
+    dataset = load_preference_pairs(write_lines(tmp_path / "a.jsonl", *numbered(20, "a")))
     if size < 1:
         assert len(split_off_test(dataset, size, seed=0)[1]) == 1  # a share is rounded up
         return

@@ -8,11 +8,13 @@ from typing import Any
 
 import datasets
 import pytest
-from refusals import LENGTHS, cache, refusal, write_lines  # noqa: F401  cache is a fixture
+from refusals import LENGTHS, refusal, write_lines
 from tiny_model import make_tokenizer
 
 from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs
 from dil_kernels.data.tokenization import tokenize_dataset
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 PLAIN = {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5"}
 ASKED = [{"role": "user", "content": "w1"}]
