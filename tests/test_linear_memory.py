@@ -9,6 +9,7 @@ import torch
 from allocations import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_problems import make_problem
 from torch import Tensor
 
 from dil_kernels import linear_memory_bytes, linear_token_logps
@@ -94,3 +95,50 @@ def test_the_measurement_sees_what_an_op_allocates_inside() -> None:
     x, factor = torch.ones(1000, 1024, dtype=torch.bfloat16), torch.ones(1000, 1)
     _, peak = peak_bytes(lambda: x.mul_(factor))  # works in fp32
     assert peak >= x.numel() * 4
+
+
+@pytest.mark.usefixtures("nan_poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("grads", [(True, True, False), (True, False, False), (False, True, True), (False,) * 3])
+def test_predicted_memory(dtype: torch.dtype, grads: tuple[bool, ...], monkeypatch) -> None:
+    monkeypatch.setitem(linear_head.TILE_SHAPES, "cpu", TileShape(32, 512))
+    problem = make_problem(1, 200, 256, 4000, bias=grads[2]).to(dtype)
+    problem.labels[0, :80] = -100
+    options = {"grad_hidden": grads[0], "grad_weight": grads[1], "grad_bias": grads[2]}
+    for stash_rows in (0, 50, 120):
+        stash_bytes = stash_rows * stash_stride(4000) * dtype.itemsize
+        head = linear_head.Head(problem.weight, problem.bias, 1.0, 0.0, 1.0, TileShape(32, 512), "cpp")
+        kept = stash_rows if grads[1] or grads[2] else 0
+
+        def run(kept: int = kept, head: linear_head.Head = head) -> list[Tensor | None]:
+            out = linear_head.head_forward(
+                problem.hidden[0],
+                problem.labels[0],
+                head,
+                rows=120,
+                stash_rows=kept,
+                ignore_index=-100,
+                grad_hidden=grads[0],
+                statistics=False,
+            )
+            if not any(grads):
+                return [out.logps]
+            grad = torch.ones_like(out.logps)
+            hidden, targets = problem.hidden[0], problem.labels[0]
+            return [out.logps, *linear_head.head_backward(grad, hidden, targets, head, out, **options)]
+
+        results, peak = peak_bytes(run)
+        used = peak - sum(x.numel() * x.element_size() for x in results if x is not None)
+        predicted = linear_memory_bytes(
+            120,
+            256,
+            4000,
+            dtype,
+            num_tokens=200,
+            hidden_states_grad=grads[0],
+            lm_head_weight_grad=grads[1],
+            lm_head_bias_grad=grads[2],
+            stash_bytes=stash_bytes,
+            device="cpu",
+        )
+        assert used <= predicted <= 1.2 * used + (1 << 18), (stash_rows, used, predicted)
