@@ -14,8 +14,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from test_trainer import make_trainer
 from tiny_model import make_tokenizer
+from tiny_trainer import make_trainer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

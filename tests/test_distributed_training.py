@@ -13,10 +13,11 @@ import pytest
 import torch
 from distributed_runs import RUNS, main
 from peft import PeftModel
-from test_trainer import METRICS
 from tiny_model import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from dil_kernels.training.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "dil_kernels" / "recipes" / "accelerate"

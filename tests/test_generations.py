@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from test_trainer import assert_bitwise_equal, make_trainer, trained_weights
 from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_trainer import assert_bitwise_equal, make_trainer, trained_weights
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from two_processes import run_on_two_processes
 
@@ -203,7 +203,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
 from test_generations import OPTIONS
-from test_trainer import make_trainer
+from tiny_trainer import make_trainer
 from tiny_model import make_pairs
 trainer = make_trainer(Path(sys.argv[1]), eval_dataset=make_pairs(6, seed=5), ddp_backend="gloo", **OPTIONS)
 trainer.train()

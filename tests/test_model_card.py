@@ -13,9 +13,10 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard
-from test_trainer import batch_of, make_trainer, plain_logps, tokenized
+from plain_training import plain_logps
 from test_unpaired_training import make_responses
 from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_trainer import batch_of, make_trainer, tokenized
 
 from dil_kernels.cli.arguments import parse_arguments
 from dil_kernels.data.tokenization import PreferenceCollator

@@ -10,8 +10,8 @@ import datasets
 import pytest
 import torch
 import transformers
-from test_trainer import make_trainer, tokenized
 from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_trainer import make_trainer, tokenized
 
 from dil_kernels.training.model_checks import pad_token_id, position_limit, vocabulary_size
 

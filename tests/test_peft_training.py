@@ -10,24 +10,15 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
-from test_trainer import (
-    METRICS,
-    RELATIVE,
-    GradientRecorder,
-    assert_bitwise_equal,
-    assert_gradients_close,
-    batch_of,
-    make_trainer,
-    plain_logps,
-    plain_pairs,
-    trained_weights,
-)
+from plain_training import RELATIVE, GradientRecorder, assert_all_close, plain_logps, plain_pairs
 from tiny_model import make_model, make_pairs
+from tiny_trainer import assert_bitwise_equal, batch_of, make_trainer, trained_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dil_kernels.trainer import DILTrainer
+from dil_kernels.training.metrics import METRICS
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -145,7 +136,7 @@ def test_a_step_of_an_adapter_is_that_of_plain_pytorch(tmp_path: Path, reentrant
         ), metric
     named = {name: value for name, value in policy.named_parameters() if value.requires_grad}
     gradients = torch.autograd.grad(truth["loss"].mean(), list(named.values()))
-    assert_gradients_close(recorder.steps[0], dict(zip(named, gradients, strict=True)))
+    assert_all_close(recorder.steps[0], dict(zip(named, gradients, strict=True)))
 
 
 class ShapesMade(TorchDispatchMode):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from test_peft_training import assert_reference_is, lora_config
-from test_trainer import make_trainer
 from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_trainer import make_trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

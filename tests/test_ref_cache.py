@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from plain_training import RELATIVE, plain_logps
 from safetensors.numpy import save
-from test_trainer import RELATIVE, batch_of, make_trainer, plain_logps, tokenized
 from tiny_model import make_model, make_pairs
+from tiny_trainer import batch_of, make_trainer, tokenized
 from torch import nn
 from two_processes import run_on_two_processes
 

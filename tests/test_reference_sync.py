@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from test_peft_training import lora_config
-from test_trainer import make_trainer
 from tiny_model import make_model, make_pairs
+from tiny_trainer import make_trainer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import batch_of, make_trainer, plain_pairs, trained_weights
+from plain_training import plain_pairs
 from tiny_model import make_model, make_pairs
+from tiny_trainer import batch_of, make_trainer, trained_weights
 from torch import Tensor
 
 ROUNDING = 1e-5  # fp32, in another order, after two steps

@@ -7,8 +7,8 @@ from typing import Any
 
 import datasets
 import pytest
-from test_trainer import make_trainer
 from tiny_model import make_pairs, make_tokenizer
+from tiny_trainer import make_trainer
 from two_processes import run_on_two_processes
 
 from dil_kernels.data import PreferenceDataError

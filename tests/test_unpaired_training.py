@@ -11,17 +11,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from test_trainer import (
-    RELATIVE,
-    GradientRecorder,
-    assert_gradients_close,
-    make_trainer,
-    plain_gradients,
-    plain_logps,
-    tokenized,
-    trained_weights,
-)
+from plain_training import RELATIVE, GradientRecorder, assert_all_close, plain_gradients, plain_logps
+from refusals import write_lines
 from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_trainer import make_trainer, tokenized, trained_weights
 from torch import Tensor
 from two_processes import run_on_two_processes
 
@@ -31,18 +24,14 @@ from dil_kernels.data import PreferenceDataError, load_preference_pairs
 from dil_kernels.data.tokenization import PreferenceCollator
 from dil_kernels.losses.divergences import _REGISTRY
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
 PLAIN = {"prompt": "w1 w2 ", "completion": "w3 w4", "label": True}
 CHAT = {
     "prompt": [{"role": "user", "content": "w1 w2"}],
     "completion": [{"role": "assistant", "content": "w3 w4"}],
     "label": False,
 }
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def make_responses(count: int, seed: int = 0) -> datasets.Dataset:
@@ -53,28 +42,23 @@ def make_responses(count: int, seed: int = 0) -> datasets.Dataset:
     )
 
 
-def write(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
 @pytest.mark.parametrize("record", [PLAIN, CHAT], ids=["plain", "conversational"])
 def test_every_source_gives_the_same_responses(tmp_path: Path, record: dict[str, Any]) -> None:
     other = {**record, "label": not record["label"]}
     expected = [record, other]
-    assert load_preference_pairs(write(tmp_path / "a.jsonl", *expected)).to_list() == expected
+    assert load_preference_pairs(write_lines(tmp_path / "a.jsonl", *expected)).to_list() == expected
     loaded = datasets.Dataset.from_list([{**row, "score": 1.0} for row in expected])
     loaded.to_parquet(tmp_path / "a.parquet")
     assert load_preference_pairs(tmp_path / "a.parquet").to_list() == expected
     directory = tmp_path / "set"
     directory.mkdir()
-    write(directory / "train.jsonl", *expected)
+    write_lines(directory / "train.jsonl", *expected)
     assert load_preference_pairs(directory).to_list() == expected
 
 
 def test_a_whole_conversation_is_split(tmp_path: Path) -> None:
     whole = {"completion": CHAT["prompt"] + CHAT["completion"], "label": False}
-    assert load_preference_pairs(write(tmp_path / "a.jsonl", whole)).to_list() == [CHAT]
+    assert load_preference_pairs(write_lines(tmp_path / "a.jsonl", whole)).to_list() == [CHAT]
 
 
 PAIR = {"prompt": "w1", "chosen": "w2", "rejected": "w3"}
@@ -89,7 +73,7 @@ BROKEN = {
 
 @pytest.mark.parametrize(("record", "problem"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_response_is_named(tmp_path: Path, record: Any, problem: str) -> None:
-    path = write(tmp_path / "a.jsonl", PLAIN, record)
+    path = write_lines(tmp_path / "a.jsonl", PLAIN, record)
     with pytest.raises(PreferenceDataError) as caught:
         load_preference_pairs(path)
     assert str(caught.value) == f"{path}, line 2{problem}"
@@ -156,7 +140,7 @@ def test_accumulated_gradients_are_those_of_one_batch(
     for metric, value in truth.items():
         assert logged[metric] == pytest.approx(value.item(), rel=RELATIVE, abs=RELATIVE), metric
         assert evaluated[f"eval_{metric}"] == pytest.approx(value.item(), rel=RELATIVE, abs=RELATIVE), metric
-    assert_gradients_close(recorder.steps[0], plain_gradients(truth["loss"], policy))
+    assert_all_close(recorder.steps[0], plain_gradients(truth["loss"], policy))
 
 
 DISTRIBUTED = """
@@ -212,7 +196,7 @@ def test_dpo_needs_pairs(tmp_path: Path) -> None:
 def test_the_command_line_with_a_registered_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     make_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    data = write(tmp_path / "data.jsonl", *make_responses(6).to_list())
+    data = write_lines(tmp_path / "data.jsonl", *make_responses(6).to_list())
     (tmp_path / "my_losses.py").write_text(
         "from dil_kernels import Divergence, register_divergence\n"
         "register_divergence(Divergence(name='cubic', source='', h=lambda r: r**3 / 6))\n"

@@ -1,0 +1,110 @@
+"""A run of DILTrainer that was stopped, or killed, goes on as if it had not been."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import make_model
+from tiny_trainer import assert_bitwise_equal, make_trainer, resumable_run, trained_weights
+
+from dil_kernels.trainer import last_complete_checkpoint
+from dil_kernels.training.metrics import METRICS
+
+ROOT = Path(__file__).parents[1]
+
+RESUMED = {
+    "frozen copy": {},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    "dropout": {"disable_dropout": False},
+}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
+def test_a_resumed_run_continues_exactly(tmp_path: Path, options: dict[str, Any]) -> None:
+    whole = resumable_run(tmp_path / "whole", **options)
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed = resumable_run(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_bitwise_equal(trained_weights(resumed), trained_weights(whole))
+    names = ("loss", "grad_norm", "learning_rate", *METRICS)
+    for actual, expected in zip(resumed.state.log_history[:6], whole.state.log_history[:6], strict=True):
+        assert {name: actual[name] for name in names} == {name: expected[name] for name in names}
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["frozen copy", "precomputed"])
+def test_resuming_keeps_the_original_reference(tmp_path: Path, precompute: bool) -> None:
+    initial = make_model(attention_dropout=0.3).state_dict()
+    first = resumable_run(tmp_path, precompute_ref_log_probs=precompute, max_grad_norm=0.0)
+    first.train()
+    assert any(not torch.equal(value, initial[name]) for name, value in trained_weights(first).items())
+    resumed = resumable_run(tmp_path, precompute_ref_log_probs=precompute, max_grad_norm=0.0)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    if precompute:
+        for column in ("ref_chosen_logps", "ref_rejected_logps"):
+            assert resumed.train_dataset[column][:] == first.train_dataset[column][:]
+    else:
+        assert_bitwise_equal(resumed.ref_model.state_dict(), initial)
+        assert not any(parameter.requires_grad for parameter in resumed.ref_model.parameters())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+torch.set_num_threads({threads})
+from transformers import Trainer, TrainerCallback
+from tiny_trainer import resumable_run
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class KillAfterStep5(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            die()
+
+trainer = resumable_run(Path(sys.argv[1]))
+if sys.argv[2] == "between checkpoints":
+    trainer.add_callback(KillAfterStep5)
+else:
+    save = trainer._save_rng_state  # the model and the optimizer are written, the trainer state is not
+    trainer._save_rng_state = lambda folder: die() if trainer.state.global_step == 6 else save(folder)
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize("moment", ["between checkpoints", "within a checkpoint"])
+def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path, moment: str) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), threads=torch.get_num_threads()))
+    result = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "killed"), moment], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+    assert (tmp_path / "killed" / "checkpoint-6").exists() == (moment == "within a checkpoint")
+    assert last_complete_checkpoint(tmp_path / "killed").name == "checkpoint-4"
+    resumed = resumable_run(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    whole = resumable_run(tmp_path / "whole")
+    whole.train()
+    assert_bitwise_equal(trained_weights(resumed), trained_weights(whole))
+    assert [log["step"] for log in resumed.state.log_history] == [log["step"] for log in whole.state.log_history]
+    for actual, expected in zip(resumed.state.log_history[:6], whole.state.log_history[:6], strict=True):
+        assert actual["loss"] == expected["loss"]
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3, "epo')
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint to resume from"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)

@@ -1,0 +1,90 @@
+"""What DILTrainer on TRL's DPOTrainer takes as the reference: a model, an adapter's base, stored log-probs, a mix."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain_training import RELATIVE, GradientRecorder, assert_all_close, plain_gradients
+from tiny_model import make_model
+from trl_runs import batch_of, logs_of, make_trainer, peft, plain_pairs, weights_of
+
+from dil_kernels.training.metrics import METRICS
+
+
+def test_lora_takes_the_model_without_the_adapter_as_reference(tmp_path: Path) -> None:
+    base, recorder = make_model(0).double(), GradientRecorder()
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    trainer = make_trainer(
+        tmp_path,
+        model=copy.deepcopy(base),
+        arguments={"peft_config": lora, "callbacks": [recorder]},
+        per_device_train_batch_size=7,
+        max_steps=2,
+    )
+    policy = peft.get_peft_model(copy.deepcopy(base), lora)
+    policy.load_state_dict(trainer.model.state_dict())
+    trainer.train()
+    truth = plain_pairs(policy, base, batch_of(trainer))
+    for metric in set(METRICS) - {"loss"}:
+        assert logs_of(trainer)[0][metric] == pytest.approx(truth[metric].mean().item(), rel=RELATIVE), metric
+    gradients = plain_gradients(truth["loss"].mean(), policy)
+    assert all("lora_" in name for name in gradients)
+    assert_all_close(recorder.steps[0], gradients, RELATIVE)  # peft keeps adapters in fp32
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
+def test_an_adapter_that_was_trained_before_is_its_own_reference(tmp_path: Path, precompute: bool) -> None:
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make_model(0), lora)
+    trainer = make_trainer(
+        tmp_path, model=model, per_device_train_batch_size=7, max_steps=2, precompute_ref_log_probs=precompute
+    )
+    trainer.train()
+    first, second = logs_of(trainer)
+    assert first["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
+    assert first["loss"] == pytest.approx(-0.5, abs=1e-6)
+    assert second["rewards/margins"] > 1e-4
+
+
+def test_prompt_tuning_scores_the_real_tokens(tmp_path: Path) -> None:
+    """Virtual tokens precede the prompt, so the model returns more logits than there are labels."""
+    base, recorder = make_model(0).double(), GradientRecorder()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    arguments = {"peft_config": config, "callbacks": [recorder]}
+    trainer = make_trainer(
+        tmp_path, model=copy.deepcopy(base), arguments=arguments, per_device_train_batch_size=7, max_steps=1
+    )
+    policy = peft.get_peft_model(copy.deepcopy(base), config)
+    policy.load_state_dict(trainer.model.state_dict())
+    trainer.train()
+    truth = plain_pairs(policy, base, batch_of(trainer))
+    assert_all_close(recorder.steps[0], plain_gradients(truth["loss"].mean(), policy))
+
+
+def test_precomputed_references_train_as_live_ones(tmp_path: Path) -> None:
+    def run(**options: Any) -> Any:
+        models = {"model": make_model(0).double(), "ref_model": make_model(1).double()}
+        trainer = make_trainer(tmp_path, **models, per_device_train_batch_size=3, max_steps=3, **options)
+        trainer.train()
+        return trainer
+
+    live, stored = run(), run(precompute_ref_log_probs=True)
+    batch = batch_of(live)
+    truth = plain_pairs(make_model(1).double(), make_model(1).double(), batch)
+    for response in ("chosen", "rejected"):  # sums, which is what TRL caches
+        sums = torch.tensor(stored.train_dataset[f"ref_{response}_logps"])
+        torch.testing.assert_close(sums, truth[f"logps/{response}"].float(), rtol=1e-6, atol=0)
+    assert_all_close(weights_of(stored), weights_of(live), 1e-6)  # the stored sums are fp32
+
+
+def test_a_reference_that_follows_the_policy(tmp_path: Path) -> None:
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0}
+    trainer = make_trainer(tmp_path, per_device_train_batch_size=7, max_steps=3, **options)
+    trainer.train()
+    rewards = [log["rewards/chosen"] for log in logs_of(trainer)]
+    assert rewards[1] > 0.1
+    assert rewards[2] == pytest.approx(0.0, abs=1e-6), "the reference became the policy after the second step"

@@ -1,0 +1,107 @@
+"""A DILTrainer of a tiny model on a few pairs, and the runs of it that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from tiny_model import make_model, make_pairs, make_tokenizer
+from torch import Tensor
+
+from dil_kernels.data.tokenization import PreferenceCollator, tokenize_dataset
+from dil_kernels.trainer import DILConfig, DILTrainer
+
+
+def make_trainer(output_dir: Path, **options: Any) -> DILTrainer:
+    arguments = {
+        name: options.pop(name)
+        for name in (
+            "model",
+            "ref_model",
+            "train_dataset",
+            "eval_dataset",
+            "data_collator",
+            "callbacks",
+            "optimizers",
+            "peft_config",
+            "processing_class",
+        )
+        if name in options
+    }
+    config = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "ref_cache_dir": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "max_length": 24,
+    }
+    args = DILConfig(str(output_dir), **{**config, **options})
+    defaults = {"model": make_model(), "train_dataset": make_pairs(7), "processing_class": make_tokenizer()}
+    return DILTrainer(args=args, **{**defaults, **arguments})
+
+
+def tokenized(pairs: datasets.Dataset, max_length: int = 24) -> datasets.Dataset:
+    return tokenize_dataset(
+        pairs, make_tokenizer(), max_length=max_length, max_prompt_length=max_length // 2, truncation_mode="keep_end"
+    )
+
+
+def batch_of(pairs: datasets.Dataset, max_length: int = 24) -> dict[str, Tensor]:
+    return PreferenceCollator(0)(tokenized(pairs, max_length).to_list())
+
+
+def trained_weights(trainer: DILTrainer) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_bitwise_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), f"{name} differs by {(actual[name] - value).abs().max():.1e}"
+
+
+def distributed_run(output_dir: Path, **options: Any) -> DILTrainer:
+    """The run that one and two processes must make alike: 3 micro-batches an epoch, two of them a step.
+
+    Each process meets another number of pairs that do not count, and the evaluation set leaves one a pair short.
+    """
+    rows = tokenized(make_pairs(12)).to_list()
+    for index in (0, 1, 4, 9):
+        rows[index]["rejected_ids"] = []
+    trainer = make_trainer(
+        output_dir,
+        ref_model=make_model(1),
+        train_dataset=datasets.Dataset.from_list(rows),
+        train_sampling_strategy="sequential",
+        eval_dataset=make_pairs(5, seed=2),
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        optim="sgd",
+        logging_steps=1,
+        precompute_ref_log_probs=True,
+        **options,
+    )
+    trainer.train()
+    trainer.evaluate()
+    if trainer.is_world_process_zero():
+        torch.save((trainer.model.state_dict(), trainer.state.log_history), output_dir / "result.pt")
+    return trainer
+
+
+def resumable_run(output_dir: Path, **options: Any) -> DILTrainer:
+    """6 steps over two epochs of uneven batches, a checkpoint every 2."""
+    return make_trainer(
+        output_dir,
+        model=make_model(attention_dropout=0.3),
+        train_dataset=make_pairs(7),
+        max_steps=6,
+        lr_scheduler_type="cosine",
+        **{"save_strategy": "steps", "save_steps": 2, **options},
+    )
