@@ -6,7 +6,6 @@ import contextlib
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -154,19 +153,12 @@ def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | None:
     Raises:
         InputError: there is none, it is not whole, or it was trained with other options.
     """
-    from dil_kernels.training.checkpoints import last_complete_checkpoint
-    from dil_kernels.training.start import check_same_run, check_whole, options_record
+    from dil_kernels.training.start import check_same_run, find_checkpoint, options_record
 
     if options.resume_from_checkpoint is False:
         return None
     try:
-        if options.resume_from_checkpoint is True:
-            checkpoint = last_complete_checkpoint(str(config.output_dir))
-        else:
-            checkpoint = Path(options.resume_from_checkpoint)
-            if not checkpoint.is_dir():
-                raise FileNotFoundError(f"{checkpoint}: no such directory")
-        check_whole(checkpoint)
+        checkpoint = find_checkpoint(options.resume_from_checkpoint, str(config.output_dir))
         check_same_run(checkpoint, options_record(config), config.resume_with_changes)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"--resume-from-checkpoint: {error}") from error

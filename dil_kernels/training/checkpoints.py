@@ -31,8 +31,17 @@ def checkpoint_directories(output_dir: str | os.PathLike[str]) -> list[Path]:
     return sorted(path for path in paths if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name) and path.is_dir())
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """The step of a checkpoint that was written to its end, where the trainer state, which comes last, is whole."""
+    try:
+        step: int = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step
+
+
 def last_complete_checkpoint(output_dir: str | os.PathLike[str], before: float = math.inf) -> Path:
-    """The checkpoint of the highest step that was written to its end: the trainer state, which comes last, is whole.
+    """The checkpoint of the highest step that was written to its end.
 
     Args:
         output_dir: of the run.
@@ -43,12 +52,10 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str], before: float =
     """
     checkpoints = {}
     for path in checkpoint_directories(output_dir):
-        try:
-            step = json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"]
-        except (OSError, ValueError):
+        step = step_of(path)
+        if step is None:
             logger.warning("%s was not written to its end; it is left out", path)
-            continue
-        if step < before:
+        elif step < before:
             checkpoints[step] = path
     if not checkpoints:
         raise FileNotFoundError(f"{output_dir}: no complete checkpoint to resume from")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
 
 from dil_kernels.training.held_out import BeforeAfter
 from dil_kernels.training.plots import plot_training_curves
@@ -63,10 +64,9 @@ def write_model_card(trainer: Any, notes: CardNotes, **given: Any) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     has_plot = plot_training_curves(trainer.state.log_history, directory / PLOT_NAME)
     given = {name: value for name, value in given.items() if value}
-    header = yaml.safe_dump(_metadata(trainer, notes, given), sort_keys=False)
     title = given.get("model_name") or directory.resolve().name
     sections = [
-        f"---\n{header}---",
+        f"---\n{_metadata(trainer, notes, given)}\n---",
         f"# {title}",
         _introduction(trainer, notes, given),
         "## Results\n\n" + _results(trainer, notes, has_plot),
@@ -80,22 +80,20 @@ def write_model_card(trainer: Any, notes: CardNotes, **given: Any) -> Path:
     return path
 
 
-def _metadata(trainer: Any, notes: CardNotes, given: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(trainer: Any, notes: CardNotes, given: Mapping[str, Any]) -> ModelCardData:
     """The header that the hub reads; what is not known is left out, the licence above all."""
-    tags = [*TAGS, *_listed(given.get("tags"))]
     mixed = [entry["path"] for entry in notes.sources.get("datasets", ())]
     sources = (notes.sources.get("train_file"), *mixed, notes.sources.get("eval_file"))
     data = [name for name in dict.fromkeys(sources) if _is_on_hub(name)]
-    values = {
-        "library_name": "peft" if hasattr(trainer.model, "peft_config") else "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": given.get("finetuned_from") or _base_model(trainer, notes),
-        "datasets": _listed(given.get("dataset_tags")) or _listed(given.get("dataset")) or data,
-        "language": given.get("language"),
-        "license": given.get("license"),
-        "tags": list(dict.fromkeys(tags)),
-    }
-    return {name: value for name, value in values.items() if value}
+    return ModelCardData(
+        library_name="peft" if hasattr(trainer.model, "peft_config") else "transformers",
+        pipeline_tag="text-generation",
+        base_model=given.get("finetuned_from") or _base_model(trainer, notes),
+        datasets=_listed(given.get("dataset_tags")) or _listed(given.get("dataset")) or data or None,
+        language=given.get("language"),
+        license=given.get("license"),
+        tags=[*TAGS, *_listed(given.get("tags"))],
+    )
 
 
 def _listed(value: str | Iterable[str] | None) -> list[str]:

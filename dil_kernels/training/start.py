@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import xxhash
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from dil_kernels.training.checkpoints import last_complete_checkpoint
+from dil_kernels.training.checkpoints import last_complete_checkpoint, step_of
 from dil_kernels.training.ref_cache import dataset_fingerprint
 from dil_kernels.training.reference_sync import REFERENCE_NAME
 
@@ -123,21 +124,28 @@ def fingerprint_of_weights(model: nn.Module) -> str | None:
     return digest.hexdigest()
 
 
-def check_whole(checkpoint: Path) -> None:
-    """Refuse a checkpoint of which something is missing or cut off.
+def find_checkpoint(asked: str | Literal[True], output_dir: str | os.PathLike[str]) -> Path:
+    """The checkpoint to go on from, of which nothing is missing or cut off.
+
+    Args:
+        asked: a checkpoint, or true for the last complete one.
+        output_dir: of the run.
 
     Raises:
-        CannotStartError: names the file.
+        FileNotFoundError: there is none.
+        CannotStartError: it is no directory, or names the file.
     """
+    checkpoint = last_complete_checkpoint(output_dir) if asked is True else Path(asked)
+    if not checkpoint.is_dir():
+        raise CannotStartError(f"{checkpoint}: no such directory")
     problem = _missing(checkpoint) or next(filter(None, map(_damage, sorted(checkpoint.iterdir()))), None)
     if problem is not None:
         raise CannotStartError(f"{checkpoint} cannot be resumed from: {problem}")
+    return checkpoint
 
 
 def _missing(checkpoint: Path) -> str | None:
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if step_of(checkpoint) is None:
         return f"{TRAINER_STATE_NAME}, which is written last, is missing or broken"
     names = [path.name for path in checkpoint.iterdir()]
     if any(name.startswith(("global_step", "pytorch_model_fsdp", "optimizer_")) for name in names):
@@ -206,8 +214,7 @@ def checkpoint_to_resume(trainer: Any, asked: str | bool | None, record: Mapping
     """
     if not asked:
         return None
-    checkpoint = last_complete_checkpoint(str(trainer.args.output_dir)) if asked is True else Path(asked)
-    check_whole(checkpoint)
+    checkpoint = find_checkpoint(asked, trainer.args.output_dir)
     if trainer.is_world_process_zero():  # which may be the only one that has loaded the weights
         check_same_run(checkpoint, record, allowed=trainer.args.resume_with_changes)
     return str(checkpoint)
