@@ -29,7 +29,8 @@ from transformers import TrainerCallback
 
 from dil_kernels import sequence_logps
 from dil_kernels.cli.environment import describe_environment
-from dil_kernels.data.tokenization import PreferenceCollator, tokenize_dataset
+from dil_kernels.data.collators import PreferenceCollator
+from dil_kernels.data.tokenization import tokenize_dataset
 from dil_kernels.models.evaluation import evaluating
 from experiments.beside_trl_report import write_report
 from experiments.tables import RESULTS

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dil_kernels import token_logps
-from dil_kernels.data.tokenization import IGNORE_INDEX, PreferenceCollator
+from dil_kernels.data.batches import IGNORE_INDEX
+from dil_kernels.data.collators import PreferenceCollator
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tiny_model import make_model, make_pairs, make_tokenizer
 from tiny_trainer import batch_of, make_trainer, tokenized
 
 from dil_kernels.cli.arguments import parse_arguments
-from dil_kernels.data.tokenization import PreferenceCollator
+from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.trainer import DILConfig, DILTrainer
 from dil_kernels.training.held_out import BEFORE_NAME
 from dil_kernels.training.model_card import recipe_of

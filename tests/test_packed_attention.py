@@ -19,7 +19,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from dil_kernels.data.batches import packed_inputs
+from dil_kernels.data.batches import Packed
 from dil_kernels.models.packed_attention import (
     PackedMask,
     UnsupportedPackingError,
@@ -34,7 +34,7 @@ def row_of(lengths: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor], dict[
     sequences = [torch.randint(2, 160, (1, length), generator=generator) for length in lengths]
     boundaries = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-    return sequences, packed_inputs(torch.cat(sequences, dim=1), positions, boundaries, max(lengths))
+    return sequences, Packed(torch.cat(sequences, dim=1), positions, boundaries, max(lengths)).model_inputs()
 
 
 SMALL = {

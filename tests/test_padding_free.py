@@ -17,8 +17,8 @@ from tiny_model import make_model, make_pairs, make_tokenizer
 from tiny_trainer import assert_bitwise_equal, distributed_run, make_trainer, resumable_run, tokenized, trained_weights
 from two_processes import run_on_two_processes
 
-from dil_kernels.data.batches import PackedCollator, has_scored_token, model_inputs, sequence_sums
-from dil_kernels.data.tokenization import PreferenceCollator
+from dil_kernels.data.batches import Batch
+from dil_kernels.data.collators import PackedCollator, PreferenceCollator
 from dil_kernels.models.packed_attention import (
     UnsupportedPackingError,
 )
@@ -44,10 +44,11 @@ def test_a_packed_batch_is_the_padded_one_without_padding() -> None:
     assert batch["rows"].tolist() == [4, 9]
     assert batch["ref_chosen_logps"].tolist() == [-1.5, -2.5]
     assert "attention_mask" not in batch  # whoever runs a packed row as a padded one must fail
-    assert has_scored_token(batch).tolist() == has_scored_token(PreferenceCollator(0)(pairs)).tolist()
-    assert has_scored_token(batch).tolist() == [True, False, True, True]
+    padded = Batch.of(PreferenceCollator(0)(pairs))
+    assert Batch.of(batch).has_scored_token().tolist() == padded.has_scored_token().tolist()
+    assert Batch.of(batch).has_scored_token().tolist() == [True, False, True, True]
     values = torch.arange(1.0, 10.0)  # of the labels 2 to 10
-    assert sequence_sums(values, batch).tolist() == [1.0 + 2 + 3, 4.0, 5.0 + 6 + 7 + 8, 9.0]
+    assert Batch.of(batch).sums(values).tolist() == [1.0 + 2 + 3, 4.0, 5.0 + 6 + 7 + 8, 9.0]
 
 
 def test_a_response_without_a_prompt_has_no_first_label() -> None:
@@ -235,4 +236,4 @@ def test_what_cannot_be_packed_is_refused_by_the_trainer(tmp_path: Path) -> None
 
 def test_a_padded_batch_names_no_boundaries() -> None:
     batch = PreferenceCollator(0)(tokenized(make_pairs(2)).to_list())
-    assert model_inputs(batch).keys() == {"input_ids", "attention_mask", "use_cache"}
+    assert Batch.of(batch).layout.model_inputs().keys() == {"input_ids", "attention_mask", "use_cache"}

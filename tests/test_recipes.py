@@ -18,7 +18,8 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Trainer, 
 from dil_kernels.cli import programs
 from dil_kernels.cli.arguments import RunOptions, parse_arguments
 from dil_kernels.data import load_preference_pairs
-from dil_kernels.data.tokenization import PreferenceCollator, tokenize_dataset
+from dil_kernels.data.collators import PreferenceCollator
+from dil_kernels.data.tokenization import tokenize_dataset
 from dil_kernels.functional import linear_memory_bytes
 from dil_kernels.models.fused_head import fused_head_problem, install_fused_head
 from dil_kernels.recipes import packaged_recipes

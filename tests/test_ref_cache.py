@@ -21,7 +21,7 @@ from tiny_trainer import batch_of, make_trainer, tokenized
 from torch import nn
 from two_processes import run_on_two_processes
 
-from dil_kernels.data.tokenization import PreferenceCollator
+from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.trainer import DILTrainer
 from dil_kernels.training import ref_cache
 from dil_kernels.training.ref_cache import (

@@ -14,7 +14,7 @@ from tiny_trainer import make_trainer
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from dil_kernels.data.tokenization import PreferenceCollator
+from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.trainer import DILConfig
 from dil_kernels.training.offloading import OffloadedActivations
 from dil_kernels.training.reference_sync import REFERENCE_NAME

@@ -25,7 +25,7 @@ from tiny_trainer import assert_bitwise_equal, batch_of, distributed_run, make_t
 from transformers import GPT2Config, GPT2LMHeadModel
 from two_processes import run_on_two_processes
 
-from dil_kernels.data.tokenization import PreferenceCollator
+from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.training.metrics import METRICS
 
 ON_GPU = pytest.param(

@@ -21,7 +21,7 @@ from two_processes import run_on_two_processes
 from dil_kernels.cli import programs
 from dil_kernels.cli.arguments import parse_arguments
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
-from dil_kernels.data.tokenization import PreferenceCollator
+from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.losses.divergences import _REGISTRY
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")

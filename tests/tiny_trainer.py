@@ -10,7 +10,8 @@ import torch
 from tiny_model import make_model, make_pairs, make_tokenizer
 from torch import Tensor
 
-from dil_kernels.data.tokenization import PreferenceCollator, tokenize_dataset
+from dil_kernels.data.collators import PreferenceCollator
+from dil_kernels.data.tokenization import tokenize_dataset
 from dil_kernels.trainer import DILConfig, DILTrainer
 
 

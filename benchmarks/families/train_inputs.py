@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dil_kernels.data.tokenization import IGNORE_INDEX, PreferenceCollator
+from dil_kernels.data.batches import IGNORE_INDEX
+from dil_kernels.data.collators import PreferenceCollator
 from harness.family import DTYPE_NAMES
 from harness.machine import REPOSITORY
 

@@ -1,89 +1,143 @@
-"""Batches without padding: the sequences of a batch one after another in one row; and what both forms share."""
+"""What a batch is asked: how its sequences lie in rows, their labels, their sides and what their rows brought along.
+
+Collators make plain dicts, which travel through loaders and to devices; `Batch.of` alone looks at their keys.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dil_kernels import reference
-from dil_kernels.data.tokenization import IGNORE_INDEX, pair_columns, responses_of
+from dil_kernels.data.token_columns import GIVEN_REFERENCE, REF_COLUMNS, UNPAIRED_REF_COLUMNS
+from dil_kernels.functional.loss_options import LossOptions, resolve_ref_logps
+
+IGNORE_INDEX = -100
 
 
-class PackedCollator:
-    """Batches tokenised pairs as `PreferenceCollator` does, in one row without padding."""
+class Padded(NamedTuple):
+    """Each sequence in a row of its own, padded on the right."""
 
-    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of B pairs: B chosen sequences, then the B rejected ones; N tokens together.
+    input_ids: Tensor  # [S, T]
+    attention_mask: Tensor  # [S, T]
 
-        Returns:
-            input_ids, position_ids and labels [1, N] int64 (positions from 0 in each sequence; labels are -100 on
-            prompts and on the first token of every sequence), cu_seqlens int32 [2B + 1], max_seqlen and num_scored;
-            rows, reference log-probs and is_chosen as in `PreferenceCollator`.
-        """
-        sequences = responses_of(pairs)
-        lengths = [len(prompt) + len(response) for prompt, response in sequences]
-        boundaries = [0, *itertools.accumulate(lengths)]
-        labels = torch.tensor([x for prompt, response in sequences for x in [IGNORE_INDEX] * len(prompt) + response])
-        labels[[start for start in boundaries[:-1] if start < len(labels)]] = IGNORE_INDEX
-        return {
-            "input_ids": torch.tensor([[x for sequence in sequences for part in sequence for x in part]]),
-            "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
-            "labels": labels.unsqueeze(0),
-            "cu_seqlens": torch.tensor(boundaries, dtype=torch.int32),
-            "max_seqlen": max(lengths),
-            "num_scored": int((labels != IGNORE_INDEX).sum()),
-            **pair_columns(pairs),
-        }
+    @property
+    def cu_seqlens(self) -> None:
+        """A row holds one sequence."""
+
+    def model_inputs(self) -> dict[str, Any]:
+        """What the forward of a model takes."""
+        return {**self._asdict(), "use_cache": False}
+
+    def of_kernels(self, values: Tensor) -> Tensor:
+        """Labels or log-probs [S, ...] of the rows as the kernels have them."""
+        return values
 
 
-def packed_inputs(input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
-    """What the forward of a model takes for a packed row.
+class Packed(NamedTuple):
+    """The sequences one after another in one row of N tokens."""
 
-    Args:
-        input_ids: [1, N].
-        position_ids: [1, N], from 0 in each sequence.
-        cu_seqlens: int32 [S + 1], boundaries of the sequences.
-        max_seqlen: tokens of the longest.
+    input_ids: Tensor  # [1, N]
+    position_ids: Tensor  # [1, N], from 0 in each sequence
+    cu_seqlens: Tensor  # int32 [S + 1], boundaries of the sequences
+    max_seqlen: int  # tokens of the longest
+
+    def model_inputs(self) -> dict[str, Any]:
+        """What the forward of a model takes."""
+        boundaries = {"cu_seq_lens_q": self.cu_seqlens, "cu_seq_lens_k": self.cu_seqlens}
+        lengths = {"max_length_q": self.max_seqlen, "max_length_k": self.max_seqlen}
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+        # The boundaries spare FlashAttention, in every layer, to find them and wait for the device.
+        return {**inputs, **boundaries, **lengths}
+
+    def of_kernels(self, values: Tensor) -> Tensor:
+        """Labels or log-probs [1, ...] of the row as the kernels have them, [...]."""
+        return values.squeeze(0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """S sequences: the chosen ones of B pairs, then the rejected ones; or unpaired responses in any order.
+
+    Attributes:
+        layout: of the rows.
+        row_labels: as the rows lie, [S, T] or [1, N]; IGNORE_INDEX where nothing is scored.
+        num_scored: how many positions are scored; None if the device would have to be asked.
+        rows: [B] or [S], the place of each pair or response in its data set, from 1; None if unknown.
+        is_chosen: [S] bool of unpaired responses; None for pairs.
+        given_ref_logps: by column, log-probs [B] or [S] of the reference that the rows brought.
     """
-    boundaries = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-    lengths = {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
-    # The boundaries spare FlashAttention, in every layer, to find them and wait for the device.
-    return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **boundaries, **lengths}
 
+    layout: Padded | Packed
+    row_labels: Tensor
+    num_scored: int | None
+    rows: Tensor | None
+    is_chosen: Tensor | None
+    given_ref_logps: dict[str, Tensor]
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the forward of a model takes of a batch, padded or packed."""
-    if "cu_seqlens" in batch:
-        return packed_inputs(*(batch[name] for name in ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")))
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any]) -> Batch:
+        """The batch that a collator made, as `PreferenceCollator` or `PackedCollator` do."""
+        layout = Packed if "cu_seqlens" in inputs else Padded
+        return cls(
+            layout=layout(*(inputs[name] for name in layout._fields)),
+            row_labels=inputs["labels"],
+            num_scored=inputs.get("num_scored"),
+            rows=inputs.get("rows"),
+            is_chosen=inputs.get("is_chosen"),
+            given_ref_logps={name: inputs[name] for name in GIVEN_REFERENCE if name in inputs},
+        )
 
+    @property
+    def labels(self) -> Tensor:
+        """As the kernels take them: [S, T], or [N] of a packed row."""
+        return self.layout.of_kernels(self.row_labels)
 
-def sequence_labels(batch: Mapping[str, Any]) -> Tensor:
-    """Labels as the kernels take them: [S, T], or [N] of a packed batch."""
-    labels: Tensor = batch["labels"]
-    return labels.squeeze(0) if "cu_seqlens" in batch else labels
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether its responses do not come in pairs."""
+        return self.is_chosen is not None
 
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        cu_seqlens = self.layout.cu_seqlens
+        return len(self.labels) if cu_seqlens is None else len(cu_seqlens) - 1
 
-def sequence_sums(token_values: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Sums [S] over the tokens of each sequence, of [S, T - 1] or packed [N - 1]; fp64 on the CPU."""
-    values = token_values.to(reference.accumulation_dtype(token_values.device))
-    return reference.sequence_sums(values, batch.get("cu_seqlens"), batch["labels"].shape[1])
+    def sums(self, token_values: Tensor) -> Tensor:
+        """Sums [S] over the tokens of each sequence, of [S, T - 1] or packed [N - 1]; fp64 on the CPU."""
+        values = token_values.to(reference.accumulation_dtype(token_values.device))
+        return reference.sequence_sums(values, self.layout.cu_seqlens, self.labels.shape[-1])
 
+    def has_scored_token(self) -> Tensor:
+        """Of each sequence, [S] bool."""
+        return self.sums(self.labels[..., 1:] != IGNORE_INDEX) > 0
 
-def scored_counts(batch: Mapping[str, Any]) -> Tensor:
-    """`DILOutput.counts` of a batch: its scored pairs, twice; unpaired, its scored chosen and rejected responses."""
-    scored = has_scored_token(batch)
-    if "is_chosen" not in batch:
-        return torch.logical_and(*scored.chunk(2)).sum().expand(2)
-    is_chosen = batch["is_chosen"]
-    return torch.stack([(scored & is_chosen).sum(), (scored & ~is_chosen).sum()])
+    def scored_counts(self) -> Tensor:
+        """`DILOutput.counts`: the scored pairs, twice; unpaired, the scored chosen and rejected responses."""
+        scored = self.has_scored_token()
+        if self.is_chosen is None:
+            return torch.logical_and(*scored.chunk(2)).sum().expand(2)
+        return torch.stack([(scored & self.is_chosen).sum(), (scored & ~self.is_chosen).sum()])
 
+    def ref_logps(self, options: LossOptions) -> Tensor | None:
+        """The log-probs [S] of the reference that the rows brought, checked.
 
-def has_scored_token(batch: Mapping[str, Any]) -> Tensor:
-    """Whether each sequence has a scored token, [S] bool."""
-    scored = sequence_labels(batch)[..., 1:] != IGNORE_INDEX
-    return sequence_sums(scored, batch) > 0
+        Args:
+            options: of the loss, resolved.
+        """
+        columns = REF_COLUMNS if self.is_chosen is None else UNPAIRED_REF_COLUMNS
+        given = {name: self.given_ref_logps[name] for name in columns}
+        labels, cu_seqlens = self.labels, self.layout.cu_seqlens
+        return resolve_ref_logps(
+            **{"ref_chosen_logps": None, "ref_rejected_logps": None, **given},
+            num_sequences=self.num_sequences,
+            counted_in=("rows in labels", labels) if cu_seqlens is None else ("in cu_seqlens", cu_seqlens),
+            device=labels.device,
+            options=options,
+            is_chosen=self.is_chosen,
+        )

@@ -11,7 +11,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from dil_kernels.data.messages import JSON_COLUMNS, MEDIA, PreferenceDataError
-from dil_kernels.data.pair_storage import GIVEN_REFERENCE
+from dil_kernels.data.token_columns import GIVEN_REFERENCE, REF_COLUMNS, UNPAIRED_REF_COLUMNS
 
 COLUMNS = ("prompt", "chosen", "rejected")
 RESPONSES = COLUMNS[1:]
@@ -59,7 +59,7 @@ def choose_columns(
 def unused_columns(names: Iterable[str]) -> list[str]:
     """Those of some columns that nothing is made of, in their order."""
     names = list(names)
-    pairs, unpaired = {*COLUMNS, *GIVEN_REFERENCE[:2]}, {*UNPAIRED_COLUMNS, *GIVEN_REFERENCE[2:]}
+    pairs, unpaired = {*COLUMNS, *REF_COLUMNS}, {*UNPAIRED_COLUMNS, *UNPAIRED_REF_COLUMNS}
     used = (
         {*JSON_COLUMNS} | (pairs if {*RESPONSES} & {*names} else set()) | (unpaired if "completion" in names else set())
     )

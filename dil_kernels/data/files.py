@@ -28,7 +28,7 @@ from dil_kernels.data.columns import (
 )
 from dil_kernels.data.json_text import parse_json
 from dil_kernels.data.messages import PreferenceDataError
-from dil_kernels.data.pair_storage import GIVEN_REFERENCE
+from dil_kernels.data.token_columns import GIVEN_REFERENCE
 
 PLAIN_SUFFIXES = (".json", ".jsonl", ".csv")
 FILE_SUFFIXES = (*PLAIN_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in PLAIN_SUFFIXES))

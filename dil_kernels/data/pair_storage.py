@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 
 from dil_kernels.data.messages import EXTRA, JSON_COLUMNS, has_extra, storable_messages
+from dil_kernels.data.token_columns import GIVEN_REFERENCE
 
-GIVEN_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps")
 _SOURCE = "_dil_kernels_source"  # an attribute, which `datasets` keeps only where the rows stay the same
 OPTIONAL = frozenset({*JSON_COLUMNS, EXTRA})  # what only some pairs of a data set may have
 

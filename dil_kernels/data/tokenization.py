@@ -1,15 +1,11 @@
-"""Preference pairs to token ids, and token ids to batches."""
+"""Preference pairs to token ids."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor
 
 from dil_kernels.data.cache_key import code_key
 from dil_kernels.data.chat_template import ChatRenderer
@@ -19,17 +15,12 @@ from dil_kernels.data.loading import open_pairs, place
 from dil_kernels.data.messages import PreferenceDataError
 from dil_kernels.data.pair_storage import source_of
 from dil_kernels.data.pairs import Pair, check_pair, is_conversational, response_columns
+from dil_kernels.data.token_columns import GIVEN_REFERENCE
 from dil_kernels.data.truncation import TRUNCATION_MODES, DataReport, is_too_long, truncate
 
 __all__ = [
-    "IGNORE_INDEX",
-    "REF_COLUMNS",
-    "TOKEN_COLUMNS",
     "TRUNCATION_MODES",
-    "UNPAIRED_REF_COLUMNS",
-    "UNPAIRED_TOKEN_COLUMNS",
     "PairTokenizer",
-    "PreferenceCollator",
     "tokenize_and_report",
     "tokenize_dataset",
     "tokenize_pair",
@@ -37,12 +28,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-IGNORE_INDEX = -100
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-UNPAIRED_TOKEN_COLUMNS = ("prompt_ids", "completion_ids", "label")
-UNPAIRED_REF_COLUMNS = ("ref_logps",)
 
 
 def tokenize_dataset(
@@ -123,11 +108,10 @@ def tokenize_and_report(
             "identical": len(responses) == 2 and responses[0] == responses[1],
         }
 
-    given = (*REF_COLUMNS, *UNPAIRED_REF_COLUMNS)
     tokenized = dataset.map(
         tokenize,
         with_indices=True,
-        remove_columns=[name for name in dataset.column_names if name not in given],
+        remove_columns=[name for name in dataset.column_names if name not in GIVEN_REFERENCE],
         num_proc=num_proc,
         # `datasets` keeps results by the arguments, not by the code that this calls.
         fn_kwargs={"code": code_key()},
@@ -206,61 +190,3 @@ def tokenize_pair(pair: Pair, tokenizer: Any, where: str) -> tuple[list[int], ..
 
 def _join(pair: Pair) -> tuple[str, dict[str, str]]:
     return pair["prompt"], {column: pair["prompt"] + pair[column] for column in response_columns(pair)}
-
-
-@dataclass(frozen=True)
-class PreferenceCollator:
-    """Batches tokenised pairs: B chosen sequences, then the B rejected ones, padded on the right.
-
-    Unpaired responses come in their order, with their sides.
-
-    Attributes:
-        pad_token_id: fills the input ids; attention mask and labels keep it out of everything.
-        pad_to_multiple_of: T is a multiple of this.
-    """
-
-    pad_token_id: int
-    pad_to_multiple_of: int = 1
-
-    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of B pairs.
-
-        Returns:
-            input_ids, attention_mask and labels [2B, T] int64 (labels are -100 on prompt and padding); num_scored, how
-            many positions are scored, which the device would have to be asked for. Where the pairs have them: rows [B]
-            int64, the place of each pair in its data set; ref_chosen_logps and ref_rejected_logps [B] fp32. For S
-            unpaired responses: [S, T], is_chosen [S] bool, rows [S] and ref_logps [S].
-        """
-        sides = responses_of(pairs)
-        longest = max(len(prompt) + len(response) for prompt, response in sides)
-        shape = (len(sides), longest + -longest % self.pad_to_multiple_of)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORE_INDEX)
-        for index, (prompt, response) in enumerate(sides):
-            end = len(prompt) + len(response)
-            input_ids[index, :end] = torch.tensor([*prompt, *response])
-            attention_mask[index, :end] = 1
-            labels[index, len(prompt) : end] = input_ids[index, len(prompt) : end]
-        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        batch["num_scored"] = int((labels[:, 1:] != IGNORE_INDEX).sum())
-        return {**batch, **pair_columns(pairs)}
-
-
-def responses_of(pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
-    """Prompt and response of each sequence of a batch: the chosen ones, then the rejected; unpaired, in their order."""
-    columns = ("completion_ids",) if "label" in pairs[0] else TOKEN_COLUMNS[1:]
-    return [(pair["prompt_ids"], pair[column]) for column in columns for pair in pairs]
-
-
-def pair_columns(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What a batch says of its pairs, where they have it: rows, is_chosen, and the log-probs of the reference."""
-    columns = {}
-    if "row" in pairs[0]:
-        columns["rows"] = torch.tensor([pair["row"] for pair in pairs])
-    if "label" in pairs[0]:
-        columns["is_chosen"] = torch.tensor([pair["label"] for pair in pairs])
-    for column in (*REF_COLUMNS, *UNPAIRED_REF_COLUMNS):
-        if column in pairs[0]:
-            columns[column] = torch.tensor([pair[column] for pair in pairs], dtype=torch.float32)
-    return columns

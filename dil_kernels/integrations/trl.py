@@ -13,7 +13,7 @@ import logging
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,15 @@ except ImportError as error:
     raise ImportError(f"this DILTrainer needs the extra [trl]: pip install 'dil-kernels[trl]' ({error})") from error
 
 from dil_kernels.backends import resolve_backend
-from dil_kernels.functional import DILOutput, token_logps
-from dil_kernels.functional.logps import LogitStatistics
+from dil_kernels.data.batches import IGNORE_INDEX
+from dil_kernels.functional import DILOutput
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options
 from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_sums
 from dil_kernels.integrations.trl_config import DILConfig
 from dil_kernels.models.fused_head import UnsupportedHeadError, install_fused_head
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
+from dil_kernels.models.scoring import Scores, score
 from dil_kernels.reference import accumulation_dtype
 from dil_kernels.training.loss_watch import NonFinitePairs
 from dil_kernels.training.metrics import METRICS, counted_pairs, means, pair_metrics
@@ -44,16 +45,7 @@ __all__ = ["DILConfig", "DILTrainer"]
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
 NOT_FOR_THE_MODEL = frozenset({"completion_mask", "num_scored", "ref_chosen_logps", "ref_rejected_logps"})
-
-
-class Scores(NamedTuple):
-    """What a model has to say of a batch of 2B sequences."""
-
-    token_logps: Tensor  # [2B, T - 1] fp32
-    statistics: LogitStatistics | None  # [2B, T - 1] each, if asked for
-    outputs: Any  # of the model
 
 
 @dataclass
@@ -222,27 +214,19 @@ class DILTrainer(DPOTrainer):
         keep_logits: bool = False,
         **kwargs: Any,
     ) -> Scores:
-        """The one place where the forward of a model and the kernels meet."""
+        """The log-probs of the labels [2B, T] of a batch, and what else is asked for."""
         model_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
-        options: dict[str, Any] = {"backend": self.args.backend}
-        if self._has_fused_head(model) and not keep_logits:
-            options |= {"return_statistics": return_statistics, "stash_bytes": self.args.stash_bytes}
-            options["max_scored_tokens"] = inputs.get("num_scored")
-            outputs = model(**model_inputs, use_cache=False, score_labels=labels, score_options=options, **kwargs)
-            statistics = LogitStatistics(outputs.mean_logit, outputs.entropy, outputs.top1_hit)
-            return Scores(outputs.token_logps, statistics if return_statistics else None, outputs)
-        outputs = model(**model_inputs, use_cache=False, **kwargs)
-        logits = outputs.logits
-        if logits.shape[1] != labels.shape[1]:
-            logits = logits[:, -labels.shape[1] :]  # prompt tuning prepends virtual tokens
-            keep_logits = True
-        kernels = resolve_backend(self.args.backend, logits.device, logits.dtype) != "eager"
-        # Nobody else needs the logits; a model that does gets autograd's error.
-        options["inplace_backward"] = kernels and logits.requires_grad and not keep_logits
-        if not return_statistics:
-            return Scores(token_logps(logits, labels, **options), None, outputs)
-        logps, statistics = token_logps(logits, labels, return_statistics=True, **options)
-        return Scores(logps, statistics, outputs)
+        return score(
+            model,
+            {**model_inputs, "use_cache": False, **kwargs},
+            labels,
+            fused_head=self._has_fused_head(model),
+            backend=self.args.backend,
+            stash_bytes=self.args.stash_bytes,
+            max_scored_tokens=inputs.get("num_scored"),
+            return_statistics=return_statistics,
+            keep_logits=keep_logits,
+        )
 
     def _has_fused_head(self, model: nn.Module) -> bool:
         """Whether the model scores labels without logits; teaches it on the first call, if it can.

@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError(f"packing needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
-from dil_kernels.data.batches import packed_inputs
+from dil_kernels.data.batches import Packed
 from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
 
@@ -167,7 +167,7 @@ def _measured_problem(model: Any, name: str) -> str | None:
 
     handle = model.get_input_embeddings().register_forward_hook(as_leaf)
     try:
-        packed = model(**packed_inputs(ids, positions, boundaries, max(PROBE_LENGTHS))).logits
+        packed = model(**Packed(ids, positions, boundaries, max(PROBE_LENGTHS)).model_inputs()).logits
     finally:
         handle.remove()
     if packed.shape[:2] != ids.shape:

@@ -24,7 +24,9 @@ except ImportError as error:
         f"dil_kernels.models.reward needs the extra [train]: pip install 'dil-kernels[train]' ({error})"
     ) from error
 
-from dil_kernels.data.tokenization import TOKEN_COLUMNS, PairTokenizer, PreferenceCollator, tokenize_dataset
+from dil_kernels.data.collators import PreferenceCollator
+from dil_kernels.data.token_columns import TOKEN_COLUMNS
+from dil_kernels.data.tokenization import PairTokenizer, tokenize_dataset
 from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.reward_head import install_end_of_row, scores_at_end
 from dil_kernels.models.rotary_lengths import keep_lengths_apart

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers.utils.logging import tqdm
 
-from dil_kernels.data.batches import sequence_labels
-from dil_kernels.data.tokenization import REF_COLUMNS, UNPAIRED_REF_COLUMNS
-from dil_kernels.functional.loss_options import LossOptions, resolve_ref_logps
+from dil_kernels.data.batches import Batch
+from dil_kernels.data.token_columns import REF_COLUMNS, UNPAIRED_REF_COLUMNS
 from dil_kernels.training.ref_cache import (
     ReferenceCache,
     default_ref_cache_dir,
@@ -31,10 +30,9 @@ from dil_kernels.training.ref_cache import (
 NO_CACHE = "none"
 
 
-def ref_columns(data: Any) -> tuple[str, ...]:
-    """The columns of reference log-probs that a tokenised data set or a batch of it has room for."""
-    names = getattr(data, "column_names", data)
-    return UNPAIRED_REF_COLUMNS if "label" in names or "is_chosen" in names else REF_COLUMNS
+def ref_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
+    """The columns of reference log-probs that a tokenised data set has room for."""
+    return UNPAIRED_REF_COLUMNS if "label" in dataset.column_names else REF_COLUMNS
 
 
 def has_reference(dataset: datasets.Dataset) -> bool:
@@ -95,39 +93,19 @@ def trainer_ref_cache(trainer: Any, model: nn.Module) -> ReferenceCache | str:
     return open_ref_cache(args.ref_cache_dir, model, trainer.data_collator, settings)
 
 
-def precompute_reference(trainer: Any, sums: Callable[[dict[str, Any]], Tensor], cache: ReferenceCache | str) -> None:
+def precompute_reference(trainer: Any, token_logps: Callable[[Batch], Tensor], cache: ReferenceCache | str) -> None:
     """Add the reference log-probs to the data sets of a `DILTrainer`; see `ReferencePass`."""
     args = trainer.args
     reference = ReferencePass(
         accelerator=trainer.accelerator,
         data_collator=trainer.data_collator,
-        sums=sums,
+        token_logps=token_logps,
         cache=cache,
         progress=not args.disable_tqdm,
     )
     rows = args.precompute_ref_batch_size
     trainer.train_dataset = reference.add_to_all(trainer.train_dataset, rows or args.per_device_train_batch_size)
     trainer.eval_dataset = reference.add_to_all(trainer.eval_dataset, rows or args.per_device_eval_batch_size)
-
-
-def precomputed_logps(batch: Mapping[str, Any], options: LossOptions) -> Tensor | None:
-    """The reference log-probs [S] that the rows of a batch brought, checked.
-
-    Args:
-        batch: as of `PreferenceCollator` or `PackedCollator`.
-        options: of the loss, resolved.
-    """
-    labels, cu_seqlens = sequence_labels(batch), batch.get("cu_seqlens")
-    columns = {name: batch[name] for name in ref_columns(batch)}
-    sums = {"ref_chosen_logps": None, "ref_rejected_logps": None, **columns}
-    return resolve_ref_logps(
-        **sums,
-        num_sequences=len(labels) if cu_seqlens is None else len(cu_seqlens) - 1,
-        counted_in=("rows in labels", labels) if cu_seqlens is None else ("in cu_seqlens", cu_seqlens),
-        device=labels.device,
-        options=options,
-        is_chosen=batch.get("is_chosen"),
-    )
 
 
 @dataclass(frozen=True)
@@ -137,14 +115,14 @@ class ReferencePass:
     Attributes:
         accelerator: of the trainer; every process takes a share of the rows.
         data_collator: of the trainer.
-        sums: the log-prob of each response of a batch, [sequences] fp32 or fp64, in the order of the batch.
+        token_logps: those of a batch, as the kernels return them.
         cache: of the reference, on the main process; or why there is none.
         progress: show a bar.
     """
 
     accelerator: Accelerator
     data_collator: Any
-    sums: Callable[[dict[str, Any]], Tensor]
+    token_logps: Callable[[Batch], Tensor]
     cache: ReferenceCache | str
     progress: bool = True
 
@@ -191,8 +169,9 @@ class ReferencePass:
         rows: Any = Subset(dataset, order.tolist())
         loader = self.accelerator.prepare(DataLoader(rows, batch_size=batch_size, collate_fn=self.data_collator))
         sums = []
-        for batch in tqdm(loader, desc="Reference log-probs", disable=not self.progress):
-            sides = torch.stack(self.sums(batch).chunk(len(responses)), dim=1)
+        for inputs in tqdm(loader, desc="Reference log-probs", disable=not self.progress):
+            batch = Batch.of(inputs)
+            sides = torch.stack(batch.sums(self.token_logps(batch)).chunk(len(responses)), dim=1)
             sums.append(self.accelerator.gather_for_metrics(sides).float().cpu())
         values = np.empty((len(dataset), len(responses)), np.float32)
         values[order] = torch.cat(sums).numpy()

@@ -7,7 +7,8 @@ from typing import Any
 
 import datasets
 
-from dil_kernels.data.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS, tokenize_and_report
+from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
+from dil_kernels.data.tokenization import tokenize_and_report
 from dil_kernels.data.truncation import DataReport
 from dil_kernels.losses.divergences import get_divergence
 from dil_kernels.training.config import DILConfig

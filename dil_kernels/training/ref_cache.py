@@ -32,7 +32,7 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 import dil_kernels
-from dil_kernels.data.tokenization import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
+from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
 from dil_kernels.training.adapters import adapters_in_use
 
 logger = logging.getLogger(__name__)

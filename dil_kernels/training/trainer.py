@@ -28,20 +28,15 @@ except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
 from dil_kernels.backends import resolve_backend
-from dil_kernels.data.batches import scored_counts, sequence_labels, sequence_sums
-from dil_kernels.data.tokenization import (
-    IGNORE_INDEX,
-    REF_COLUMNS,
-    TOKEN_COLUMNS,
-    UNPAIRED_REF_COLUMNS,
-    UNPAIRED_TOKEN_COLUMNS,
-    PreferenceCollator,
-)
+from dil_kernels.data.batches import IGNORE_INDEX, Batch
+from dil_kernels.data.collators import PreferenceCollator
+from dil_kernels.data.token_columns import COLLATED_COLUMNS
 from dil_kernels.data.truncation import DataReport
 from dil_kernels.functional import DILOutput
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.loss_options import resolve_loss_options
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
+from dil_kernels.models.scoring import score
 from dil_kernels.training.adapters import with_adapter
 from dil_kernels.training.checkpoints import check_weights, last_complete_checkpoint, saving
 from dil_kernels.training.config import DILConfig
@@ -50,14 +45,8 @@ from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs
 from dil_kernels.training.metrics import batch_means, batch_metrics, predictions, zero_sums
 from dil_kernels.training.model_card import CardNotes, write_model_card
 from dil_kernels.training.model_checks import check_causal_lm, check_rows, pad_token_id, vocabulary_size
-from dil_kernels.training.model_logps import model_token_logps
 from dil_kernels.training.offloading import OffloadedActivations
-from dil_kernels.training.precompute import (
-    has_reference,
-    precompute_reference,
-    precomputed_logps,
-    trainer_ref_cache,
-)
+from dil_kernels.training.precompute import has_reference, precompute_reference, trainer_ref_cache
 from dil_kernels.training.prepare import prepare_dataset
 from dil_kernels.training.reference_policy import ReferencePolicy
 from dil_kernels.training.reference_sync import ReferenceSync
@@ -193,7 +182,7 @@ class DILTrainer(Trainer):
             self._reference_sync = ReferenceSync(model, reference.model, alpha, steps, self.accelerator)
             self.add_callback(self._reference_sync)
         if args.precompute_ref_log_probs:
-            precompute_reference(self, functools.partial(self._reference_sums, model), cache)
+            precompute_reference(self, functools.partial(self._reference_token_logps, model), cache)
             self._reference = None
         self._start_record()
         self._eval_sums = zero_sums(args.device)
@@ -209,12 +198,7 @@ class DILTrainer(Trainer):
         return None if self._reference is None else self._reference.model
 
     def _set_signature_columns_if_needed(self) -> None:
-        paired, unpaired = (*TOKEN_COLUMNS, *REF_COLUMNS), (*UNPAIRED_TOKEN_COLUMNS, *UNPAIRED_REF_COLUMNS)
-        self._signature_columns = [*paired, *unpaired[1:], "row", "length"]  # type: ignore[assignment]
-
-    def _reference_sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Log-probs [2B] of the responses under the reference, summed over their tokens."""
-        return sequence_sums(self._reference_token_logps(model, inputs), inputs)
+        self._signature_columns = [*COLLATED_COLUMNS]  # type: ignore[assignment]
 
     def get_eval_dataloader(self, eval_dataset: str | datasets.Dataset | None = None) -> DataLoader[Any]:
         """The loader of an evaluation set; pairs that are not tokenised yet may be given, too."""
@@ -270,7 +254,7 @@ class DILTrainer(Trainer):
         batches = [] if self._finish.finished else list(itertools.islice(epoch_iterator, num_batches))
         counts = torch.zeros(2, dtype=torch.int64, device=device)
         for batch in batches:
-            counts += scored_counts(batch).to(device)
+            counts += Batch.of(batch).scored_counts().to(device)
         return batches, self.accelerator.reduce(counts, reduction="sum")
 
     def compute_loss(
@@ -291,23 +275,23 @@ class DILTrainer(Trainer):
         Returns:
             The loss []. Its sum over the micro-batches, averaged over the processes, is the mean over the step.
         """
+        batch = Batch.of(inputs)
         offloading = OffloadedActivations(model) if self.args.activation_offloading else contextlib.nullcontext()
         with offloading:
-            output = self._run_batch(model, inputs)
+            output = self._run_batch(model, batch)
         if num_items_in_batch is None:
             loss = output.share(output.counts)
         else:
             # DDP averages gradients over the processes, but the mean is over the responses of all of them.
             loss = output.share(torch.as_tensor(num_items_in_batch)) * self.accelerator.num_processes
         if model.training:
-            self._train_sums += batch_metrics(output, "is_chosen" in inputs).sum(0)
-            self._non_finite.add(output, inputs.get("rows"), self.state.global_step + 1)
+            self._train_sums += batch_metrics(output, batch.is_unpaired).sum(0)
+            self._non_finite.add(output, batch.rows, self.state.global_step + 1)
             self._log_ratios.add(output)
         return (loss, output) if return_outputs else loss
 
-    def _run_batch(self, model: nn.Module, inputs: dict[str, Tensor]) -> DILOutput:
+    def _run_batch(self, model: nn.Module, batch: Batch) -> DILOutput:
         """The fused loss of a batch, summed."""
-        labels, is_chosen, cu_seqlens = sequence_labels(inputs), inputs.get("is_chosen"), inputs.get("cu_seqlens")
         options = resolve_loss_options(
             average_log_prob=self.args.average_log_prob,
             pair_layout="concatenated",
@@ -316,24 +300,24 @@ class DILTrainer(Trainer):
         )
         ref_token_logps = ref_logps = None
         if self._reference is not None:
-            ref_token_logps = self._reference_token_logps(model, inputs)
+            ref_token_logps = self._reference_token_logps(model, batch)
         else:
-            ref_logps = precomputed_logps(inputs, options)
-        policy_token_logps = self._token_logps(model, inputs)
+            ref_logps = batch.ref_logps(options)
+        policy_token_logps = self._token_logps(model, batch)
         return loss_of_token_logps(
             policy_token_logps,
-            labels,
-            cu_seqlens,
+            batch.labels,
+            batch.layout.cu_seqlens,
             ref_token_logps,
             ref_logps,
             options,
-            is_chosen=is_chosen,
+            is_chosen=batch.is_chosen,
             ignore_index=IGNORE_INDEX,
             shift=True,
-            backend=resolve_backend(self.args.backend, labels.device, policy_token_logps.dtype),
+            backend=resolve_backend(self.args.backend, batch.labels.device, policy_token_logps.dtype),
         )
 
-    def _reference_token_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _reference_token_logps(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probs [2B, T - 1] or packed [N - 1] of the labels under the reference, without gradients.
 
         `model` is the policy as it is wrapped.
@@ -342,12 +326,20 @@ class DILTrainer(Trainer):
         # FSDP2 computes in the precision of its own policy instead.
         autocast = contextlib.nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
         with torch.no_grad(), autocast, self._reference.module(model) as module:
-            return self._token_logps(module, inputs)
+            return self._token_logps(module, batch)
 
-    def _token_logps(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _token_logps(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-probs [2B, T - 1], or packed [N - 1], of the labels; the wrapped model is called."""
-        options: Any = {"backend": self.args.backend, "stash_bytes": self.args.stash_bytes}
-        return model_token_logps(model, inputs, fused_head=self.uses_fused_head, **options)
+        scores = score(
+            model,
+            batch.layout.model_inputs(),
+            batch.row_labels,
+            fused_head=self.uses_fused_head,
+            backend=self.args.backend,
+            stash_bytes=self.args.stash_bytes,
+            max_scored_tokens=batch.num_scored,
+        )
+        return batch.layout.of_kernels(scores.token_logps)
 
     def _start_record(self) -> None:
         self._train_sums = zero_sums(self.args.device)
@@ -435,9 +427,9 @@ class DILTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, None]:
         """The mean loss of a batch and, unless only the loss is asked for, `metrics.PREDICTIONS` of its pairs."""
-        inputs = self._prepare_inputs(inputs)
+        batch = Batch.of(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
-            output = self._run_batch(model, inputs)
-        metrics = batch_metrics(output, "is_chosen" in inputs)
+            output = self._run_batch(model, batch)
+        metrics = batch_metrics(output, batch.is_unpaired)
         self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
         return output.share(output.counts), None if prediction_loss_only else predictions(output), None

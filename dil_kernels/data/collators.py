@@ -1,0 +1,99 @@
+"""Collators: tokenised pairs and unpaired responses to batches, padded or packed into one row."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dil_kernels.data.batches import IGNORE_INDEX
+from dil_kernels.data.token_columns import GIVEN_REFERENCE, TOKEN_COLUMNS
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Batches tokenised pairs: B chosen sequences, then the B rejected ones, padded on the right.
+
+    Unpaired responses come in their order, with their sides.
+
+    Attributes:
+        pad_token_id: fills the input ids; attention mask and labels keep it out of everything.
+        pad_to_multiple_of: T is a multiple of this.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of B pairs.
+
+        Returns:
+            input_ids, attention_mask and labels [2B, T] int64 (labels are -100 on prompt and padding); num_scored, how
+            many positions are scored, which the device would have to be asked for. Where the pairs have them: rows [B]
+            int64, the place of each pair in its data set; ref_chosen_logps and ref_rejected_logps [B] fp32. For S
+            unpaired responses: [S, T], is_chosen [S] bool, rows [S] and ref_logps [S].
+        """
+        sides = _responses_of(pairs)
+        longest = max(len(prompt) + len(response) for prompt, response in sides)
+        shape = (len(sides), longest + -longest % self.pad_to_multiple_of)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE_INDEX)
+        for index, (prompt, response) in enumerate(sides):
+            end = len(prompt) + len(response)
+            input_ids[index, :end] = torch.tensor([*prompt, *response])
+            attention_mask[index, :end] = 1
+            labels[index, len(prompt) : end] = input_ids[index, len(prompt) : end]
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch["num_scored"] = int((labels[:, 1:] != IGNORE_INDEX).sum())
+        return {**batch, **_pair_columns(pairs)}
+
+
+class PackedCollator:
+    """Batches tokenised pairs as `PreferenceCollator` does, in one row without padding."""
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of B pairs: B chosen sequences, then the B rejected ones; N tokens together.
+
+        Returns:
+            input_ids, position_ids and labels [1, N] int64 (positions from 0 in each sequence; labels are -100 on
+            prompts and on the first token of every sequence), cu_seqlens int32 [2B + 1], max_seqlen and num_scored;
+            rows, reference log-probs and is_chosen as in `PreferenceCollator`.
+        """
+        sequences = _responses_of(pairs)
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]
+        boundaries = [0, *itertools.accumulate(lengths)]
+        labels = torch.tensor([x for prompt, response in sequences for x in [IGNORE_INDEX] * len(prompt) + response])
+        labels[[start for start in boundaries[:-1] if start < len(labels)]] = IGNORE_INDEX
+        return {
+            "input_ids": torch.tensor([[x for sequence in sequences for part in sequence for x in part]]),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+            "labels": labels.unsqueeze(0),
+            "cu_seqlens": torch.tensor(boundaries, dtype=torch.int32),
+            "max_seqlen": max(lengths),
+            "num_scored": int((labels != IGNORE_INDEX).sum()),
+            **_pair_columns(pairs),
+        }
+
+
+def _responses_of(pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response of each sequence of a batch: the chosen ones, then the rejected; unpaired, in their order."""
+    columns = ("completion_ids",) if "label" in pairs[0] else TOKEN_COLUMNS[1:]
+    return [(pair["prompt_ids"], pair[column]) for column in columns for pair in pairs]
+
+
+def _pair_columns(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What a batch says of its pairs, where they have it: rows, is_chosen, and the log-probs of the reference."""
+    columns = {}
+    if "row" in pairs[0]:
+        columns["rows"] = torch.tensor([pair["row"] for pair in pairs])
+    if "label" in pairs[0]:
+        columns["is_chosen"] = torch.tensor([pair["label"] for pair in pairs])
+    for column in GIVEN_REFERENCE:
+        if column in pairs[0]:
+            columns[column] = torch.tensor([pair[column] for pair in pairs], dtype=torch.float32)
+    return columns
