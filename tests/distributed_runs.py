@@ -125,8 +125,8 @@ def half_precision(folder: Path) -> DILTrainer:
     """bf16: policy and reference must round alike, and their log-probs not at all."""
     trainer = trainer_of(folder, lambda: make_model(tie_word_embeddings=False), bf16=True, max_steps=1)
     dtypes = []
-    as_before = trainer._token_logps
-    trainer._token_logps = lambda *args: dtypes.append(as_before(*args)) or dtypes[-1]
+    as_before = trainer.batch_loss.token_logps
+    trainer.batch_loss.token_logps = lambda *args: dtypes.append(as_before(*args)) or dtypes[-1]
     trainer.train()
     trainer.state.log_history[0]["exact"] = all(
         logps.dtype == torch.float32 and not torch.equal(logps, logps.bfloat16().float()) for logps in dtypes

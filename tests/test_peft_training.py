@@ -51,7 +51,7 @@ def batch_on(trainer: DILTrainer) -> dict[str, Tensor]:
 
 
 def reference_logps(trainer: DILTrainer) -> Tensor:
-    return trainer._reference_token_logps(trainer.model, Batch.of(batch_on(trainer)))
+    return trainer.batch_loss.reference_token_logps(trainer.model, Batch.of(batch_on(trainer)))
 
 
 def assert_reference_is(trainer: DILTrainer, truth: torch.nn.Module) -> None:
@@ -95,7 +95,7 @@ def test_the_reference_stays_the_policy_at_the_start(tmp_path: Path, start: str,
     assert abs(trainer.state.log_history[0]["rewards/chosen"]) < 1e-6  # DoRA rounds where LoRA adds nothing
     assert_reference_is(trainer, initial)
     # The policy is not the reference any more, and nothing but the adapter has changed.
-    moved = trainer._token_logps(trainer.model.eval(), Batch.of(batch_on(trainer))) - reference_logps(trainer)
+    moved = trainer.batch_loss.token_logps(trainer.model.eval(), Batch.of(batch_on(trainer))) - reference_logps(trainer)
     assert moved.abs().max() > 0.01
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
     before = initial.state_dict()
@@ -187,7 +187,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_exactly(tmp_path: Path
     whole.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(make_model(tie_word_embeddings=False), tmp_path / "saved")
     logps, _ = plain_logps(loaded.double(), batch_on(whole))
-    policy = whole._token_logps(whole.model.eval(), Batch.of(batch_on(whole)))
+    policy = whole.batch_loss.token_logps(whole.model.eval(), Batch.of(batch_on(whole)))
     torch.testing.assert_close(policy.double(), logps, rtol=1e-4, atol=1e-4)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from dil_kernels.training.adapters import has_adapters
 from dil_kernels.training.sharding import is_wrapped_late
@@ -17,13 +17,11 @@ REFERENCE_NAME = "reference.safetensors"  # in every checkpoint of such a run
 
 
 class ReferenceSync(TrainerCallback):
-    """Sets reference <- alpha policy + (1 - alpha) reference after every `steps`-th optimizer step.
+    """Sets reference <- alpha policy + (1 - alpha) reference after every so many optimizer steps, as `DILConfig` says.
 
     Args:
         policy: the model that is trained, not wrapped.
         reference: of the same parameters; None where the weights of the policy hold it.
-        alpha: the share of the policy, in (0, 1].
-        steps: between two such updates.
         accelerator: of the trainer.
 
     Raises:
@@ -31,9 +29,7 @@ class ReferenceSync(TrainerCallback):
         ValueError: the parameters of the reference are others.
     """
 
-    def __init__(
-        self, policy: nn.Module, reference: nn.Module | None, alpha: float, steps: int, accelerator: Any
-    ) -> None:
+    def __init__(self, policy: nn.Module, reference: nn.Module | None, accelerator: Any) -> None:
         if reference is None or has_adapters(policy):
             raise NotImplementedError(
                 "sync_ref_model=True was given, but the model is trained by adapters: the reference cannot follow them"
@@ -48,24 +44,21 @@ class ReferenceSync(TrainerCallback):
                     f"sync_ref_model=True was given, but parameter {name} is {shapes[0]} in model and {shapes[1]} in "
                     "ref_model"
                 )
-        self._policy, self._reference, self._alpha, self._steps = policy, reference, alpha, steps
+        self._policy, self._reference = policy, reference
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mix, if it is time."""
-        if state.global_step % self._steps:
+        if state.global_step % args.ref_model_sync_steps:
             return
         policy = dict(self._policy.named_parameters())
         with torch.no_grad():
             for name, value in self._reference.named_parameters():
-                value.lerp_(policy[name].to(value), self._alpha)
+                value.lerp_(policy[name].to(value), args.ref_model_mixup_alpha)
 
     def save(self, directory: Path) -> None:
         """Write the reference into a checkpoint, which cannot be resumed from without."""
         save_model(self._reference, str(directory / REFERENCE_NAME))
 
-    def load(self, checkpoint: Path) -> bool:
-        """Take the reference of a checkpoint; whether it has one."""
-        found = (checkpoint / REFERENCE_NAME).is_file()
-        if found:
-            load_model(self._reference, checkpoint / REFERENCE_NAME)
-        return found
+    def load(self, checkpoint: Path) -> None:
+        """Take the reference of a checkpoint."""
+        load_model(self._reference, checkpoint / REFERENCE_NAME)

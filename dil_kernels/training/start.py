@@ -217,6 +217,8 @@ def checkpoint_to_resume(trainer: Any, asked: str | bool | None, record: Mapping
     checkpoint = find_checkpoint(asked, trainer.args.output_dir)
     if trainer.is_world_process_zero():  # which may be the only one that has loaded the weights
         check_same_run(checkpoint, record, allowed=trainer.args.resume_with_changes)
+    if trainer.args.sync_ref_model and not (checkpoint / REFERENCE_NAME).is_file():
+        raise CannotStartError(f"{checkpoint} has no reference that follows the policy (sync_ref_model=True)")
     return str(checkpoint)
 
 

@@ -27,17 +27,14 @@ try:
 except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
-from dil_kernels.backends import resolve_backend
-from dil_kernels.data.batches import IGNORE_INDEX, Batch
+from dil_kernels.data.batches import Batch
 from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.data.token_columns import COLLATED_COLUMNS
 from dil_kernels.data.truncation import DataReport
 from dil_kernels.functional import DILOutput
-from dil_kernels.functional.loss import loss_of_token_logps
-from dil_kernels.functional.loss_options import resolve_loss_options
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
-from dil_kernels.models.scoring import score
 from dil_kernels.training.adapters import with_adapter
+from dil_kernels.training.batch_loss import BatchLoss
 from dil_kernels.training.checkpoints import check_weights, last_complete_checkpoint, saving
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.generations import SampleGenerations
@@ -54,7 +51,6 @@ from dil_kernels.training.set_up import disable_dropout, install_fused_heads, pa
 from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
 from dil_kernels.training.start import (
     RECORD_NAME,
-    CannotStartError,
     StopWhenFinished,
     checkpoint_to_resume,
     fingerprint_of_weights,
@@ -162,12 +158,12 @@ class DILTrainer(Trainer):
         reference = ReferencePolicy(
             model, ref_model, args.ref_adapter_name, self.accelerator, lasting=not args.precompute_ref_log_probs
         )
-        self._reference: ReferencePolicy | None = reference
         models = [model] if reference.model is None else [model, reference.model]
         self.lengths_kept_apart = keep_lengths_apart(*models)
         for each in models:
             check_rows(each)
         self.uses_fused_head = install_fused_heads(models, args.fused_head, tell=self.is_world_process_zero())
+        self.batch_loss = BatchLoss(args, self.accelerator, self.uses_fused_head, reference)
         if args.padding_free:
             pack_batches(self, data_collator, models)
         # Hashed while the weights are whole.
@@ -176,14 +172,11 @@ class DILTrainer(Trainer):
         reference.place(self.accelerator)
         self._reference_sync = None
         if args.sync_ref_model:
-            alpha, steps = args.ref_model_mixup_alpha, args.ref_model_sync_steps
-            assert alpha is not None  # `DILConfig` fills them in
-            assert steps is not None
-            self._reference_sync = ReferenceSync(model, reference.model, alpha, steps, self.accelerator)
+            self._reference_sync = ReferenceSync(model, reference.model, self.accelerator)
             self.add_callback(self._reference_sync)
         if args.precompute_ref_log_probs:
-            precompute_reference(self, functools.partial(self._reference_token_logps, model), cache)
-            self._reference = None
+            precompute_reference(self, functools.partial(self.batch_loss.reference_token_logps, model), cache)
+            self.batch_loss.reference = None
         self._start_record()
         self._eval_sums = zero_sums(args.device)
         self.card_notes = CardNotes()
@@ -195,7 +188,8 @@ class DILTrainer(Trainer):
     @property
     def ref_model(self) -> nn.Module | None:
         """The reference, where it has weights of its own and was not precomputed."""
-        return None if self._reference is None else self._reference.model
+        reference = self.batch_loss.reference
+        return None if reference is None else reference.model
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*COLLATED_COLUMNS]  # type: ignore[assignment]
@@ -213,7 +207,7 @@ class DILTrainer(Trainer):
             return dataset
         models: Any = self.model, self.ref_model
         dataset = prepare_dataset(dataset, self.processing_class, self.args, "eval", self.data_report, models)
-        if self._reference is None and not has_reference(dataset):
+        if self.batch_loss.reference is None and not has_reference(dataset):
             raise ValueError(
                 "the reference log-probs were precomputed, and the reference model is gone: give every evaluation set "
                 "to the constructor, or set precompute_ref_log_probs=False"
@@ -236,12 +230,8 @@ class DILTrainer(Trainer):
         refuse_no_step(self)
         self._run_record = run_record(self, self._reference_fingerprint)
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint, self._run_record)
-        if (
-            checkpoint is not None
-            and self._reference_sync is not None
-            and not self._reference_sync.load(Path(checkpoint))
-        ):
-            raise CannotStartError(f"{checkpoint} has no reference that follows the policy (sync_ref_model=True)")
+        if checkpoint is not None and self._reference_sync is not None:
+            self._reference_sync.load(Path(checkpoint))
         self._start_record()
         output = super().train(checkpoint, *args, **kwargs)
         check_weights(self.model, self.state.global_step, self.accelerator.gather)
@@ -278,7 +268,7 @@ class DILTrainer(Trainer):
         batch = Batch.of(inputs)
         offloading = OffloadedActivations(model) if self.args.activation_offloading else contextlib.nullcontext()
         with offloading:
-            output = self._run_batch(model, batch)
+            output = self.batch_loss(model, batch)
         if num_items_in_batch is None:
             loss = output.share(output.counts)
         else:
@@ -289,57 +279,6 @@ class DILTrainer(Trainer):
             self._non_finite.add(output, batch.rows, self.state.global_step + 1)
             self._log_ratios.add(output)
         return (loss, output) if return_outputs else loss
-
-    def _run_batch(self, model: nn.Module, batch: Batch) -> DILOutput:
-        """The fused loss of a batch, summed."""
-        options = resolve_loss_options(
-            average_log_prob=self.args.average_log_prob,
-            pair_layout="concatenated",
-            reduction="sum",
-            **self.args.loss_options(),
-        )
-        ref_token_logps = ref_logps = None
-        if self._reference is not None:
-            ref_token_logps = self._reference_token_logps(model, batch)
-        else:
-            ref_logps = batch.ref_logps(options)
-        policy_token_logps = self._token_logps(model, batch)
-        return loss_of_token_logps(
-            policy_token_logps,
-            batch.labels,
-            batch.layout.cu_seqlens,
-            ref_token_logps,
-            ref_logps,
-            options,
-            is_chosen=batch.is_chosen,
-            ignore_index=IGNORE_INDEX,
-            shift=True,
-            backend=resolve_backend(self.args.backend, batch.labels.device, policy_token_logps.dtype),
-        )
-
-    def _reference_token_logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-probs [2B, T - 1] or packed [N - 1] of the labels under the reference, without gradients.
-
-        `model` is the policy as it is wrapped.
-        """
-        assert self._reference is not None
-        # FSDP2 computes in the precision of its own policy instead.
-        autocast = contextlib.nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
-        with torch.no_grad(), autocast, self._reference.module(model) as module:
-            return self._token_logps(module, batch)
-
-    def _token_logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Log-probs [2B, T - 1], or packed [N - 1], of the labels; the wrapped model is called."""
-        scores = score(
-            model,
-            batch.layout.model_inputs(),
-            batch.row_labels,
-            fused_head=self.uses_fused_head,
-            backend=self.args.backend,
-            stash_bytes=self.args.stash_bytes,
-            max_scored_tokens=batch.num_scored,
-        )
-        return batch.layout.of_kernels(scores.token_logps)
 
     def _start_record(self) -> None:
         self._train_sums = zero_sums(self.args.device)
@@ -364,7 +303,8 @@ class DILTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with contextlib.nullcontext() if self._reference is None else self._reference.left_out_of_saving():
+        reference = self.batch_loss.reference
+        with contextlib.nullcontext() if reference is None else reference.left_out_of_saving():
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -429,7 +369,7 @@ class DILTrainer(Trainer):
         """The mean loss of a batch and, unless only the loss is asked for, `metrics.PREDICTIONS` of its pairs."""
         batch = Batch.of(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
-            output = self._run_batch(model, batch)
+            output = self.batch_loss(model, batch)
         metrics = batch_metrics(output, batch.is_unpaired)
         self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
         return output.share(output.counts), None if prediction_loss_only else predictions(output), None
