@@ -27,15 +27,11 @@ class Padded(NamedTuple):
 
     @property
     def cu_seqlens(self) -> None:
-        """A row holds one sequence."""
+        """Nothing has to say where a sequence ends."""
 
     def model_inputs(self) -> dict[str, Any]:
         """What the forward of a model takes."""
         return {**self._asdict(), "use_cache": False}
-
-    def of_kernels(self, values: Tensor) -> Tensor:
-        """Labels or log-probs [S, ...] of the rows as the kernels have them."""
-        return values
 
 
 class Packed(NamedTuple):
@@ -53,10 +49,6 @@ class Packed(NamedTuple):
         inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
         # The boundaries spare FlashAttention, in every layer, to find them and wait for the device.
         return {**inputs, **boundaries, **lengths}
-
-    def of_kernels(self, values: Tensor) -> Tensor:
-        """Labels or log-probs [1, ...] of the row as the kernels have them, [...]."""
-        return values.squeeze(0)
 
 
 @dataclass(frozen=True)
@@ -95,18 +87,16 @@ class Batch:
     @property
     def labels(self) -> Tensor:
         """As the kernels take them: [S, T], or [N] of a packed row."""
-        return self.layout.of_kernels(self.row_labels)
+        return self.of_rows(self.row_labels)
 
-    @property
-    def is_unpaired(self) -> bool:
-        """Whether its responses do not come in pairs."""
-        return self.is_chosen is not None
+    def of_rows(self, values: Tensor) -> Tensor:
+        """Labels or log-probs as the rows have them, [S, T] or [1, N], as the kernels take them."""
+        return values if self.layout.cu_seqlens is None else values.squeeze(0)
 
     @property
     def num_sequences(self) -> int:
         """S."""
-        cu_seqlens = self.layout.cu_seqlens
-        return len(self.labels) if cu_seqlens is None else len(cu_seqlens) - 1
+        return len(self.labels) if self.layout.cu_seqlens is None else len(self.layout.cu_seqlens) - 1
 
     def sums(self, token_values: Tensor) -> Tensor:
         """Sums [S] over the tokens of each sequence, of [S, T - 1] or packed [N - 1]; fp64 on the CPU."""

@@ -81,4 +81,4 @@ class BatchLoss:
             stash_bytes=self.args.stash_bytes,
             max_scored_tokens=batch.num_scored,
         )
-        return batch.layout.of_kernels(scores.token_logps)
+        return batch.of_rows(scores.token_logps)

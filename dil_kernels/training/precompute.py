@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,28 +48,6 @@ def has_reference(dataset: datasets.Dataset) -> bool:
     return not missing
 
 
-def open_ref_cache(
-    directory: str | None, model: nn.Module, data_collator: Any, settings: Mapping[str, Any]
-) -> ReferenceCache | str:
-    """The cache of a model's log-probs, or why there is none.
-
-    Args:
-        directory: where it is; the user's cache if None, "none" for none.
-        model: the reference.
-        data_collator: what makes the batches; another package's may score other tokens than the data set says.
-        settings: how the log-probs are taken, where that changes them by more than rounding.
-    """
-    if directory == NO_CACHE:
-        return f"ref_cache_dir is {NO_CACHE!r}"
-    if not type(data_collator).__module__.startswith("dil_kernels."):
-        return f"which tokens the data collator {type(data_collator).__name__} scores is not known"
-    try:
-        identity = {"model": model_fingerprint(model), "settings": dict(settings)}
-    except NotImplementedError as error:
-        return str(error)
-    return ReferenceCache(default_ref_cache_dir() if directory is None else Path(directory).expanduser(), identity)
-
-
 def trainer_ref_cache(trainer: Any, model: nn.Module) -> ReferenceCache | str:
     """The cache of the log-probs of a `DILTrainer`'s reference, on the main process; or why there is none.
 
@@ -77,9 +55,13 @@ def trainer_ref_cache(trainer: Any, model: nn.Module) -> ReferenceCache | str:
         trainer: under construction.
         model: that the reference is, its weights whole.
     """
+    args, collator = trainer.args, trainer.data_collator
     if not trainer.is_world_process_zero():
         return ""
-    args = trainer.args
+    if args.ref_cache_dir == NO_CACHE:
+        return f"ref_cache_dir is {NO_CACHE!r}"
+    if not type(collator).__module__.startswith("dil_kernels."):
+        return f"which tokens the data collator {type(collator).__name__} scores is not known"
     # How they are taken, where that changes them by more than the last bits.
     settings = {
         "autocast": trainer.accelerator.mixed_precision,
@@ -90,22 +72,22 @@ def trainer_ref_cache(trainer: Any, model: nn.Module) -> ReferenceCache | str:
         "adapter": args.ref_adapter_name,
         **({"lengths": "kept apart"} if trainer.lengths_kept_apart else {}),
     }
-    return open_ref_cache(args.ref_cache_dir, model, trainer.data_collator, settings)
+    try:
+        identity = {"model": model_fingerprint(model), "settings": settings}
+    except NotImplementedError as error:
+        return str(error)
+    directory = default_ref_cache_dir() if args.ref_cache_dir is None else Path(args.ref_cache_dir).expanduser()
+    return ReferenceCache(directory, identity)
 
 
 def precompute_reference(trainer: Any, token_logps: Callable[[Batch], Tensor], cache: ReferenceCache | str) -> None:
     """Add the reference log-probs to the data sets of a `DILTrainer`; see `ReferencePass`."""
     args = trainer.args
-    reference = ReferencePass(
-        accelerator=trainer.accelerator,
-        data_collator=trainer.data_collator,
-        token_logps=token_logps,
-        cache=cache,
-        progress=not args.disable_tqdm,
-    )
+    collator, progress = trainer.data_collator, not args.disable_tqdm
+    reference = ReferencePass(trainer.accelerator, collator, token_logps, cache, progress)
     rows = args.precompute_ref_batch_size
-    trainer.train_dataset = reference.add_to_all(trainer.train_dataset, rows or args.per_device_train_batch_size)
-    trainer.eval_dataset = reference.add_to_all(trainer.eval_dataset, rows or args.per_device_eval_batch_size)
+    trainer.train_dataset = reference.add(trainer.train_dataset, rows or args.per_device_train_batch_size)
+    trainer.eval_dataset = reference.add(trainer.eval_dataset, rows or args.per_device_eval_batch_size)
 
 
 @dataclass(frozen=True)
@@ -124,22 +106,16 @@ class ReferencePass:
     data_collator: Any
     token_logps: Callable[[Batch], Tensor]
     cache: ReferenceCache | str
-    progress: bool = True
+    progress: bool
 
-    def add_to_all(self, data: Any, batch_size: int) -> Any:
-        """As `add`, of a data set, of each of several by name, or of none."""
-        if data is None:
-            return None
-        if isinstance(data, dict):
-            return {name: self.add(dataset, batch_size) for name, dataset in data.items()}
-        return self.add(data, batch_size)
-
-    def add(self, dataset: datasets.Dataset, batch_size: int) -> datasets.Dataset:
+    def add(self, dataset: Any, batch_size: int) -> Any:
         """The data set with ref_chosen_logps and ref_rejected_logps (unpaired, ref_logps), fp32 sums over tokens.
 
-        One that has them is returned as it is.
+        One that has them is returned as it is; of several by name, each is added to.
         """
-        if has_reference(dataset):
+        if isinstance(dataset, dict):
+            return {name: self.add(part, batch_size) for name, part in dataset.items()}
+        if dataset is None or has_reference(dataset):
             return dataset
         is_main = self.accelerator.is_main_process
         entry = self.cache.entry(dataset) if is_main and isinstance(self.cache, ReferenceCache) else None
@@ -150,7 +126,7 @@ class ReferencePass:
             values = self._compute(dataset, batch_size)
             problem = self.cache if entry is None else entry.store(values)
             done = (
-                f"computed and not kept: {problem}" if entry is None or problem else f"computed; kept in {entry.path}"
+                f"computed and not kept: {problem}" if problem or entry is None else f"computed; kept in {entry.path}"
             )
         if is_main:
             print(f"Reference log-probs of {len(dataset)} rows {done}")

@@ -275,7 +275,7 @@ class DILTrainer(Trainer):
             # DDP averages gradients over the processes, but the mean is over the responses of all of them.
             loss = output.share(torch.as_tensor(num_items_in_batch)) * self.accelerator.num_processes
         if model.training:
-            self._train_sums += batch_metrics(output, batch.is_unpaired).sum(0)
+            self._train_sums += batch_metrics(output, batch.is_chosen is not None).sum(0)
             self._non_finite.add(output, batch.rows, self.state.global_step + 1)
             self._log_ratios.add(output)
         return (loss, output) if return_outputs else loss
@@ -370,6 +370,6 @@ class DILTrainer(Trainer):
         batch = Batch.of(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             output = self.batch_loss(model, batch)
-        metrics = batch_metrics(output, batch.is_unpaired)
+        metrics = batch_metrics(output, batch.is_chosen is not None)
         self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
         return output.share(output.counts), None if prediction_loss_only else predictions(output), None
