@@ -19,7 +19,7 @@ from dil_kernels.data.messages import (
     split_conversations,
     split_strings,
 )
-from dil_kernels.data.pair_storage import GIVEN_REFERENCE
+from dil_kernels.data.token_columns import GIVEN_REFERENCE
 
 Pair = dict[str, Any]  # prompt, chosen, rejected: strings, or lists of messages; or prompt, completion, label
 
