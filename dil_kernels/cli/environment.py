@@ -28,8 +28,8 @@ def describe_environment() -> str:
 
 def version_rows() -> list[Row]:
     """Every package that matters, with its version."""
-    rows: list[Row] = [("dil_kernels", _version("dil-kernels")), ("python", platform.python_version())]
-    return rows + [(name, _version(name)) for name in PACKAGES]
+    rows: list[Row] = [("dil_kernels", version_of("dil-kernels")), ("python", platform.python_version())]
+    return rows + [(name, version_of(name)) for name in PACKAGES]
 
 
 def device_rows() -> list[Row]:
@@ -76,7 +76,8 @@ def extension_rows() -> list[Row]:
     return rows
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed package, or that it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import os
 import sys
 import tempfile
 from pathlib import Path
 
+from dil_kernels.cli.environment import version_of
 from dil_kernels.losses.divergences import divergence_names
 
 PACKAGE = Path(__file__).parents[1]
@@ -49,9 +49,7 @@ def _make_text() -> str:
 
 def _key() -> str:
     """Of all that the text depends on."""
-    parts = [sys.version, *map(importlib.metadata.version, ("torch", "transformers")), *divergence_names()]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        parts.append(importlib.metadata.version("peft"))
+    parts = [sys.version, *map(version_of, ("torch", "transformers", "peft")), *divergence_names()]
     for path in sorted(PACKAGE.rglob("*")):
         if path.suffix in (".py", ".yaml"):
             status = path.stat()
