@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -22,10 +21,6 @@ OF_ONE_RUN = ("resume_from_checkpoint", "overwrite_output_dir", "traceback")  # 
 
 class InputError(Exception):
     """Something given to `dil-train` that it cannot start with."""
-
-
-class RunError(Exception):
-    """A training that failed; the message says why, and where to go on from."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,11 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # whatever models, data and packages raise
         if options.traceback:
             raise
+        from dil_kernels.training.output_dir import OutputDirError
+        from dil_kernels.training.run import SetupError, TrainingError
+
         if isinstance(error, PreferenceDataError):
             return _fail(" ".join(str(error).split()), BAD_INPUT)  # its names are columns, not options
-        if isinstance(error, InputError | NotImplementedError):
+        if isinstance(error, InputError | OutputDirError | SetupError | NotImplementedError):
             return _fail(in_options(str(error)), BAD_INPUT)
-        expected = isinstance(error, RunError | FloatingPointError)
+        expected = isinstance(error, TrainingError | FloatingPointError)
         message = str(error) if expected else f"{describe_error(error)} (--traceback shows where)"
         return _fail(in_options(message), FAILED)
     return 0
@@ -89,27 +87,26 @@ def train(options: RunOptions, config: DILConfig) -> None:
 
     Raises:
         InputError: a checkpoint, model, tokenizer or integration that cannot be used, or options that do not fit these.
+        OutputDirError: the directory must not or cannot be written into.
         PreferenceDataError: a broken preference pair.
+        SetupError: options, data and model do not make a run.
         NotImplementedError: a set-up that `DILTrainer` refuses, such as several GPUs in one process.
-        RunError: training failed.
+        TrainingError: training failed.
     """
     from dil_kernels.training.output_dir import output_directory
     from dil_kernels.training.preflight import check_before_loading
 
     checkpoint = _resolve_checkpoint(options, config)
-    with contextlib.ExitStack() as stack:
-        try:
-            check_before_loading(config)
-            stack.enter_context(
-                output_directory(
-                    str(config.output_dir),
-                    overwrite=options.overwrite_output_dir,
-                    checkpoint=checkpoint,
-                    inputs={"--model": options.model, "--ref-model": options.ref_model},
-                )
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from error
+    try:
+        check_before_loading(config)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    with output_directory(
+        str(config.output_dir),
+        overwrite=options.overwrite_output_dir,
+        checkpoint=checkpoint,
+        inputs={"--model": options.model, "--ref-model": options.ref_model},
+    ):
         _load_and_train(options, config, checkpoint)
 
 
@@ -117,34 +114,21 @@ def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | No
     tokenizer = _load_tokenizer(options)  # which is small, before the data
     train_dataset, eval_dataset = _load_data(options, config)
     from dil_kernels.training.output_dir import continues
-    from dil_kernels.training.run import SetupError, TrainingError, run_training
+    from dil_kernels.training.run import run_training
 
     model = _with_lora(_load_model(options.model, options), options, config)
     ref_model = None if options.ref_model is None else _load_model(options.ref_model, options)
-    try:
-        run_training(
-            model,
-            tokenizer,
-            config,
-            train_dataset,
-            eval_dataset,
-            ref_model=ref_model,
-            resume_from_checkpoint=checkpoint or False,
-            sources=_sources(options),
-            overwrite=options.overwrite_output_dir and not continues(str(config.output_dir), checkpoint),
-        )
-    except SetupError as error:
-        raise InputError(str(error)) from error
-    except TrainingError as error:
-        raise RunError(str(error)) from error
-
-
-def _sources(options: RunOptions) -> dict[str, Any]:
-    """The options beside `DILConfig` that the model card states: those that were given."""
-    kept = {name: value for name, value in options.given().items() if name not in OF_ONE_RUN}
-    if "import_modules" in kept:
-        kept["import"] = kept.pop("import_modules")
-    return kept
+    run_training(
+        model,
+        tokenizer,
+        config,
+        train_dataset,
+        eval_dataset,
+        ref_model=ref_model,
+        resume_from_checkpoint=checkpoint or False,
+        sources={name: value for name, value in options.given().items() if name not in OF_ONE_RUN},
+        overwrite=options.overwrite_output_dir and not continues(str(config.output_dir), checkpoint),
+    )
 
 
 def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | None:

@@ -128,14 +128,15 @@ class RunOptions:
         return self.eval_file is not None or self.test_split_size is not None
 
     def given(self) -> dict[str, Any]:
-        """The options that are not left at their defaults, by name."""
+        """The options that are not left at their defaults, by their names in a recipe."""
         kept: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("lora_options", "bnb_options"):
                 kept |= value
             elif value != field.default:
-                kept[field.name] = list(value) if isinstance(value, tuple) else value
+                name = "import" if field.name == "import_modules" else field.name
+                kept[name] = list(value) if isinstance(value, tuple) else value
         return kept
 
     def lora_config(self) -> Any:
