@@ -21,12 +21,22 @@ from torch import Tensor
 
 from dil_kernels.losses.divergences import divergence_names
 from experiments.tables import RESULTS, mean_and_sd, write_csv
-from experiments.tabular_problem import Loss, Table, make_table, sample, solve, total_variation
+from experiments.tabular_figure import draw
+from experiments.tabular_problem import (
+    FROM_REFERENCE,
+    FROM_REJECTED,
+    SETUPS,
+    Loss,
+    Table,
+    arrange,
+    make_table,
+    sample,
+    solve,
+    total_variation,
+)
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)
 BETAS = (0.1, 0.5, 1.0, 2.0)
-FROM_REFERENCE, FROM_REJECTED = "y_l from pi_ref", "y_l rejected"
-SETUPS = (FROM_REFERENCE, FROM_REJECTED)
 ROUTES = ("one-stage", "two-stage")
 
 
@@ -59,8 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = QUICK if options.quick else FULL
     output = options.output or (Path("runs/tabular_consistency") if options.quick else RESULTS)
 
-    from experiments.tabular_figure import draw
-
     population, sampled = population_rows(settings), sampled_rows(settings)
     summary = summarise(population, ("setup", "route", "loss", "alpha", "beta"))
     sampled_summary = summarise(sampled, ("setup", "loss", "alpha", "beta", "samples"))
@@ -80,13 +88,6 @@ def losses(setup: str) -> Iterator[Loss]:
         else:
             # Where y_l comes from pi_ref, the rejected responses alone are the reference expectation.
             yield from (Loss(name, alpha=alpha) for alpha in (ALPHAS if setup == FROM_REJECTED else (0.0,)))
-
-
-def arrange(table: Table, setup: str) -> tuple[Tensor, Tensor]:
-    """The distribution of y_l and the reference policy of a set-up."""
-    if setup == FROM_REFERENCE:
-        return table.reference, table.reference
-    return table.rejected, (table.chosen + table.rejected) / 2
 
 
 def population_rows(settings: Settings) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.figures import colour_of, finish_panel, marker_of, new_figure, save
+from experiments.tabular_problem import FROM_REFERENCE, FROM_REJECTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +19,6 @@ FROM_REFERENCE_TITLE = r"$y_l$ drawn from $\pi_{ref}$"
 
 def draw(summary: Rows, sampled: Rows, path: Path) -> None:
     """Three panels: optima with y_l from pi_ref, optima over alpha with rejected samples, error over sample size."""
-    from experiments.tabular_consistency import FROM_REFERENCE, FROM_REJECTED
-
     figure = new_figure(13.5, 4.4)
     optima, mixing, sampling = figure.subplots(1, 3)
     _draw_optima(optima, [row for row in summary if row["setup"] == FROM_REFERENCE])

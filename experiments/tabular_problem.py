@@ -14,6 +14,8 @@ MIN_PROBABILITY = 0.02  # so that each response is in every large sample
 LONGEST_STEP = 2.0  # nats, in any coordinate
 ROUNDING = 1e-14  # relative, of an expected loss
 DIFFERENCE = 1e-5  # nats, for second derivatives
+FROM_REFERENCE, FROM_REJECTED = "y_l from pi_ref", "y_l rejected"
+SETUPS = (FROM_REFERENCE, FROM_REJECTED)
 
 Objective = Callable[[Tensor], Tensor]
 
@@ -36,6 +38,13 @@ def make_table(seed: int, prompts: int, responses: int) -> Table:
         return MIN_PROBABILITY + (1.0 - MIN_PROBABILITY * responses) * scores.softmax(-1)
 
     return Table(distribution(), distribution(), distribution())
+
+
+def arrange(table: Table, setup: str) -> tuple[Tensor, Tensor]:
+    """The distribution of y_l and the reference policy of a set-up."""
+    if setup == FROM_REFERENCE:
+        return table.reference, table.reference
+    return table.rejected, (table.chosen + table.rejected) / 2
 
 
 def sample(distribution: Tensor, count: int, generator: torch.Generator) -> Tensor:
