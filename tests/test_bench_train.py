@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import write_lines
 from torch.nn.functional import logsigmoid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -51,9 +51,8 @@ def test_ragged_pairs_are_ragged_and_the_longest_is_as_said():
 
 
 def test_real_pairs_are_those_that_are_short_enough(tmp_path, monkeypatch):
-    file = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": "yes " * n, "chosen": "no " * 3, "rejected": "yes"} for n in (2, 9, 4, 3)]
-    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    file = write_lines(tmp_path / "pairs.jsonl", *pairs)
     monkeypatch.setenv(DATA_VARIABLE, str(file))
     case = TrainCase("tiny", "real", 2, 8, "model", torch.float32)  # a response ends with its end-of-sequence token
     assert [len(prompt) + len(response) for prompt, response in case.sequences] == [6, 8, 4, 6]

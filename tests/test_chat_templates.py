@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import said
 from tiny_tokenizers import byte_level
 
 from dil_kernels.data import PreferenceDataError, check_pair
@@ -44,10 +45,6 @@ TEXT_ARGUMENTS = (
     "{{ call.function.name + ' ' + call.function.arguments }}{% endfor %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-def said(role: str, content: Any, **keys: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **keys}
 
 
 def called(arguments: Any, content: str | None = None, **keys: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_model import CHAT_TEMPLATE, make_model, make_pairs, make_tokenizer
+from tiny_model import CHAT_TEMPLATE, make_pairs, make_tokenizer, save_model, write_lines
 
 from dil_kernels import backends
 from dil_kernels.cli import programs
@@ -23,17 +23,12 @@ from dil_kernels.wording import ELSEWHERE
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return directory
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(12)))
-    return path
+    return write_lines(tmp_path_factory.mktemp("data") / "pairs.jsonl", *make_pairs(12))
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -11,8 +11,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from refusals import LENGTHS, refusal, tokenising_refusal, write_lines
-from tiny_model import CHAT_TEMPLATE, make_tokenizer
+from refusals import LENGTHS, ONE_TURN, PLAIN, refusal, tokenising_refusal
+from tiny_model import CHAT_TEMPLATE, make_tokenizer, write_lines
 
 from dil_kernels.cli import programs
 from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs, loading
@@ -21,13 +21,6 @@ from dil_kernels.data.tokenization import tokenize_dataset
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
-PLAIN = {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5"}
-ASKED = [{"role": "user", "content": "w1"}]
-CHAT = {
-    "prompt": ASKED,
-    "chosen": [{"role": "assistant", "content": "w3"}],
-    "rejected": [{"role": "assistant", "content": "w4"}],
-}
 PICTURE = {"bytes": b"x", "path": None}
 
 
@@ -50,7 +43,7 @@ def test_columns_of_a_table_that_cannot_be_used_are_named(tmp_path: Path) -> Non
     assert tokenising_refusal(asked) == "column 'chosen' is missing (columns: question, answer)"
     content = [{"role": "assistant", "content": b"w1"}]
     with pytest.raises(PreferenceDataError, match="message 1: content must be a string, got bytes"):
-        check_pair({**CHAT, "chosen": content}, "row 1")
+        check_pair({**ONE_TURN, "chosen": content}, "row 1")
 
 
 @pytest.mark.parametrize("form", ["pairs.jsonl", "pairs.parquet", "directory", "data set"])
@@ -78,7 +71,7 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path, form: str, cap
 @pytest.mark.parametrize("kind", ["pandas", "arrow", "numpy", "torch"])
 def test_a_data_set_may_have_any_format(kind: str) -> None:
     tokenizer = make_tokenizer()
-    for pair in (PLAIN, CHAT):
+    for pair in (PLAIN, ONE_TURN):
         plain = datasets.Dataset.from_list([pair, pair])
         expected = tokenize_dataset(plain, tokenizer, **LENGTHS).to_list()
         assert tokenize_dataset(plain.with_format(kind), tokenizer, **LENGTHS).to_list() == expected
@@ -93,7 +86,7 @@ def test_a_transform_of_the_users_is_applied() -> None:
     assert tokenize_dataset(raw, tokenizer, **LENGTHS).select_columns(columns)[0] == expected.select_columns(columns)[0]
 
 
-@pytest.mark.parametrize("pair", [PLAIN, CHAT], ids=["strings", "messages"])
+@pytest.mark.parametrize("pair", [PLAIN, ONE_TURN], ids=["strings", "messages"])
 @pytest.mark.parametrize("name", ["image", "images"])
 def test_columns_of_images_are_refused(tmp_path: Path, pair: dict[str, Any], name: str) -> None:
     problem = f"column {name!r} has images, video or sound, of which training sees nothing"
@@ -129,11 +122,11 @@ def test_dil_train_refuses_columns_of_images(tmp_path: Path, capsys: pytest.Capt
 def test_pictures_beside_the_text_of_a_part_are_refused() -> None:
     content = [{"type": "text", "text": "w1", "image": "a.png"}]
     with pytest.raises(PreferenceDataError, match="message 1, part 1: only text can be trained on, got image, too"):
-        check_pair({**CHAT, "prompt": [{"role": "user", "content": content}]}, "row 1")
+        check_pair({**ONE_TURN, "prompt": [{"role": "user", "content": content}]}, "row 1")
 
 
 def test_rows_of_two_kinds_in_a_data_set_are_named() -> None:
-    rows = [{name: json.dumps(value) for name, value in CHAT.items()}, PLAIN]
+    rows = [{name: json.dumps(value) for name, value in ONE_TURN.items()}, PLAIN]
     message = tokenising_refusal(datasets.Dataset.from_list(rows))
     assert message == "row 2: this pair is three strings, but those before it are lists of messages"
 
@@ -176,7 +169,7 @@ def test_the_key_of_cached_rows_changes_with_the_code(tmp_path: Path) -> None:
 def test_the_key_of_tokenised_rows_has_the_tokenizer(tmp_path: Path, change: str) -> None:
     directory = tmp_path / "set"
     directory.mkdir()
-    datasets.Dataset.from_list([PLAIN if change == "eos_token" else CHAT]).to_parquet(directory / "train.parquet")
+    datasets.Dataset.from_list([PLAIN if change == "eos_token" else ONE_TURN]).to_parquet(directory / "train.parquet")
     loaded = load_preference_pairs(directory)
     assert loaded.cache_files, "else nothing would be kept"
     before = tokenize_dataset(loaded, make_tokenizer(), **LENGTHS)["chosen_ids"][0]
@@ -189,7 +182,7 @@ def test_the_key_of_tokenised_rows_has_the_tokenizer(tmp_path: Path, change: str
 
 @pytest.mark.parametrize("form", ["pairs.jsonl", "set"])
 def test_faults_found_in_tokenising_name_the_file(tmp_path: Path, form: str) -> None:
-    rows = [{**CHAT, "tools": None}, {**CHAT, "tools": json.dumps([{"name": "w7"}])}]
+    rows = [{**ONE_TURN, "tools": None}, {**ONE_TURN, "tools": json.dumps([{"name": "w7"}])}]
     source = tmp_path / form
     if form == "set":
         source.mkdir()

@@ -8,7 +8,8 @@ from typing import Any
 
 import datasets
 import pytest
-from refusals import CHAT, PLAIN, message, refusal, write_lines
+from refusals import CHAT, PLAIN, refusal, said
+from tiny_model import write_lines
 
 from dil_kernels.data import load_preference_pairs
 from dil_kernels.data.files import FILE_SUFFIXES
@@ -53,7 +54,7 @@ def test_a_directory_is_loaded_by_split(tmp_path: Path) -> None:
     write_lines(directory / "test.jsonl", CHAT, CHAT)
     assert load_preference_pairs(directory).to_list() == [CHAT]
     assert load_preference_pairs(directory, split="test").to_list() == [CHAT, CHAT]
-    broken = {**CHAT, "rejected": [message("assistant", " ")]}
+    broken = {**CHAT, "rejected": [said("assistant", " ")]}
     write_lines(directory / "train.jsonl", CHAT, broken)
     assert refusal(directory) == f"{directory / 'train.jsonl'}, line 2, column 'rejected': the response is empty"
 
@@ -65,7 +66,7 @@ def test_whole_conversations_share_the_prompt(tmp_path: Path) -> None:
         assert load_preference_pairs(write_lines(path, {**prompt, **whole})).to_list() == [CHAT]
     answers = {column: CHAT[column] for column in ("chosen", "rejected")}
     loaded = load_preference_pairs(write_lines(path, {"prompt": "w1", **answers}))
-    assert loaded.to_list() == [{"prompt": [message("user", "w1")], **answers}]
+    assert loaded.to_list() == [{"prompt": [said("user", "w1")], **answers}]
 
 
 BROKEN = {
@@ -110,20 +111,20 @@ BROKEN_CHAT = {
         ", column 'prompt': expected a string or a list of {role, content} messages, got int",
     ),
     "empty response": (
-        {**CHAT, "rejected": [message("assistant", " ")]},
+        {**CHAT, "rejected": [said("assistant", " ")]},
         ", column 'rejected': the response is empty",
     ),
     "no message": ({**CHAT, "chosen": ["w1"]}, ", column 'chosen', message 1: expected {role, content}, got 'w1'"),
     "no content": (
-        {**CHAT, "prompt": [message("user", "w1"), {"role": "user"}]},
+        {**CHAT, "prompt": [said("user", "w1"), {"role": "user"}]},
         ", column 'prompt', message 2: content must be a string, got NoneType",
     ),
     "role of another type": (
-        {**CHAT, "rejected": [message(1, "w1")]},  # type: ignore[arg-type]
+        {**CHAT, "rejected": [said(1, "w1")]},  # type: ignore[arg-type]
         ", column 'rejected', message 1: role must be a string, got int",
     ),
     "answer of the user": (
-        {**CHAT, "chosen": [message("user", "w1")]},
+        {**CHAT, "chosen": [said("user", "w1")]},
         ", column 'chosen': the last message is not the assistant's, but 'user'",
     ),
     "prompt given twice": (

@@ -197,11 +197,6 @@ def test_tensorboard_has_metrics_and_answers(tmp_path: Path, monkeypatch: pytest
 
 
 DISTRIBUTED = """
-import sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-torch.set_num_threads(1)
 from test_generations import OPTIONS
 from tiny_trainer import make_trainer
 from tiny_model import make_pairs

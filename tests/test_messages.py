@@ -9,7 +9,8 @@ from typing import Any
 
 import datasets
 import pytest
-from tiny_model import make_tokenizer
+from refusals import LENGTHS, said
+from tiny_model import make_tokenizer, write_lines
 from transformers import PreTrainedTokenizerFast
 
 from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs
@@ -30,10 +31,6 @@ TEMPLATE = (
 )
 
 
-def said(role: str, content: Any, **keys: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **keys}
-
-
 def call(name: str, arguments: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -52,7 +49,6 @@ CALLED = {
     "tools": TOOLS,
 }
 PLAIN = {"prompt": ASKED[:1], "chosen": [said("assistant", "w3")], "rejected": [said("assistant", "w4")]}
-OPTIONS = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -84,9 +80,7 @@ def refusal(record: dict[str, Any]) -> str:
 def test_every_key_reaches_the_template_from_every_source(tmp_path: Path, form: str) -> None:
     other = {**CALLED, "rejected": [said("assistant", "", tool_calls=[call("w8", {"b": [1, "x"]})])]}
     pairs = [CALLED, {**other, "tools": OTHER_TOOLS}, PLAIN, {**CALLED, "chat_template_kwargs": {"style": "terse"}}]
-    path = tmp_path / "set" / "train.jsonl"
-    path.parent.mkdir()
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    path = write_lines(tmp_path / "set" / "train.jsonl", *pairs)
     loaded = load_preference_pairs(path)
     if form == "parquet with JSON text":
         loaded.to_parquet(tmp_path / "pairs.parquet")
@@ -95,7 +89,7 @@ def test_every_key_reaches_the_template_from_every_source(tmp_path: Path, form: 
         loaded = load_preference_pairs(path.parent)
     elif form == "data set":
         loaded = datasets.Dataset.from_list(loaded.to_list())
-    tokenized = tokenize_dataset(loaded, tokenizer(), **OPTIONS).to_list()
+    tokenized = tokenize_dataset(loaded, tokenizer(), **LENGTHS).to_list()
     assert len(tokenized) == 4
     for row, pair in zip(tokenized, pairs, strict=True):
         prompt, chosen, rejected = rendered(pair, **pair.get("chat_template_kwargs", {}))
@@ -110,9 +104,7 @@ def test_every_key_reaches_the_template_from_every_source(tmp_path: Path, form: 
 
 
 def test_rows_with_and_without_tools_meet_across_chunks(tmp_path: Path) -> None:
-    path = tmp_path / "many.jsonl"
-    path.write_text("".join(json.dumps(PLAIN) + "\n" for _ in range(1000)) + json.dumps(CALLED) + "\n")
-    loaded = load_preference_pairs(path)
+    loaded = load_preference_pairs(write_lines(tmp_path / "many.jsonl", *[PLAIN] * 1000, CALLED))
     assert loaded.column_names == ["prompt", "chosen", "rejected", "tools"]
     assert check_pair(loaded[999], "row 1000")["prompt"] == PLAIN["prompt"]
     assert loaded[999]["tools"] is None
@@ -257,7 +249,7 @@ def test_token_ids_are_those_of_trl(implicit: bool) -> None:
     dataset = datasets.Dataset.from_list([{**row, "chat_template_kwargs": {"style": "terse"}} for row in text])
     trainer = SimpleNamespace(_tokenizer=tokenizer())
     theirs = DPOTrainer._prepare_dataset(trainer, dataset, tokenizer(), DPOConfig(report_to=[], use_cpu=True), "train")
-    ours = tokenize_dataset(dataset, tokenizer(), **OPTIONS)
+    ours = tokenize_dataset(dataset, tokenizer(), **LENGTHS)
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert ours[column][:] == theirs[column][:], column
 
@@ -311,9 +303,8 @@ def test_tokens_do_not_cross_the_end_of_a_shared_prompt() -> None:
 
 def test_reference_log_probs_of_a_file_stay(tmp_path: Path) -> None:
     pair = {**PLAIN, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2}
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(pair) + "\n")
-    tokenized = tokenize_dataset(load_preference_pairs(path), tokenizer(), **OPTIONS)
+    path = write_lines(tmp_path / "pairs.jsonl", pair)
+    tokenized = tokenize_dataset(load_preference_pairs(path), tokenizer(), **LENGTHS)
     assert (tokenized["ref_chosen_logps"][0], tokenized["ref_rejected_logps"][0]) == (-1.5, -2.0)
     for broken, problem in (("-1", "got '-1'"), (float("nan"), "got nan"), (True, "got True")):
         path.write_text(json.dumps({**pair, "ref_chosen_logps": broken}))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refusals import refusal, write_lines
+from refusals import refusal
+from tiny_model import write_lines
 
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
 from dil_kernels.data.mixture import DataSource, data_sources, load_mixture, split_off_test

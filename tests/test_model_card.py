@@ -14,8 +14,7 @@ import transformers
 import yaml
 from huggingface_hub import ModelCard
 from plain_training import plain_logps
-from test_unpaired_training import make_responses
-from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_model import make_model, make_pairs, make_responses, make_tokenizer
 from tiny_trainer import batch_of, make_trainer, tokenized
 
 from dil_kernels.cli.arguments import parse_arguments

@@ -12,9 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_training import RELATIVE, GradientRecorder, assert_all_close, plain_gradients, plain_pairs
-from test_unpaired_training import make_responses
-from tiny_model import make_model, make_pairs, make_tokenizer
-from tiny_trainer import assert_bitwise_equal, distributed_run, make_trainer, resumable_run, tokenized, trained_weights
+from tiny_model import make_model, make_pairs, make_responses, make_tokenizer
+from tiny_trainer import (
+    assert_bitwise_equal,
+    assert_trained_as,
+    distributed_run,
+    make_trainer,
+    resumable_run,
+    tokenized,
+    trained_weights,
+)
 from two_processes import run_on_two_processes
 
 from dil_kernels.data.batches import Batch
@@ -189,11 +196,6 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
 
 
 DISTRIBUTED = """
-import sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-torch.set_num_threads(1)
 from tiny_trainer import distributed_run
 distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="gloo", padding_free=True)
 """
@@ -201,14 +203,9 @@ distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="g
 
 def test_two_processes_train_as_one_with_padding(tmp_path: Path) -> None:
     run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path)
-    weights, history = torch.load(tmp_path / "result.pt")
     (tmp_path / "one").mkdir()
     one = distributed_run(tmp_path / "one", per_device_train_batch_size=4)
-    for name, value in trained_weights(one).items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    for actual, expected in zip(history, one.state.log_history, strict=True):
-        for key in expected.keys() & {"loss", "eval_loss", *METRICS, *(f"eval_{metric}" for metric in METRICS)}:
-            assert actual[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+    assert_trained_as(tmp_path, one)
 
 
 def test_scores_before_and_after_are_those_of_padded_batches(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_peft_training import assert_reference_is, lora_config
-from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_model import make_model, make_pairs, save_model
 from tiny_trainer import make_trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -22,9 +22,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
-    make_model(tie_word_embeddings=False, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    model = make_model(tie_word_embeddings=False, hidden_size=64, intermediate_size=128)
+    return save_model(tmp_path / "base", model)
 
 
 @pytest.fixture(autouse=True)

@@ -8,21 +8,14 @@ from typing import Any
 
 import datasets
 import pytest
-from refusals import LENGTHS, refusal, write_lines
-from tiny_model import make_tokenizer
+from refusals import ASKED, LENGTHS, ONE_TURN, PLAIN, refusal
+from tiny_model import make_tokenizer, write_lines
 
 from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs
 from dil_kernels.data.tokenization import tokenize_dataset
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
-PLAIN = {"prompt": "w1 w2 ", "chosen": "w3 w4", "rejected": "w5"}
-ASKED = [{"role": "user", "content": "w1"}]
-CHAT = {
-    "prompt": ASKED,
-    "chosen": [{"role": "assistant", "content": "w3"}],
-    "rejected": [{"role": "assistant", "content": "w4"}],
-}
 # Says a null as w60, so that one that is lost shows in the tokens.
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
@@ -115,7 +108,7 @@ def test_another_encoding_is_named(tmp_path: Path, encoding: str, text: str) -> 
 def called(arguments: dict[str, Any]) -> dict[str, Any]:
     call = {"type": "function", "function": {"name": "w7", "arguments": arguments}}
     answer = {"role": "assistant", "content": None, "tool_calls": [call]}
-    return {**CHAT, "chosen": [answer, {"role": "assistant", "content": "w3"}]}
+    return {**ONE_TURN, "chosen": [answer, {"role": "assistant", "content": "w3"}]}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +146,7 @@ def test_nulls_survive_every_way_in_that_can_hold_them(
 
 def test_a_null_key_of_a_message_says_no_more_than_none() -> None:
     answer = [{"role": "assistant", "content": "w3", "tool_calls": None, "name": None}]
-    assert check_pair({**CHAT, "chosen": answer}, "row 1") == CHAT
+    assert check_pair({**ONE_TURN, "chosen": answer}, "row 1") == ONE_TURN
 
 
 def test_sharegpt_messages_are_read(tmp_path: Path) -> None:
@@ -162,7 +155,7 @@ def test_sharegpt_messages_are_read(tmp_path: Path) -> None:
         "chosen": [{"from": "gpt", "value": "w3"}],
         "rejected": [{"from": "gpt", "value": "w4"}],
     }
-    expected = {**CHAT, "prompt": [{"role": "system", "content": "w9"}, *ASKED]}
+    expected = {**ONE_TURN, "prompt": [{"role": "system", "content": "w9"}, *ASKED]}
     assert load_preference_pairs(write_lines(tmp_path / "pairs.jsonl", record)).to_list() == [expected]
     datasets.Dataset.from_list([record]).to_parquet(tmp_path / "pairs.parquet")
     loaded = load_preference_pairs(tmp_path / "pairs.parquet")
@@ -179,15 +172,16 @@ def test_sharegpt_messages_are_read(tmp_path: Path) -> None:
 def test_messages_that_are_json_text_are_read_as_messages(
     tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    named = {**CHAT, "prompt": [{**ASKED[0], "name": "w2"}]}
-    rows = [{name: json.dumps(value) for name, value in pair.items()} for pair in (CHAT, named)]
+    named = {**ONE_TURN, "prompt": [{**ASKED[0], "name": "w2"}]}
+    rows = [{name: json.dumps(value) for name, value in pair.items()} for pair in (ONE_TURN, named)]
     source = tmp_path / ("set" if form == "directory" else form)
     if form == "pairs.jsonl":
         write_lines(source, *rows)
     elif form == "data set":
         tokenizer = make_tokenizer()
         one, other = (
-            tokenize_dataset(datasets.Dataset.from_list(pairs), tokenizer, **LENGTHS) for pairs in (rows[:1], [CHAT])
+            tokenize_dataset(datasets.Dataset.from_list(pairs), tokenizer, **LENGTHS)
+            for pairs in (rows[:1], [ONE_TURN])
         )
         assert one.to_list() == other.to_list()
         assert caplog.messages == ["the data: read as messages, since it is JSON text of such: chosen, rejected"]
@@ -195,7 +189,7 @@ def test_messages_that_are_json_text_are_read_as_messages(
     else:
         source.mkdir(exist_ok=True) if form == "directory" else None
         datasets.Dataset.from_list(rows).to_parquet(source / "train.parquet" if form == "directory" else source)
-    assert [check_pair(row, "row") for row in load_preference_pairs(source)] == [CHAT, named]
+    assert [check_pair(row, "row") for row in load_preference_pairs(source)] == [ONE_TURN, named]
     assert caplog.messages == [f"{source}: read as messages, since it is JSON text of such: chosen, rejected"]
 
 
@@ -226,7 +220,7 @@ def test_lists_of_other_objects_are_text(text: str) -> None:
             "quotes at character 3",
         ),
         (
-            {"chosen": json.dumps([*CHAT["chosen"], 3])},
+            {"chosen": json.dumps([*ONE_TURN["chosen"], 3])},
             ", column 'chosen', message 2: expected {role, content}, got 3",
         ),
         (
@@ -243,7 +237,7 @@ def test_lists_of_other_objects_are_text(text: str) -> None:
 )
 def test_the_column_that_differs_is_blamed(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(PreferenceDataError) as caught:
-        check_pair({**CHAT, **change}, "row 3")
+        check_pair({**ONE_TURN, **change}, "row 3")
     assert str(caught.value) == f"row 3{problem}"
 
 

@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_model import make_model, make_pairs, make_tokenizer, save_model, write_lines
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Trainer, get_scheduler
 
 from dil_kernels.cli import programs
@@ -180,10 +180,8 @@ def test_rows_of_ultrafeedback_are_tokenised(name: str, tmp_path: Path) -> None:
 
 
 def test_the_small_recipe_runs(tmp_path: Path, capsys) -> None:
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(12)))
+    save_model(tmp_path / "model")
+    pairs = write_lines(tmp_path / "pairs.jsonl", *make_pairs(12))
     files = ["--train-file", str(pairs), "--eval-file", str(pairs), "--output-dir", str(tmp_path / "out")]
     model = ["--model", str(tmp_path / "model"), "--learning-rate", "1e-3"]
     assert programs.main(["--config", "smollm2-135m-dil", *model, *files, "--use-cpu", "--disable-tqdm"]) == 0
@@ -193,10 +191,8 @@ def test_the_small_recipe_runs(tmp_path: Path, capsys) -> None:
 
 
 def test_lora_from_the_command_line(tmp_path: Path, capsys) -> None:
-    make_model(tie_word_embeddings=False).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(4)))
+    save_model(tmp_path / "model", make_model(tie_word_embeddings=False))
+    pairs = write_lines(tmp_path / "pairs.jsonl", *make_pairs(4))
     argv = ["--config", "smollm2-135m-dil", "--model", str(tmp_path / "model"), "--train-file", str(pairs)]
     argv += ["--output-dir", str(tmp_path / "out"), "--use-cpu", "--disable-tqdm"]
     assert programs.main([*argv, "--lora-rank", "3", "--lora-target-modules", "q_proj", "up_proj"]) == 0
@@ -213,10 +209,8 @@ def test_lora_from_the_command_line(tmp_path: Path, capsys) -> None:
 
 
 def test_flash_attention_that_is_not_installed_is_one_line(tmp_path: Path, capsys) -> None:
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(json.dumps(make_pairs(1)[0]) + "\n")
+    save_model(tmp_path / "model")
+    pairs = write_lines(tmp_path / "pairs.jsonl", *make_pairs(1))
     argv = ["--config", "mistral-7b-base-dil", "--model", str(tmp_path / "model"), "--train-file", str(pairs)]
     argv += ["--train-split", "train", "--eval-file", str(pairs), "--eval-split", "train", "--use-cpu"]
     assert programs.main([*argv, "--output-dir", str(tmp_path / "out")]) == 2

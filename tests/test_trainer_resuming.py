@@ -13,11 +13,10 @@ import pytest
 import torch
 from tiny_model import make_model
 from tiny_trainer import assert_bitwise_equal, make_trainer, resumable_run, trained_weights
+from two_processes import IMPORTS
 
 from dil_kernels.trainer import last_complete_checkpoint
 from dil_kernels.training.metrics import METRICS
-
-ROOT = Path(__file__).parents[1]
 
 RESUMED = {
     "frozen copy": {},
@@ -57,11 +56,7 @@ def test_resuming_keeps_the_original_reference(tmp_path: Path, precompute: bool)
 
 
 KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-torch.set_num_threads({threads})
+import os, signal
 from transformers import Trainer, TrainerCallback
 from tiny_trainer import resumable_run
 
@@ -86,7 +81,7 @@ trainer.train()
 @pytest.mark.parametrize("moment", ["between checkpoints", "within a checkpoint"])
 def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path: Path, moment: str) -> None:
     script = tmp_path / "run.py"
-    script.write_text(KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), threads=torch.get_num_threads()))
+    script.write_text(f"{IMPORTS}torch.set_num_threads({torch.get_num_threads()})\n{KILLED}")
     result = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "killed"), moment], capture_output=True, text=True, timeout=300
     )

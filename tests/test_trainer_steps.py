@@ -21,7 +21,15 @@ from plain_training import (
     plain_pairs,
 )
 from tiny_model import make_model, make_pairs
-from tiny_trainer import assert_bitwise_equal, batch_of, distributed_run, make_trainer, tokenized, trained_weights
+from tiny_trainer import (
+    assert_bitwise_equal,
+    assert_trained_as,
+    batch_of,
+    distributed_run,
+    make_trainer,
+    tokenized,
+    trained_weights,
+)
 from transformers import GPT2Config, GPT2LMHeadModel
 from two_processes import run_on_two_processes
 
@@ -107,11 +115,6 @@ def test_a_batch_in_which_no_pair_counts_changes_nothing(tmp_path: Path) -> None
 
 
 DISTRIBUTED = """
-import sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-torch.set_num_threads(1)
 from tiny_trainer import distributed_run
 distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="gloo")
 """
@@ -120,14 +123,9 @@ distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="g
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path / "two")
-    weights, history = torch.load(tmp_path / "two" / "result.pt")
     (tmp_path / "one").mkdir()
     one = distributed_run(tmp_path / "one", per_device_train_batch_size=4)
-    for name, value in trained_weights(one).items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    for actual, expected in zip(history, one.state.log_history, strict=True):
-        for key in expected.keys() & {"loss", "eval_loss", *METRICS, *(f"eval_{metric}" for metric in METRICS)}:
-            assert actual[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+    assert_trained_as(tmp_path / "two", one)
 
 
 def test_mixed_precision_runs_the_reference_as_the_policy(tmp_path: Path) -> None:

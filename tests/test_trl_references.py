@@ -10,7 +10,8 @@ import pytest
 import torch
 from plain_training import RELATIVE, GradientRecorder, assert_all_close, plain_gradients
 from tiny_model import make_model
-from trl_runs import batch_of, logs_of, make_trainer, peft, plain_pairs, weights_of
+from tiny_trainer import trained_weights
+from trl_runs import batch_of, logs_of, make_trainer, peft, plain_pairs
 
 from dil_kernels.training.metrics import METRICS
 
@@ -78,7 +79,7 @@ def test_precomputed_references_train_as_live_ones(tmp_path: Path) -> None:
     for response in ("chosen", "rejected"):  # sums, which is what TRL caches
         sums = torch.tensor(stored.train_dataset[f"ref_{response}_logps"])
         torch.testing.assert_close(sums, truth[f"logps/{response}"].float(), rtol=1e-6, atol=0)
-    assert_all_close(weights_of(stored), weights_of(live), 1e-6)  # the stored sums are fp32
+    assert_all_close(trained_weights(stored), trained_weights(live), 1e-6)  # the stored sums are fp32
 
 
 def test_a_reference_that_follows_the_policy(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from plain_training import OPTIONS, RELATIVE, GradientRecorder, assert_all_close, plain_gradients
 from tiny_model import make_model, make_pairs
+from tiny_trainer import trained_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl_runs import (
@@ -26,7 +27,6 @@ from trl_runs import (
     make_trainer,
     near,
     plain_pairs,
-    weights_of,
 )
 from two_processes import run_on_two_processes
 
@@ -99,7 +99,7 @@ def test_a_head_that_cannot_be_fused_is_scored_from_logits(tmp_path: Path, caplo
     def run(model: Any) -> dict[str, Tensor]:
         trainer = make_trainer(tmp_path, model=model.double(), ref_model=make_model(1).double(), max_steps=2)
         trainer.train()
-        return weights_of(trainer)
+        return trained_weights(trainer)
 
     model = make_model(0)
     model.lm_head.forward = functools.partial(torch.nn.Linear.forward, model.lm_head)
@@ -121,11 +121,6 @@ def test_pairs_without_a_scored_token_are_left_out_of_the_mean(tmp_path: Path) -
 
 
 DISTRIBUTED = """
-import sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-torch.set_num_threads(1)
 from test_trl_steps import distributed_run
 distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="gloo")
 """
@@ -228,7 +223,7 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for actual, expected in zip(logs_of(resumed), logs_of(whole), strict=True):
         assert {**actual, "num_tokens": 0} == {**expected, "num_tokens": 0}  # TRL counts them from the resumption
-    for name, value in weights_of(whole).items():
+    for name, value in trained_weights(whole).items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
     card = (tmp_path / "README.md").read_text()
     assert "trained with DIL" in card

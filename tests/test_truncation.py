@@ -146,9 +146,6 @@ def test_streams_are_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 DISTRIBUTED = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from pathlib import Path
 from test_truncation import ROWS, make_trainer
 import datasets
 rows = datasets.Dataset.from_list(ROWS)

@@ -12,9 +12,8 @@ import datasets
 import pytest
 import torch
 from plain_training import RELATIVE, GradientRecorder, assert_all_close, plain_gradients, plain_logps
-from refusals import write_lines
-from tiny_model import make_model, make_pairs, make_tokenizer
-from tiny_trainer import make_trainer, tokenized, trained_weights
+from tiny_model import make_model, make_responses, save_model, write_lines
+from tiny_trainer import assert_trained_as, make_trainer, save_result, tokenized
 from torch import Tensor
 from two_processes import run_on_two_processes
 
@@ -32,14 +31,6 @@ CHAT = {
     "completion": [{"role": "assistant", "content": "w3 w4"}],
     "label": False,
 }
-
-
-def make_responses(count: int, seed: int = 0) -> datasets.Dataset:
-    """Two chosen responses for each rejected one."""
-    rows = make_pairs(count, seed).to_list()
-    return datasets.Dataset.from_list(
-        [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 != 1} for i, row in enumerate(rows)]
-    )
 
 
 @pytest.mark.parametrize("record", [PLAIN, CHAT], ids=["plain", "conversational"])
@@ -144,11 +135,6 @@ def test_accumulated_gradients_are_those_of_one_batch(
 
 
 DISTRIBUTED = """
-import sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-torch.set_num_threads(1)
 from test_unpaired_training import distributed_run
 distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="gloo")
 """
@@ -170,22 +156,16 @@ def distributed_run(output_dir: Path, **options: Any) -> Any:
         **options,
     )
     trainer.train()
-    if trainer.is_world_process_zero():
-        torch.save((trainer.model.state_dict(), trainer.state.log_history), output_dir / "result.pt")
+    save_result(trainer)
     return trainer
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path / "two")
-    weights, history = torch.load(tmp_path / "two" / "result.pt")
     (tmp_path / "one").mkdir()
     one = distributed_run(tmp_path / "one", per_device_train_batch_size=4)
-    for name, value in trained_weights(one).items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    for actual, expected in zip(history, one.state.log_history, strict=True):
-        for key in expected.keys() & {"loss", "loss/chosen", "rewards/margins", "logps/rejected"}:
-            assert actual[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
+    assert_trained_as(tmp_path / "two", one, ("loss", "loss/chosen", "rewards/margins", "logps/rejected"))
 
 
 def test_dpo_needs_pairs(tmp_path: Path) -> None:
@@ -194,8 +174,7 @@ def test_dpo_needs_pairs(tmp_path: Path) -> None:
 
 
 def test_the_command_line_with_a_registered_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    make_model().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model")
     data = write_lines(tmp_path / "data.jsonl", *make_responses(6).to_list())
     (tmp_path / "my_losses.py").write_text(
         "from dil_kernels import Divergence, register_divergence\n"

@@ -1,8 +1,10 @@
-"""A tokenizer, a language model and preference pairs that are small, deterministic and need no network."""
+"""A tokenizer, a language model and data that are small, deterministic and need no network; and files of them."""
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,3 +65,25 @@ def make_pairs(count: int, seed: int = 0) -> Dataset:
             for _ in range(count)
         ]
     )
+
+
+def make_responses(count: int, seed: int = 0) -> Dataset:
+    """Responses that do not come in pairs: two chosen for each rejected one."""
+    rows = make_pairs(count, seed).to_list()
+    return Dataset.from_list(
+        [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 != 1} for i, row in enumerate(rows)]
+    )
+
+
+def save_model(directory: Path, model: Any = None) -> Path:
+    """Write a model, that of `make_model` unless given, with its tokenizer."""
+    (make_model() if model is None else model).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    """A line of JSON for each; strings are lines as they are."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pytest
 import torch
 from tiny_model import make_model, make_pairs, make_tokenizer
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.data.tokenization import tokenize_dataset
 from dil_kernels.trainer import DILConfig, DILTrainer
+from dil_kernels.training.metrics import METRICS
 
 
 def make_trainer(output_dir: Path, **options: Any) -> DILTrainer:
@@ -91,9 +94,26 @@ def distributed_run(output_dir: Path, **options: Any) -> DILTrainer:
     )
     trainer.train()
     trainer.evaluate()
-    if trainer.is_world_process_zero():
-        torch.save((trainer.model.state_dict(), trainer.state.log_history), output_dir / "result.pt")
+    save_result(trainer)
     return trainer
+
+
+def save_result(trainer: DILTrainer) -> None:
+    """Keep the weights and the log, for `assert_trained_as` in another process."""
+    if trainer.is_world_process_zero():
+        torch.save((trainer.model.state_dict(), trainer.state.log_history), Path(trainer.args.output_dir) / "result.pt")
+
+
+def assert_trained_as(
+    output_dir: Path, one: DILTrainer, metrics: Iterable[str] = (*METRICS, *(f"eval_{name}" for name in METRICS))
+) -> None:
+    """The result that was saved there is that of `one`, up to the order of sums."""
+    weights, history = torch.load(output_dir / "result.pt")
+    for name, value in trained_weights(one).items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for actual, expected in zip(history, one.state.log_history, strict=True):
+        for key in expected.keys() & set(metrics):
+            assert actual[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), key
 
 
 def resumable_run(output_dir: Path, **options: Any) -> DILTrainer:

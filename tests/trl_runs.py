@@ -14,6 +14,7 @@ import pytest
 import torch
 from plain_training import plain_metrics
 from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_trainer import trained_weights
 from torch import Tensor
 
 trl = pytest.importorskip("trl", reason="needs the extra [trl]")
@@ -71,10 +72,6 @@ def near(model: torch.nn.Module, scale: float = 0.02) -> Any:
     return model
 
 
-def weights_of(trainer: Any) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
 def logs_of(trainer: Any) -> list[dict[str, float]]:
     return [log for log in trainer.state.log_history if "loss" in log]
 
@@ -117,7 +114,7 @@ def accumulated(output_dir: Path, batch_size: int, accumulation: int, **options:
     )
     trainer.train()
     assert trainer.state.global_step == 1
-    return weights_of(trainer)
+    return trained_weights(trainer)
 
 
 class Unscored:

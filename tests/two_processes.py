@@ -8,18 +8,23 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+IMPORTS = f"""import sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+"""
 
 
 def run_on_two_processes(source: str, tmp_path: Path, directory: Path) -> subprocess.CompletedProcess[str]:
     """Run a script with torchrun, one thread a process; its failure is this test's.
 
     Args:
-        source: of the script, with the fields root and tests for what it must import from.
+        source: of the script, after `IMPORTS`.
         tmp_path: where the script is written.
         directory: its one argument.
     """
     script = tmp_path / "run.py"
-    script.write_text(source.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    script.write_text(IMPORTS + "torch.set_num_threads(1)\n" + source)
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
