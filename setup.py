@@ -1,6 +1,6 @@
 """Build of the extension: two shared objects on PyTorch's stable ABI, compiled by ninja.
 
-    dil_kernels/_C.*.so   pybind11 module, op schemas, CPU kernels
+    dil_kernels/_C.*.so   pybind11 module, CPU kernels
     dil_kernels/_cuda.so  CUDA kernels, loaded only where torch has CUDA
 
 Environment:

@@ -91,12 +91,12 @@ def sweep(grid: Grid, itemsize: int, capability: tuple[int, int]) -> Shapes:
             logits = torch.randn(1, rows, V, device=grid.device).to(DTYPES[itemsize])
             labels = torch.randint(0, V, (1, rows), device=grid.device)
             with entry(capability, itemsize, Shapes(shape, shape, shape)):
-                logps, row_max, log_sum, _ = ops.triton_logps_fwd(logits, labels, *how, False)
+                logps, row_max, log_sum, _ = ops.logps_fwd(logits, labels, *how, False)
                 if which == "forward":
-                    run = lambda x=logits, y=labels, how=how: ops.triton_logps_fwd(x, y, *how, False)  # noqa: E731
+                    run = lambda x=logits, y=labels, how=how: ops.logps_fwd(x, y, *how, False)  # noqa: E731
                 else:
                     saved = (logps, logits, labels, row_max, log_sum)
-                    run = lambda saved=saved, how=how: ops.triton_logps_bwd(*saved, *how)  # noqa: E731
+                    run = lambda saved=saved, how=how: ops.logps_bwd(*saved, *how)  # noqa: E731
                 times.append(milliseconds(run, grid.device))
             moved = logits.numel() * itemsize * (1 if which == "forward" else 2)
             rates.append(moved / times[-1] / 1e6)

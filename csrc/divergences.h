@@ -2,7 +2,7 @@
 //
 // u is the log ratio log pi_theta/pi_ref. A separable loss is A(u) = h'(e^u) and P(u) = e^u h'(e^u) - h(e^u) of a convex
 // generator h, with P'(u) = e^u A'(u); a coupled one is a pair loss. DIL_DIVERGENCES is the one list;
-// dil_kernels/losses/divergences.py is its twin in torch, and the tests compare the two.
+// dil_kernels/losses/built_in.py is its twin in torch, and the tests compare the two.
 //
 // What overflows is an infinity of the right sign, never a NaN: of two terms that overflow against each other, that of an
 // infinite log ratio counts beside that of a finite one, and else their logarithms are compared.

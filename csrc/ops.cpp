@@ -1,4 +1,5 @@
-// Schemas of the ops that the extension implements, and its Python face: build information and the scalar divergences.
+// The Python face of the extension: build information and the scalar divergences. The ops that it implements are declared in
+// dil_kernels/ops.
 #include <map>
 #include <string>
 #include <vector>
@@ -9,33 +10,6 @@
 
 #include "checks.h"
 #include "cpu/dispatch.h"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dil_kernels, m) {
-  m.def(
-      "cpp_logps_fwd(Tensor logits, Tensor labels, int ignore_index, bool shift, float softcapping, float temperature, "
-      "bool statistics) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "cpp_logps_bwd(Tensor grad_logps, Tensor logits, Tensor labels, Tensor row_max, Tensor log_sum, int ignore_index, "
-      "bool shift, float softcapping, float temperature) -> Tensor");
-  m.def(
-      "cpp_logps_bwd_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor row_max, Tensor log_sum, "
-      "int ignore_index, bool shift, float softcapping, float temperature) -> ()");
-  m.def(
-      "cpp_head_tile(Tensor(a!) tile, Tensor? bias, Tensor labels, Tensor(b!) state, Tensor(c!)? grad, Tensor(d!)? sums, "
-      "int start, float logit_scale, float softcap, float inv_temperature, float slack, bool statistics) -> ()");
-  m.def(
-      "cpp_head_tile_grad(Tensor(a!) tile, Tensor? bias, Tensor labels, Tensor state, Tensor(b!) grad, int start, "
-      "float logit_scale, float softcap, float inv_temperature) -> ()");
-  m.def(
-      "density_ratio_fwd(Tensor token_logps, Tensor? labels, Tensor? cu_seqlens, Tensor? ref_token_logps, Tensor? ref_logps, "
-      "Tensor? is_chosen, str loss_type, float parameter, float alpha, float max_log_ratio, float chosen_weight, "
-      "float rejected_weight, bool average, bool interleaved, bool mean, int ignore_index, bool shift) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "density_ratio_bwd(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_logratios, Tensor? grad_logps, "
-      "Tensor token_logps, Tensor? labels, Tensor? cu_seqlens, Tensor? is_chosen, Tensor lengths, Tensor counts, "
-      "Tensor coefs, bool average, bool interleaved, bool mean, int ignore_index, bool shift) -> Tensor");
-}
 
 namespace py = pybind11;
 using namespace dil;
@@ -107,7 +81,7 @@ py::tuple divergence_response(
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled half of dil_kernels: registers torch ops when imported.";
+  m.doc() = "Compiled half of dil_kernels: implements torch ops when imported.";
   m.def("build_info", &build_info, "What the extension was built with, and the instruction set in use.");
   m.def("divergence_names", &divergence_names, "Every compiled loss.");
   m.def(

@@ -13,7 +13,7 @@ from dil_kernels.functional import (
     token_logps,
     unpaired_dil_loss,
 )
-from dil_kernels.losses.divergences import Divergence, register_divergence
+from dil_kernels.losses import Divergence, register_divergence
 
 __version__ = "0.1.0"
 

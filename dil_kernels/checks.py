@@ -25,14 +25,6 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
 
 
-def check_ignore_index(ignore_index: int) -> None:
-    """A label, int64."""
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must be an int64 as the labels are, got {ignore_index}")
-
-
 def has_values(tensor: Tensor) -> bool:
     """Whether there is anything to read: not while torch.compile traces, nor of a fake or a meta tensor."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
@@ -49,18 +41,9 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and has_values(tensor)
 
 
-def check_logits(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int,
-    shift: bool,
-    final_logit_softcapping: float | None,
-    temperature: float,
-) -> None:
-    """Logits [B, T, V] or [N, V], labels [B, T] or [N], and the options of `token_logps`."""
+def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bool) -> None:
+    """Logits [B, T, V] or [N, V], labels [B, T] or [N]."""
     check_tensors(logits=logits, labels=labels)
-    check_ignore_index(ignore_index)
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits must be [B, T, V] or [N, V], got {shape_of(logits)}")
     if logits.dtype not in LOGITS_DTYPES:
@@ -82,7 +65,6 @@ def check_logits(
         )
     if readable(labels):
         check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
-    check_processing(logits.dtype, final_logit_softcapping, temperature)
 
 
 def check_head(
@@ -145,28 +127,6 @@ def check_positive(name: str, value: float) -> None:
     check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
-
-
-def check_processing(
-    dtype: torch.dtype, final_logit_softcapping: float | None, temperature: float, logit_scale: float = 1.0
-) -> None:
-    """What is done to logits of a dtype: numbers that fp32, or fp64 for fp64 logits, holds with room to spare."""
-    factors = {"temperature": temperature}
-    check_positive("temperature", temperature)
-    if final_logit_softcapping is not None:
-        check_positive("final_logit_softcapping", final_logit_softcapping)
-        factors["final_logit_softcapping"] = final_logit_softcapping
-        factors["final_logit_softcapping / temperature"] = final_logit_softcapping / temperature
-    if logit_scale != 1.0:
-        factors["logit_scale"] = logit_scale
-        factors["logit_scale / temperature"] = logit_scale / temperature
-    name, exponent = ("fp64", 1000) if dtype == torch.float64 else ("fp32", 100)
-    for factor, value in factors.items():
-        if not 2.0**-exponent <= abs(value) <= 2.0**exponent:
-            raise ValueError(
-                f"{factor} must be between {2.0**-exponent:.1e} and {2.0**exponent:.1e} in size for logits of {name}, "
-                f"got {value}"
-            )
 
 
 def check_label_range(targets: Tensor, V: int, ignore_index: int) -> None:

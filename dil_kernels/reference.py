@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from dil_kernels.backends import has_autocast
-from dil_kernels.losses.divergences import LossParameters
+from dil_kernels.losses.options import LossParameters, SequenceOptions
 from dil_kernels.losses.scalar import pair_losses, response_losses, soft_bound, total
+from dil_kernels.options import HeadOptions, ScoringOptions
+
+DEFAULTS = ScoringOptions()
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -20,40 +23,27 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
 
 
-def token_logps(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    shift: bool = True,
-    final_logit_softcapping: float | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
+def token_logps(logits: Tensor, labels: Tensor, options: ScoringOptions = DEFAULTS) -> Tensor:
     """Log-probability of each label under the softmax of the processed logits.
 
     Args:
         logits: [B, T, V].
         labels: [B, T] int64.
+        options: what is scored.
 
     Returns:
         [B, T - 1] with `shift` (position t scores label t + 1), else [B, T]; fp64 for fp64 logits, fp32 otherwise. 0
         where the label is `ignore_index`, NaN where it is outside [0, V).
     """
-    logits, index, scored, invalid = _scored_rows(logits, labels, ignore_index, shift)
-    logits = _capped(logits, final_logit_softcapping)
-    logps = log_softmax(logits, temperature).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    logits, index, scored, invalid = _scored_rows(logits, labels, options)
+    logits = _capped(logits, options.final_logit_softcapping)
+    logps = log_softmax(logits, options.temperature).gather(-1, index.unsqueeze(-1)).squeeze(-1)
     logps = torch.where(invalid, torch.nan, logps)
     return torch.where(scored, logps, 0)
 
 
 def logit_statistics(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    shift: bool = True,
-    final_logit_softcapping: float | None = None,
-    temperature: float = 1.0,
+    logits: Tensor, labels: Tensor, options: ScoringOptions = DEFAULTS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean logit, entropy and top-1 hit of the positions that `token_logps` scores, of the processed logits.
 
@@ -61,8 +51,8 @@ def logit_statistics(
         Mean over the vocabulary; -sum p log p in nats, where a -inf logit adds nothing; whether no logit is larger than
         the label's. Shaped as the log-probs: 0 or False where ignored, NaN or False where the label is outside [0, V).
     """
-    logits, index, scored, invalid = _scored_rows(logits.detach(), labels, ignore_index, shift)
-    capped = _capped(logits, final_logit_softcapping)
+    logits, index, scored, invalid = _scored_rows(logits.detach(), labels, options)
+    capped, temperature = _capped(logits, options.final_logit_softcapping), options.temperature
     logps = log_softmax(capped, temperature)
     entropy = -torch.where(logps == -torch.inf, 0, logps.exp() * logps).sum(-1)
     mean = ((capped / capped.shape[-1]).sum(-1, dtype=accumulation_dtype(capped.device)) / temperature).to(capped.dtype)
@@ -78,14 +68,12 @@ def _capped(logits: Tensor, final_logit_softcapping: float | None) -> Tensor:
     return logits if final_logit_softcapping is None else soft_bound(logits, final_logit_softcapping)
 
 
-def _scored_rows(
-    logits: Tensor, labels: Tensor, ignore_index: int, shift: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _scored_rows(logits: Tensor, labels: Tensor, options: ScoringOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits in at least fp32, labels in bounds, which rows are scored, and which of their labels are out of bounds."""
-    if shift:
+    if options.shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     V = logits.shape[-1]
-    scored = labels != ignore_index
+    scored = labels != options.ignore_index
     invalid = scored & ((labels < 0) | (labels >= V))
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # A row that is not scored may hold anything, NaN included, and gets a zero gradient.
@@ -98,10 +86,7 @@ def linear_logits(
     lm_head_weight: Tensor,
     lm_head_bias: Tensor | None,
     labels: Tensor,
-    *,
-    ignore_index: int,
-    shift: bool,
-    logit_scale: float,
+    options: HeadOptions,
 ) -> Tensor:
     """Logits [B, T, V] of hidden states [B, T, D] under a head [V, D], in fp64 where these are, in fp32 otherwise.
 
@@ -109,15 +94,15 @@ def linear_logits(
     """
     device = hidden_states.device.type
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-    scored = labels != ignore_index
-    if shift:
+    scored = labels != options.ignore_index
+    if options.shift:
         scored = torch.nn.functional.pad(scored[:, 1:], (0, 1))
     hidden_states = torch.where(scored.unsqueeze(-1), hidden_states, 0).to(dtype)
     bias = None if lm_head_bias is None else lm_head_bias.to(dtype)
     # Autocast would convert the product's factors again.
     casts = has_autocast(device) and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if casts else contextlib.nullcontext():
-        return torch.nn.functional.linear(hidden_states, lm_head_weight.to(dtype), bias) * logit_scale
+        return torch.nn.functional.linear(hidden_states, lm_head_weight.to(dtype), bias) * options.logit_scale
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -146,17 +131,21 @@ def sequence_logps(
     cu_seqlens: Tensor | None,
     *,
     average_log_prob: bool,
-    ignore_index: int,
-    shift: bool,
+    options: ScoringOptions,
 ) -> Tensor:
     """Sum, or mean over the scored tokens, of each sequence's log-probs; 0 for a sequence without a scored token."""
     num_tokens = labels.shape[-1]
     dtype = accumulation_dtype(token_logps.device)
     sums = sequence_sums(token_logps.to(dtype), cu_seqlens, num_tokens)
     if average_log_prob:
-        scored = (labels[..., 1:] if shift else labels) != ignore_index
+        scored = _is_scored(labels, options)
         sums = sums / sequence_sums(scored.to(dtype), cu_seqlens, num_tokens).clamp(min=1)
     return sums.to(token_logps.dtype)
+
+
+def _is_scored(labels: Tensor, options: ScoringOptions | SequenceOptions) -> Tensor:
+    """Which log-probs count, in their shape."""
+    return (labels[..., 1:] if options.shift else labels) != options.ignore_index
 
 
 def density_ratio(
@@ -167,12 +156,7 @@ def density_ratio(
     ref_logps: Tensor | None,
     is_chosen: Tensor | None,
     parameters: LossParameters,
-    *,
-    average: bool,
-    interleaved: bool,
-    mean: bool,
-    ignore_index: int,
-    shift: bool,
+    options: SequenceOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Density-ratio loss over token log-probabilities; see `dil_kernels.ops.density_ratio` for the arguments.
 
@@ -181,12 +165,9 @@ def density_ratio(
     """
     out_dtype = token_logps.dtype
     dtype = accumulation_dtype(token_logps.device)
-    if labels is None:
-        scored = torch.ones_like(token_logps, dtype=torch.bool)
-    else:
-        scored = (labels[..., 1:] if shift else labels) != ignore_index
+    scored = torch.ones_like(token_logps, dtype=torch.bool) if labels is None else _is_scored(labels, options)
     values = torch.where(scored, token_logps.to(dtype), 0)
-    num_tokens = values.shape[-1] + int(shift)  # torch 2.10 cannot add a bool to a symbolic size
+    num_tokens = values.shape[-1] + int(options.shift)  # torch 2.10 cannot add a bool to a symbolic size
     logps = sequence_sums(values, cu_seqlens, num_tokens)
     lengths = sequence_sums(scored.to(dtype), cu_seqlens, num_tokens)
     if ref_token_logps is not None:
@@ -196,9 +177,9 @@ def density_ratio(
         u = logps - ref_logps.to(dtype)
     # lengths is NaN where the boundaries are invalid; such a sequence stays NaN.
     u = torch.where(lengths == 0, 0, u)
-    if average:
+    if options.average:
         u = u / lengths.clamp(min=1)
-    loss, losses, counts = losses_of_logratios(u, lengths != 0, is_chosen, parameters, interleaved, mean, out_dtype)
+    loss, losses, counts = losses_of_logratios(u, lengths != 0, is_chosen, parameters, options, out_dtype)
     return (
         loss,
         losses,
@@ -222,14 +203,13 @@ def losses_of_logratios(
     has_tokens: Tensor,
     is_chosen: Tensor | None,
     parameters: LossParameters,
-    interleaved: bool,
-    mean: bool,
+    options: SequenceOptions,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], losses [B] (or [S] with `is_chosen`) and counts [2] int32, from log ratios [S] in any precision."""
     if is_chosen is None:
-        u_w, u_l = split_pairs(logratios, interleaved)
-        counted = torch.logical_and(*split_pairs(has_tokens, interleaved))
+        u_w, u_l = split_pairs(logratios, options.interleaved)
+        counted = torch.logical_and(*split_pairs(has_tokens, options.interleaved))
         losses = pair_losses(torch.where(counted, u_w, 0), torch.where(counted, u_l, 0), parameters)
         counts = counted.sum().expand(2)
     else:
@@ -239,7 +219,7 @@ def losses_of_logratios(
     losses = torch.where(counted, losses, 0)
     rounded = losses.to(out_dtype)
     shares = torch.where(rounded.isinf(), rounded, losses)  # what overflows alone does so in the sum, too
-    if mean:
+    if options.mean:
         divisors = counts.clamp(min=1)
         shares = shares / (divisors[0] if is_chosen is None else torch.where(is_chosen, divisors[0], divisors[1]))
     return total(shares).to(out_dtype), rounded, counts.to(torch.int32)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dil_kernels.losses.divergences import LossParameters, divergence_names, get_divergence
+from dil_kernels.losses import LossParameters, divergence_names, get_divergence
 from dil_kernels.losses.scalar import pair_losses
 
 DOCS = Path(__file__).parent

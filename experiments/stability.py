@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels import dil_loss
-from dil_kernels.losses.divergences import divergence_names
+from dil_kernels.losses import divergence_names
 from experiments.tables import RESULTS, mean_and_sd, write_csv
 
 VOCABULARY = 16

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dil_kernels.losses.divergences import divergence_names
+from dil_kernels.losses import divergence_names
 from experiments.tables import RESULTS, mean_and_sd, write_csv
 from experiments.tabular_figure import draw
 from experiments.tabular_problem import (

@@ -208,7 +208,7 @@ def test_ops_called_directly_keep_memory_safe() -> None:
     labels = LABELS.clone()
     labels[1, 2] = 7
     with pytest.raises(RuntimeError, match=re.escape("labels must be in [0, 7) or ignore_index=-100, got 7 at [1, 2]")):
-        ops.cpp_logps_fwd(LOGITS, labels, -100, True, 0.0, 1.0, False)
+        ops.logps_fwd(LOGITS, labels, -100, True, 0.0, 1.0, False)
     token_logps = torch.zeros(6)
     options = (None, "lsif", 0.0, 0.0, 0.0, 1.0, 1.0, True, False, True, -100, False)
     for bad in (cu(0, 7, 6), cu(0, 6, 9), cu(-1, 3, 6), cu(0, 2, 5)):
@@ -234,14 +234,14 @@ def test_tiles_take_any_label_without_overflow() -> None:
         state[0], state[2] = -torch.inf, torch.nan
         options = (start, 1.0, 0.0, 1.0)
         expected = (tile - tile.amax(1, keepdim=True)).exp().sum(1)
-        ops.cpp_head_tile(tile.clone(), None, extremes, state, None, None, *options, 4.0, True)
+        ops.head_tile(tile.clone(), None, extremes, state, None, None, *options, 4.0, True)
         torch.testing.assert_close(state[1], expected)
         assert state[2].isnan().all()
         grad = torch.zeros(3, 4)
-        ops.cpp_head_tile_grad(tile.clone(), None, extremes, state, grad, *options)
+        ops.head_tile_grad(tile.clone(), None, extremes, state, grad, *options)
         torch.testing.assert_close(-grad.sum(1), expected)
     with pytest.raises(RuntimeError, match="start must be >= 0, got -1"):
-        ops.cpp_head_tile(tile, None, extremes, state, None, None, -1, 1.0, 0.0, 1.0, 4.0, True)
+        ops.head_tile(tile, None, extremes, state, None, None, -1, 1.0, 0.0, 1.0, 4.0, True)
 
 
 def test_the_backward_op_checks_what_the_forward_handed_on() -> None:
@@ -260,7 +260,7 @@ def test_the_backward_op_checks_what_the_forward_handed_on() -> None:
     expanded = torch.zeros(1, 4, 7).expand(2, 4, 7)
     rest = (torch.zeros(2, 3), torch.zeros(2, 3), -100, True, 0.0, 1.0)
     with pytest.raises(RuntimeError, match="no expanded dimension"):
-        torch.ops.dil_kernels.cpp_logps_bwd_(torch.zeros(2, 3), expanded, LABELS, *rest)
+        torch.ops.dil_kernels.logps_bwd_(torch.zeros(2, 3), expanded, LABELS, *rest)
 
 
 def test_an_explicit_backend_that_cannot_run_says_why() -> None:

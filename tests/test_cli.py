@@ -17,7 +17,7 @@ from dil_kernels import backends
 from dil_kernels.cli import programs
 from dil_kernels.cli.arguments import build_parser
 from dil_kernels.cli.option_names import option_string
-from dil_kernels.losses.divergences import divergence_names
+from dil_kernels.losses import divergence_names
 from dil_kernels.wording import ELSEWHERE
 
 

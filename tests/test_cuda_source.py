@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import boundaries
 
-from dil_kernels.losses.divergences import divergence_names, get_divergence
+from dil_kernels.losses import divergence_names, get_divergence
 
 EMULATION = Path(__file__).parent / "emulation"
 LSIF = ("lsif", 0.0, 0.0, 0.0, 1.0, 1.0)  # and its parameters

@@ -11,7 +11,8 @@ from mpmath import mp, mpf
 
 from dil_kernels import _C as compiled
 from dil_kernels import Divergence, register_divergence
-from dil_kernels.losses.divergences import _REGISTRY, divergence_names, get_divergence
+from dil_kernels.losses import divergence_names, get_divergence
+from dil_kernels.losses.registry import _REGISTRY
 
 DOCS = Path(__file__).parents[1] / "docs"
 POINTS = (-2.5, -0.3, 0.4, 1.7)

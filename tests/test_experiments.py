@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dil_kernels.losses.divergences import divergence_names
+from dil_kernels.losses import divergence_names
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

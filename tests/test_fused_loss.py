@@ -15,9 +15,10 @@ from problems import IGNORE, boundaries
 
 from dil_kernels import dil_loss, fused_dil_loss, sequence_logps
 from dil_kernels.functional.loss import loss_of_token_logps
-from dil_kernels.functional.loss_options import LossOptions
-from dil_kernels.losses.divergences import LossParameters, divergence_names, get_divergence
+from dil_kernels.losses import FusedLossOptions, LossParameters, divergence_names, get_divergence
+from dil_kernels.losses.options import SequenceOptions
 from dil_kernels.ops.density_ratio import density_ratio
+from dil_kernels.options import ScoringOptions
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
 
@@ -204,7 +205,7 @@ def test_the_loss_is_deterministic_and_in_fp64_inside() -> None:
     # 1e8 + 1 is lost in fp32; the log ratio must not lose it.
     token_logps = torch.tensor([[1e8, 1.0, -1e8], [0.0, 0.0, 0.0]])
     ref = torch.zeros_like(token_logps)
-    options = {"average": False, "interleaved": False, "mean": True}
+    options = SequenceOptions(average=False, interleaved=False, mean=True, ignore_index=IGNORE, shift=False)
     for compiled in (True, False):
         out = density_ratio(
             token_logps,
@@ -214,9 +215,7 @@ def test_the_loss_is_deterministic_and_in_fp64_inside() -> None:
             None,
             None,
             LossParameters("ukl", 0.0),
-            **options,
-            ignore_index=IGNORE,
-            shift=False,
+            options,
             compiled=compiled,
         )
         assert out[2].tolist() == [1.0, 0.0]
@@ -272,10 +271,10 @@ def test_losses_that_overflow_in_both_directions_sum_to_inf(impl: Implementation
     assert losses.tolist() == [-torch.inf, torch.inf]
     for reduction in ("sum", "mean"):
         assert dil_loss(u_w, u_l, zero, zero, reduction=reduction, backend=backend)[0] == torch.inf
-    options = LossOptions(LossParameters("lsif", 0.0), None, False, False, "mean")
+    options, scoring = FusedLossOptions(average_log_prob=False), ScoringOptions(shift=False)
     out = loss_of_token_logps(
         torch.cat([u_w, u_l])[:, None], torch.zeros(4, 1, dtype=torch.int64, device=impl.device), None, None,
-        torch.zeros(4, device=impl.device), options, ignore_index=-100, shift=False, backend=impl.backend,
+        torch.zeros(4, device=impl.device), options, scoring, backend=impl.backend,
     )  # fmt: skip
     assert out.loss == out.share(out.counts) == torch.inf
 

@@ -8,7 +8,7 @@ from implementations import Implementation, every_implementation
 from problems import IGNORE
 
 from dil_kernels import Divergence, fused_dil_loss, register_divergence
-from dil_kernels.losses.divergences import _REGISTRY
+from dil_kernels.losses.registry import _REGISTRY
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
 

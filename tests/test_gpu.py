@@ -18,7 +18,7 @@ from dil_kernels import (
     sequence_logps,
     token_logps,
 )
-from dil_kernels.losses.divergences import divergence_names
+from dil_kernels.losses import divergence_names
 
 pytestmark = [
     pytest.mark.gpu,

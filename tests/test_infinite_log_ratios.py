@@ -14,7 +14,7 @@ from test_scalar_losses import GENERATORS, sigmoid
 
 from dil_kernels import _C as compiled
 from dil_kernels import dil_loss, unpaired_dil_loss
-from dil_kernels.losses.divergences import LossParameters, get_divergence
+from dil_kernels.losses import LossParameters, get_divergence
 from dil_kernels.losses.scalar import pair_losses
 
 INF = math.inf

@@ -14,6 +14,7 @@ from torch import Tensor
 from dil_kernels import fused_linear_dil_loss, linear_token_logps, token_logps
 from dil_kernels.ops import linear as linear_ops
 from dil_kernels.ops import linear_head
+from dil_kernels.ops.linear import LINEAR_LOGPS_BWD, LINEAR_LOGPS_FWD
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
 
@@ -170,17 +171,18 @@ def test_compile_fullgraph(impl: Implementation, stash_bytes: int) -> None:
 
 @every_kernel
 def test_opcheck(impl: Implementation) -> None:
-    ops = torch.ops.dil_kernels
     problem = make_problem(1, 9, 8, 40, bias=True).to(torch.float32, impl.device)
     hidden, targets = problem.hidden[0], problem.labels[0].clone()
     targets[2:4] = IGNORE
-    forward = (hidden, problem.weight, problem.bias, targets, 8, 3, IGNORE, 0.5, 9.0, 1.5, True, True, 4, 32)
+    how = (0.5, 9.0, 1.5, 4, 32)
+    forward = (hidden, problem.weight, problem.bias, targets, 8, 3, IGNORE, True, True, *how)
+    op, backward = (op.on(impl.backend, hidden) for op in (LINEAR_LOGPS_FWD, LINEAR_LOGPS_BWD))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.linear_logps_fwd.default, (*forward, impl.backend), test_utils=checks)
-    _, _, *saved = ops.linear_logps_fwd(*forward, impl.backend)
+    torch.library.opcheck(op, forward, test_utils=checks)
+    _, _, *saved = op(*forward)
     grad = torch.randn(9, device=impl.device)
-    inputs = (grad, hidden, problem.weight, problem.bias, targets, *saved, 0.5, 9.0, 1.5, True, True, True, 4, 32)
-    torch.library.opcheck(ops.linear_logps_bwd.default, (*inputs, impl.backend), test_utils=checks)
+    inputs = (grad, hidden, problem.weight, problem.bias, targets, *saved, True, True, True, *how)
+    torch.library.opcheck(backward, inputs, test_utils=checks)
 
 
 def test_gradcheck(small_tiles) -> None:

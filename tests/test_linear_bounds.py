@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dil_kernels import linear_token_logps
 from dil_kernels.ops import linear_head
-from dil_kernels.ops.head_steps import TileShape, steps_of
+from dil_kernels.ops.head_steps import CppSteps, HeadProcessing, TritonSteps
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
 
@@ -20,9 +20,10 @@ pytestmark = pytest.mark.usefixtures("nan_poisoned")
 def test_rows_beyond_the_bound_are_nan(impl: Implementation) -> None:
     targets = torch.tensor([5, IGNORE, 6, 7, IGNORE, 8], device=impl.device)
     hidden, weight = torch.randn(6, 4, device=impl.device), torch.randn(9, 4, device=impl.device)
-    head = linear_head.Head(weight, None, 1.0, 0.0, 1.0, TileShape(4, 32), impl.backend)
+    head = linear_head.Head(weight, None, HeadProcessing(1.0, 0.0, 1.0, 4, 32))
+    steps = CppSteps if impl.backend == "cpp" else TritonSteps
     for bound, index in ((3, [0, 2, 3]), (6, [0, 2, 3, 5, 6, 6]), (0, [])):
-        rows = steps_of(head, statistics=True).select(targets, IGNORE, bound)
+        rows = steps(head, True).select(targets, IGNORE, bound)
         beyond = [place for place in (0, 2, 3, 5) if place not in index]
         assert rows.index.tolist() == index
         assert rows.labels.tolist() == [0 if place == 6 else targets[place] for place in index]
@@ -30,7 +31,7 @@ def test_rows_beyond_the_bound_are_nan(impl: Implementation) -> None:
         assert rows.statistics[:2].isnan().nonzero()[:, 1].tolist() == 2 * beyond
         assert not rows.statistics[2].any()
     out = linear_head.head_forward(
-        hidden, targets, head, rows=3, stash_rows=0, ignore_index=IGNORE, grad_hidden=False, statistics=False
+        hidden, targets, head, steps, rows=3, stash_rows=0, ignore_index=IGNORE, grad_hidden=False, statistics=False
     )
     assert out.logps.isnan().tolist() == [False] * 5 + [True]
 

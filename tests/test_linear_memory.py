@@ -107,7 +107,7 @@ def test_predicted_memory(dtype: torch.dtype, grads: tuple[bool, ...], monkeypat
     options = {"grad_hidden": grads[0], "grad_weight": grads[1], "grad_bias": grads[2]}
     for stash_rows in (0, 50, 120):
         stash_bytes = stash_rows * stash_stride(4000) * dtype.itemsize
-        head = linear_head.Head(problem.weight, problem.bias, 1.0, 0.0, 1.0, TileShape(32, 512), "cpp")
+        head = linear_head.Head(problem.weight, problem.bias, HeadProcessing(1.0, 0.0, 1.0, 32, 512))
         kept = stash_rows if grads[1] or grads[2] else 0
 
         def run(kept: int = kept, head: linear_head.Head = head) -> list[Tensor | None]:
@@ -115,6 +115,7 @@ def test_predicted_memory(dtype: torch.dtype, grads: tuple[bool, ...], monkeypat
                 problem.hidden[0],
                 problem.labels[0],
                 head,
+                CppSteps,
                 rows=120,
                 stash_rows=kept,
                 ignore_index=-100,
@@ -125,7 +126,7 @@ def test_predicted_memory(dtype: torch.dtype, grads: tuple[bool, ...], monkeypat
                 return [out.logps]
             grad = torch.ones_like(out.logps)
             hidden, targets = problem.hidden[0], problem.labels[0]
-            return [out.logps, *linear_head.head_backward(grad, hidden, targets, head, out, **options)]
+            return [out.logps, *linear_head.head_backward(grad, hidden, targets, head, CppSteps, out, **options)]
 
         results, peak = peak_bytes(run)
         used = peak - sum(x.numel() * x.element_size() for x in results if x is not None)

@@ -305,10 +305,11 @@ def test_minus_infinity_rows(impl: Implementation) -> None:
 @pytest.mark.parametrize("impl", [p for p in implementations.ALL if p.values[0].backend != "cpp"])
 def test_labels_out_of_range_are_nan_without_a_host_check(impl: Implementation) -> None:
     from dil_kernels.functional import logps as functional
+    from dil_kernels.options import LogitsOptions
 
     logits = torch.randn(1, 4, 9, device=impl.device, requires_grad=True)
     labels = torch.tensor([[3, 9, -1, 2]], device=impl.device)
-    logps = functional._token_logps(logits, labels, IGNORE, False, None, 1.0, False, False, impl.backend)[0]
+    logps = functional._unchecked_logps(logits, labels, LogitsOptions(shift=False), False, impl.backend)[0]
     assert logps.isnan().tolist() == [[False, True, True, False]]
     logps.nan_to_num(0.0).sum().backward()
     assert logits.grad is not None

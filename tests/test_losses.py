@@ -9,7 +9,8 @@ from implementations import Implementation, every_loss
 
 from dil_kernels import _C as compiled  # the suite needs the extension; without it nothing here may pass
 from dil_kernels import Divergence, dil_loss, fused_dil_loss, register_divergence
-from dil_kernels.losses.divergences import _REGISTRY, Parameter, divergence_names, get_divergence
+from dil_kernels.losses import Parameter, divergence_names, get_divergence
+from dil_kernels.losses.registry import _REGISTRY
 
 # mpmath, 50 digits: loss_type, options, u_w, u_l, loss, d/du_w, d/du_l
 VECTORS = [

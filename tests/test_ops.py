@@ -11,7 +11,8 @@ from implementations import Implementation, every_implementation, every_kernel
 from torch.autograd import forward_ad
 
 from dil_kernels import dil_loss, fused_dil_loss, linear_token_logps, sequence_logps, token_logps
-from dil_kernels.losses.divergences import divergence_names
+from dil_kernels.losses import divergence_names
+from dil_kernels.ops.logps import LOGPS_BWD, LOGPS_BWD_INPLACE, LOGPS_FWD
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
 
@@ -27,15 +28,14 @@ def logps_inputs(device: str, dtype: torch.dtype = torch.float32):
 @every_kernel
 @pytest.mark.parametrize(("shift", "softcapping", "statistics"), [(True, 0.0, True), (False, 5.0, False)])
 def test_opcheck_logps(impl: Implementation, shift: bool, softcapping: float, statistics: bool) -> None:
-    ops = torch.ops.dil_kernels
     logits, labels = logps_inputs(impl.device)
     how = (-100, shift, softcapping, 0.7)
-    forward = getattr(ops, f"{impl.backend}_logps_fwd").default
+    forward = LOGPS_FWD.on(impl.backend, logits)
     torch.library.opcheck(forward, (logits, labels, *how, statistics), test_utils=OPCHECKS)
     logps, row_max, log_sum, _ = forward(logits, labels, *how, statistics)
     grad = torch.randn_like(logps)
-    for name in ("logps_bwd", "logps_bwd_"):
-        backward = getattr(ops, f"{impl.backend}_{name}").default
+    for op in (LOGPS_BWD, LOGPS_BWD_INPLACE):
+        backward = op.on(impl.backend, logits)
         torch.library.opcheck(backward, (grad, logits.clone(), labels, row_max, log_sum, *how), test_utils=OPCHECKS)
 
 

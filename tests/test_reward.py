@@ -22,7 +22,7 @@ from transformers import (
 
 from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.data.tokenization import tokenize_dataset
-from dil_kernels.losses.divergences import divergence_names, get_divergence
+from dil_kernels.losses import divergence_names, get_divergence
 from dil_kernels.losses.tabular import tabular_policy
 from dil_kernels.models.reward import DensityRatioReward, RewardTrainer, density_ratio_reward_loss, train_reward
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mpmath
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mpmath import mp, mpf
 
 from dil_kernels import _C as compiled
-from dil_kernels.losses.divergences import LossParameters, divergence_names, get_divergence
+from dil_kernels.losses import LossParameters, divergence_names, get_divergence
 from dil_kernels.losses.scalar import pair_losses, response_losses, total
 
 mp.dps = 60
@@ -111,10 +111,10 @@ def parameters(draw: st.DrawFn, loss_type: str) -> LossParameters:
         "power": st.sampled_from((-1.0, -1 + 1e-9, -0.9, -0.5, -0.1, -1e-12, 0.0, 1e-9, 0.5, 1.0, 2.0)),
     }
     p = LossParameters(loss_type, draw(own[loss_type]) if loss_type in own else 0.0)
-    p = replace(p, max_log_ratio=draw(st.sampled_from((0.0, 0.0, 3.0, 100.0))))
+    p = p._replace(max_log_ratio=draw(st.sampled_from((0.0, 0.0, 3.0, 100.0))))
     if loss_type != "dpo":
         alphas = st.one_of(st.sampled_from((0.0, 0.5, 1.0)), st.builds(lambda e: 10.0**e, st.floats(-300, -0.01)))
-        p = replace(p, alpha=draw(alphas), chosen_weight=draw(weights), rejected_weight=draw(weights))
+        p = p._replace(alpha=draw(alphas), chosen_weight=draw(weights), rejected_weight=draw(weights))
     return p
 
 
@@ -154,7 +154,7 @@ def test_single_responses_are_the_terms_of_a_pair(loss_type: str, data: st.DataO
         v = torch.tensor([u], dtype=torch.float64, requires_grad=True)
         loss = response_losses(v, torch.tensor([is_chosen]), p)
         (grad,) = torch.autograd.grad(loss.sum(), v)
-        alone = replace(p, rejected_weight=0.0) if is_chosen else replace(p, chosen_weight=0.0)
+        alone = p._replace(rejected_weight=0.0) if is_chosen else p._replace(chosen_weight=0.0)
         expected = truth(u, u, alone)
         if abs(expected.loss) < mpf("1e-9") * expected.terms and expected.terms > mpf("1e300"):
             continue  # the sign of what cancels to 1e-9 after an overflow is no one's to know
@@ -172,7 +172,7 @@ def test_lsif_overflows_to_the_larger_term(implementation) -> None:
     assert implementation(800.0, 500.0, plain) == (inf, -inf, inf)
     assert implementation(800.0, 399.0, plain)[0] == -inf
     assert implementation(800.0, 0.0, mixed) == (inf, inf, 1.0)
-    assert implementation(715.0, 0.0, replace(mixed, alpha=1e-322))[:2] == (-inf, -inf)  # r is below 1 / alpha
+    assert implementation(715.0, 0.0, mixed._replace(alpha=1e-322))[:2] == (-inf, -inf)  # r is below 1 / alpha
 
 
 @pytest.mark.parametrize("implementation", [in_torch, in_cpp])

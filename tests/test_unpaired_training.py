@@ -21,7 +21,7 @@ from dil_kernels.cli import programs
 from dil_kernels.cli.arguments import parse_arguments
 from dil_kernels.data import PreferenceDataError, load_preference_pairs
 from dil_kernels.data.collators import PreferenceCollator
-from dil_kernels.losses.divergences import _REGISTRY
+from dil_kernels.losses.registry import _REGISTRY
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 

@@ -10,8 +10,10 @@ from torch import Tensor
 import dil_kernels
 from dil_kernels import reference
 from dil_kernels.backends import resolve_backend, sums_are_compiled
-from dil_kernels.functional.loss import DILOutput, loss_of_token_logps, resolve_loss_options
-from dil_kernels.losses.divergences import LossParameters
+from dil_kernels.functional import DILOutput
+from dil_kernels.functional.loss import loss_of_token_logps
+from dil_kernels.losses import FusedLossOptions, LossParameters
+from dil_kernels.losses.options import SequenceOptions
 from harness.check import rounding, worst
 from harness.family import OURS, Errors, Family, Fn, Pass, Provider
 from harness.peers import compile_problem
@@ -172,17 +174,13 @@ def _reference_loss(token_logps: Tensor, labels: Tensor, ref_token_logps: Tensor
         None,
         None,
         LossParameters(LOSS_TYPE, 0.0),
-        average=True,
-        interleaved=False,
-        mean=True,
-        ignore_index=IGNORE_INDEX,
-        shift=True,
+        SequenceOptions(average=True, interleaved=False, mean=True, ignore_index=IGNORE_INDEX, shift=True),
     )
     return DILOutput(loss, losses, *logps.chunk(2), *logratios.chunk(2), *lengths.chunk(2), counts)
 
 
 def _build_ours() -> Fn:
-    options = resolve_loss_options(LOSS_TYPE, None, 0.0, True, "concatenated", "mean")
+    options = FusedLossOptions(loss_type=LOSS_TYPE)
 
     def fused_loss(token_logps: Tensor, labels: Tensor, ref_token_logps: Tensor) -> DILOutput:
         return loss_of_token_logps(
@@ -192,8 +190,6 @@ def _build_ours() -> Fn:
             ref_token_logps,
             None,
             options,
-            ignore_index=IGNORE_INDEX,
-            shift=True,
             backend=resolve_backend("auto", token_logps.device, token_logps.dtype),
         )
 

@@ -145,8 +145,8 @@ void head_tile_grad(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dil_kernels, CPU, m) {
-  m.impl("cpp_head_tile", TORCH_BOX(&head_tile));
-  m.impl("cpp_head_tile_grad", TORCH_BOX(&head_tile_grad));
+  m.impl("head_tile", TORCH_BOX(&head_tile));
+  m.impl("head_tile_grad", TORCH_BOX(&head_tile_grad));
 }
 
 }  // namespace dil

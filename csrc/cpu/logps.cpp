@@ -263,9 +263,9 @@ void logps_bwd_(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dil_kernels, CPU, m) {
-  m.impl("cpp_logps_fwd", TORCH_BOX(&logps_fwd));
-  m.impl("cpp_logps_bwd", TORCH_BOX(&logps_bwd));
-  m.impl("cpp_logps_bwd_", TORCH_BOX(&logps_bwd_));
+  m.impl("logps_fwd", TORCH_BOX(&logps_fwd));
+  m.impl("logps_bwd", TORCH_BOX(&logps_bwd));
+  m.impl("logps_bwd_", TORCH_BOX(&logps_bwd_));
 }
 
 }  // namespace dil

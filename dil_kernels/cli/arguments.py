@@ -21,7 +21,7 @@ from dil_kernels.cli.option_names import as_on_command_line, option_string
 from dil_kernels.cli.option_types import OptionField, fields_of, members_of, nonempty, type_options
 from dil_kernels.cli.run_options import RunOptions, check_run_options, run_options
 from dil_kernels.data.tokenization import TRUNCATION_MODES
-from dil_kernels.losses.divergences import divergence_names
+from dil_kernels.losses import divergence_names
 from dil_kernels.recipes import find_recipe, packaged_recipes
 from dil_kernels.training.config import DILConfig
 from dil_kernels.wording import describe_error, did_you_mean

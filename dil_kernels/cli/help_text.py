@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from dil_kernels.cli.environment import version_of
-from dil_kernels.losses.divergences import divergence_names
+from dil_kernels.losses import divergence_names
 
 PACKAGE = Path(__file__).parents[1]
 

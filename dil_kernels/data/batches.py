@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dil_kernels import reference
 from dil_kernels.data.token_columns import GIVEN_REFERENCE, REF_COLUMNS, UNPAIRED_REF_COLUMNS
-from dil_kernels.functional.loss_options import LossOptions, resolve_ref_logps
+from dil_kernels.functional.reference_logps import resolve_ref_logps
+from dil_kernels.losses import FusedLossOptions
 
 IGNORE_INDEX = -100
 
@@ -114,20 +115,13 @@ class Batch:
             return torch.logical_and(*scored.chunk(2)).sum().expand(2)
         return torch.stack([(scored & self.is_chosen).sum(), (scored & ~self.is_chosen).sum()])
 
-    def ref_logps(self, options: LossOptions) -> Tensor | None:
+    def ref_logps(self, options: FusedLossOptions) -> Tensor | None:
         """The log-probs [S] of the reference that the rows brought, checked.
 
         Args:
-            options: of the loss, resolved.
+            options: of the loss.
         """
         columns = REF_COLUMNS if self.is_chosen is None else UNPAIRED_REF_COLUMNS
         given = {name: self.given_ref_logps[name] for name in columns}
-        labels, cu_seqlens = self.labels, self.layout.cu_seqlens
-        return resolve_ref_logps(
-            **{"ref_chosen_logps": None, "ref_rejected_logps": None, **given},
-            num_sequences=self.num_sequences,
-            counted_in=("rows in labels", labels) if cu_seqlens is None else ("in cu_seqlens", cu_seqlens),
-            device=labels.device,
-            options=options,
-            is_chosen=self.is_chosen,
-        )
+        cu_seqlens = self.layout.cu_seqlens
+        return resolve_ref_logps(self.labels, cu_seqlens, options, name="labels", is_chosen=self.is_chosen, **given)

@@ -2,117 +2,37 @@
 
 from __future__ import annotations
 
-import math
-import os
-from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from dil_kernels import reference
-from dil_kernels.backends import constant_in_graphs, has_autocast, resolve_backend
-from dil_kernels.checks import (
-    check_cu_seqlens,
-    check_head,
-    check_ignore_index,
-    check_number,
-    check_processing,
-    check_tensors,
-    has_values,
-    shape_of,
-)
-from dil_kernels.functional.logps import LogitStatistics, mask_boundaries
+from dil_kernels.backends import has_autocast, resolve_backend
+from dil_kernels.checks import check_head, check_tensors, has_values, shape_of
+from dil_kernels.functional.logps import LogitStatistics, prepare_rows
 from dil_kernels.functional.loss import loss_of_token_logps
-from dil_kernels.functional.loss_options import DILOutput, resolve_loss_options, resolve_ref_logps
+from dil_kernels.functional.memory import default_stash_bytes
+from dil_kernels.functional.output import DILOutput
+from dil_kernels.functional.reference_logps import resolve_ref_logps
+from dil_kernels.losses.options import FusedLossKeywords, FusedLossOptions
+from dil_kernels.ops.head_steps import HeadProcessing
 from dil_kernels.ops.linear import linear_logps
-from dil_kernels.ops.linear_head import TILE_SHAPES, peak_memory, stash_rows_within
-
-# Of the memory of the device, the share that a stash may take by default.
-STASH_SHARE = 1 / 8
+from dil_kernels.ops.linear_head import TILE_SHAPES, stash_rows_within
+from dil_kernels.options import HeadKeywords, HeadOptions, split, takes
 
 
-@dataclass(frozen=True)
-class _HeadOptions:
-    """What is done with the product of hidden states and weight, and how; checked."""
+class FusedHeadKeywords(FusedLossKeywords, HeadKeywords, total=False):
+    """See `FusedLossOptions` and `HeadOptions`."""
 
-    ignore_index: int
-    shift: bool
-    logit_scale: float
-    final_logit_softcapping: float | None
-    temperature: float
-    stash_bytes: int | None
-    max_scored_tokens: int | None
+
+class Scored(NamedTuple):
+    """Log-probs in the shape of the labels, one shorter with a shift; their statistics; the backend that ran."""
+
+    logps: Tensor
+    statistics: LogitStatistics | None
     backend: str
-
-    def __post_init__(self) -> None:
-        check_ignore_index(self.ignore_index)
-        check_number("logit_scale", self.logit_scale)
-        if not 0 < abs(self.logit_scale) < math.inf:
-            raise ValueError(f"logit_scale must be a finite number other than 0, got {self.logit_scale}")
-        for name, value in (("stash_bytes", self.stash_bytes), ("max_scored_tokens", self.max_scored_tokens)):
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise ValueError(f"{name} must be None or an integer >= 0, got {value!r}")
-
-
-@constant_in_graphs
-def default_stash_bytes(device: torch.device) -> int:
-    """What `stash_bytes=None` means: an eighth of the memory of the device, or of the machine on the CPU.
-
-    Not of what is free: which rows are kept decides how gradients are rounded, and a run must be repeatable bit by bit.
-    """
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        total = 8 << 30
-    return int(STASH_SHARE * total)
-
-
-def linear_memory_bytes(
-    num_scored_tokens: int,
-    hidden_size: int,
-    vocab_size: int,
-    dtype: torch.dtype,
-    *,
-    num_tokens: int | None = None,
-    hidden_states_grad: bool = True,
-    lm_head_weight_grad: bool = True,
-    lm_head_bias_grad: bool = False,
-    stash_bytes: int | None = 0,
-    device: torch.device | str = "cuda",
-) -> int:
-    """An upper bound of the memory that `linear_token_logps` takes, forward and backward, known before running it.
-
-    Args:
-        num_scored_tokens: scored positions (`max_scored_tokens`, where that is given).
-        hidden_size: D.
-        vocab_size: V.
-        dtype: of hidden states and weight.
-        num_tokens: all positions, if more.
-        hidden_states_grad, lm_head_weight_grad, lm_head_bias_grad: what requires a gradient.
-        stash_bytes: as given to `linear_token_logps`; None stands for its default on the device of this machine.
-        device: where it runs.
-
-    Returns:
-        Bytes beyond the inputs, the log-probs and the gradients of the inputs, at the peak. On top come copies of
-        inputs that autocast converts or that are not contiguous, and what a BLAS library holds for itself.
-    """
-    tile = TILE_SHAPES["cuda" if torch.device(device).type == "cuda" else "cpu"]
-    return peak_memory(
-        num_scored_tokens,
-        num_scored_tokens if num_tokens is None else num_tokens,
-        hidden_size,
-        vocab_size,
-        dtype,
-        tile=tile,
-        cuda=torch.device(device).type == "cuda",
-        stash_bytes=default_stash_bytes(torch.device(device)) if stash_bytes is None else stash_bytes,
-        grad_hidden=hidden_states_grad,
-        grad_weight=lm_head_weight_grad,
-        grad_bias=lm_head_bias_grad,
-    )
 
 
 def _as_autocast(tensor: Tensor | None) -> Tensor | None:
@@ -125,7 +45,7 @@ def _as_autocast(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-def _num_rows(targets: Tensor, options: _HeadOptions) -> int:
+def _num_rows(targets: Tensor, options: HeadOptions) -> int:
     """How many rows to make place for: the scored ones, or a bound on them."""
     N, bound = targets.numel(), options.max_scored_tokens
     if not has_values(targets) or (targets.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -138,23 +58,23 @@ def _num_rows(targets: Tensor, options: _HeadOptions) -> int:
     return scored
 
 
-def _beyond_bound(targets: Tensor, options: _HeadOptions) -> Tensor:
+def _beyond_bound(targets: Tensor, options: HeadOptions) -> Tensor:
     """Scored positions [B, T] for which `max_scored_tokens` leaves no place; on the CPU they raise."""
     scored = targets != options.ignore_index
     return scored & (scored.flatten().cumsum(0).view(scored.shape) > _num_rows(targets, options))
 
 
-def _token_logps(
+def head_logps(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
     lm_head_bias: Tensor | None,
     labels: Tensor,
-    options: _HeadOptions,
+    options: HeadOptions,
     *,
-    statistics: bool,
+    return_statistics: bool = False,
     names: tuple[str, str, str] = ("hidden_states", "lm_head_weight", "lm_head_bias"),
-) -> tuple[Tensor, LogitStatistics | None, str]:
-    """Log-probs in the shape of the labels, one shorter with a shift; their statistics; the backend that ran."""
+) -> Scored:
+    """As `linear_token_logps`; errors call the three tensors by `names`."""
     tensors = (hidden_states, lm_head_weight, lm_head_bias)
     check_tensors(**dict(zip(names, tensors, strict=True)), labels=labels)
     hidden, weight, bias = (_as_autocast(tensor) for tensor in tensors)
@@ -162,7 +82,7 @@ def _token_logps(
     assert weight is not None
     ignore_index, shift = options.ignore_index, options.shift
     check_head(hidden, weight, bias, labels, ignore_index=ignore_index, shift=shift, names=names)
-    check_processing(hidden.dtype, options.final_logit_softcapping, options.temperature, options.logit_scale)
+    options.check_dtype(hidden.dtype)
     backend = resolve_backend(options.backend, hidden.device, hidden.dtype)
     shape = labels.shape
     if labels.ndim == 1:
@@ -170,66 +90,69 @@ def _token_logps(
     # torch's pad takes a float, which does not hold every int64.
     unscored = labels.new_full((labels.shape[0], 1), ignore_index)
     targets = torch.cat([labels[:, 1:], unscored], 1) if shift else labels
-    T_out = labels.shape[1] - int(shift)
-    if backend == "eager":
-        logits = reference.linear_logits(
-            hidden, weight, bias, labels, ignore_index=ignore_index, shift=shift, logit_scale=options.logit_scale
-        )
-        cap, temperature = options.final_logit_softcapping, options.temperature
-        logps = reference.token_logps(
-            logits,
-            labels,
-            ignore_index=ignore_index,
-            shift=shift,
-            final_logit_softcapping=cap,
-            temperature=temperature,
-        )
-        stats = None
-        if statistics:
-            stats = reference.logit_statistics(
-                logits,
-                labels,
-                ignore_index=ignore_index,
-                shift=shift,
-                final_logit_softcapping=cap,
-                temperature=temperature,
-            )
-        if options.max_scored_tokens is not None:
-            beyond = _beyond_bound(targets, options)[:, :T_out]
-            logps = logps.masked_fill(beyond, torch.nan)
-            if stats is not None:
-                mean, entropy = (x.masked_fill(beyond, torch.nan) for x in stats[:2])
-                stats = (mean, entropy, stats[2] & ~beyond)
-    else:
-        targets = targets.reshape(-1)
-        rows = _num_rows(targets, options)
-        stash_bytes = options.stash_bytes
-        if stash_bytes is None:
-            stash_bytes = default_stash_bytes(hidden.device)
-        flat, raw = linear_logps(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight.contiguous(),
-            bias,
-            targets,
-            rows=rows,
-            stash_rows=stash_rows_within(stash_bytes, rows, weight.shape[0], weight.dtype),
-            ignore_index=ignore_index,
-            logit_scale=options.logit_scale,
-            softcap=options.final_logit_softcapping or 0.0,
-            temperature=options.temperature,
-            statistics=statistics,
-            tile=TILE_SHAPES["cuda" if hidden.is_cuda else "cpu"],
-            backend=backend,
-        )
-        logps = flat.view(labels.shape)[:, :T_out].contiguous()
-        stats = None
-        if statistics:
-            mean, entropy, hit = (s.view(labels.shape)[:, :T_out] for s in raw)
-            stats = (mean, entropy, hit != 0)
+    score = _eager_logps if backend == "eager" else _fused_logps
+    logps, stats = score(hidden, weight, bias, labels, targets, options, return_statistics, backend)
     if len(shape) == 1:
         logps = logps.squeeze(0)
-        stats = None if stats is None else tuple(s.squeeze(0) for s in stats)  # type: ignore[assignment]
-    return logps, None if stats is None else LogitStatistics(*stats), backend
+        stats = None if stats is None else LogitStatistics(*(s.squeeze(0) for s in stats))
+    return Scored(logps, stats, backend)
+
+
+def _eager_logps(
+    hidden: Tensor,  # [B, T, D]
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,  # [B, T]
+    targets: Tensor,  # [B, T], the label that each position predicts
+    options: HeadOptions,
+    return_statistics: bool,
+    backend: str,
+) -> tuple[Tensor, LogitStatistics | None]:
+    logits = reference.linear_logits(hidden, weight, bias, labels, options)
+    logps, stats = reference.token_logps(logits, labels, options), None
+    if return_statistics:
+        stats = LogitStatistics(*reference.logit_statistics(logits, labels, options))
+    if options.max_scored_tokens is not None:
+        beyond = _beyond_bound(targets, options)[:, : logps.shape[1]]
+        logps = logps.masked_fill(beyond, torch.nan)
+        if stats is not None:
+            mean, entropy = (x.masked_fill(beyond, torch.nan) for x in stats[:2])
+            stats = LogitStatistics(mean, entropy, stats.top1_hit & ~beyond)
+    return logps, stats
+
+
+def _fused_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    targets: Tensor,
+    options: HeadOptions,
+    return_statistics: bool,
+    backend: str,
+) -> tuple[Tensor, LogitStatistics | None]:
+    """The same from the ops."""
+    T_out, targets = labels.shape[1] - int(options.shift), targets.reshape(-1)
+    rows = _num_rows(targets, options)
+    stash_bytes = default_stash_bytes(hidden.device) if options.stash_bytes is None else options.stash_bytes
+    ignore_index, _, softcap, temperature = options.processing
+    flat, raw = linear_logps(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight.contiguous(),
+        bias,
+        targets,
+        HeadProcessing(options.logit_scale, softcap, temperature, *TILE_SHAPES["cuda" if hidden.is_cuda else "cpu"]),
+        rows=rows,
+        stash_rows=stash_rows_within(stash_bytes, rows, weight.shape[0], weight.dtype),
+        ignore_index=ignore_index,
+        statistics=return_statistics,
+        backend=backend,
+    )
+    logps = flat.view(labels.shape)[:, :T_out].contiguous()
+    if not return_statistics:
+        return logps, None
+    mean, entropy, hit = (s.view(labels.shape)[:, :T_out] for s in raw)
+    return logps, LogitStatistics(mean, entropy, hit != 0)
 
 
 @overload
@@ -239,15 +162,8 @@ def linear_token_logps(
     labels: Tensor,
     *,
     lm_head_bias: Tensor | None = ...,
-    logit_scale: float = ...,
-    final_logit_softcapping: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    shift: bool = ...,
-    stash_bytes: int | None = ...,
-    max_scored_tokens: int | None = ...,
     return_statistics: Literal[False] = ...,
-    backend: str = ...,
+    **options: Unpack[HeadKeywords],
 ) -> Tensor: ...
 
 
@@ -258,33 +174,20 @@ def linear_token_logps(
     labels: Tensor,
     *,
     lm_head_bias: Tensor | None = ...,
-    logit_scale: float = ...,
-    final_logit_softcapping: float | None = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    shift: bool = ...,
-    stash_bytes: int | None = ...,
-    max_scored_tokens: int | None = ...,
     return_statistics: Literal[True],
-    backend: str = ...,
+    **options: Unpack[HeadKeywords],
 ) -> tuple[Tensor, LogitStatistics]: ...
 
 
+@takes(HeadOptions)
 def linear_token_logps(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
     labels: Tensor,
     *,
     lm_head_bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    final_logit_softcapping: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    shift: bool = True,
-    stash_bytes: int | None = None,
-    max_scored_tokens: int | None = None,
     return_statistics: bool = False,
-    backend: str = "auto",
+    **options: Unpack[HeadKeywords],
 ) -> Tensor | tuple[Tensor, LogitStatistics]:
     """Log-probability of each label from hidden states and the head; logits exist one tile at a time.
 
@@ -299,19 +202,8 @@ def linear_token_logps(
             taken in its precision.
         labels: [B, T] or [N] int64, in [0, V) or `ignore_index`. Nothing is computed for positions that are not scored.
         lm_head_bias: [V].
-        logit_scale: multiplies the logits (Granite: 1 / logits_scaling; Cohere: logit_scale).
-        final_logit_softcapping: replaces the logits x by cap * tanh(x / cap) (Gemma), cap > 0; None does not.
-        temperature: divides the logits, last.
-        ignore_index, shift: as in `token_logps`.
-        stash_bytes: memory for the gradients of the logits, in the dtype of the weight, kept from forward to backward;
-            rows beyond it are computed again in the backward. None: an eighth of the device's memory. Where the weight
-            needs no gradient nothing is kept. The split changes gradients by roundings: set it for results that are the
-            same bit by bit on machines of other memory.
-        max_scored_tokens: a bound on how many positions are scored. On CUDA, counting them waits for the device, which
-            a bound avoids; under torch.compile or in a CUDA graph the default is all positions. Positions beyond the
-            bound have log-prob NaN; in eager mode on the CPU they raise.
         return_statistics: also return mean logit, entropy and top-1 hit of each position.
-        backend: "auto", "triton" (CUDA), "cpp" (CPU) or "eager" (materialises the logits, in fp32).
+        options: the fields of `HeadOptions`.
 
     Returns:
         As `token_logps`. Differentiable once, in hidden states, weight and bias.
@@ -319,44 +211,12 @@ def linear_token_logps(
     Raises:
         ValueError, TypeError, RuntimeError: as `token_logps`.
     """
-    options = _HeadOptions(
-        ignore_index,
-        shift,
-        logit_scale,
-        final_logit_softcapping,
-        temperature,
-        stash_bytes,
-        max_scored_tokens,
-        backend,
-    )
-    logps, stats, _ = _token_logps(
-        hidden_states, lm_head_weight, lm_head_bias, labels, options, statistics=return_statistics
-    )
-    return logps if stats is None else (logps, stats)
+    (head,) = split("linear_token_logps", options, HeadOptions)
+    scored = head_logps(hidden_states, lm_head_weight, lm_head_bias, labels, head, return_statistics=return_statistics)
+    return scored.logps if scored.statistics is None else (scored.logps, scored.statistics)
 
 
-def _prepare(
-    hidden_states: Tensor, labels: Tensor, cu_seqlens: Tensor | None, options: _HeadOptions, name: str = "hidden_states"
-) -> tuple[Tensor, Tensor]:
-    """Padded input as it is; packed input as [N, D] and [N], where a shift cannot cross a boundary."""
-    check_tensors(**{name: hidden_states}, labels=labels)
-    if cu_seqlens is None:
-        if hidden_states.ndim != 3:
-            raise ValueError(
-                f"{name} must be [B, T, D] (or pass cu_seqlens for packed [N, D]), got {shape_of(hidden_states)}"
-            )
-        return hidden_states, labels
-    if hidden_states.ndim in (2, 3):
-        check_cu_seqlens(cu_seqlens, hidden_states, name, "D")
-    if labels.shape == hidden_states.shape[:-1] and hidden_states.ndim == 3:
-        hidden_states, labels = hidden_states.squeeze(0), labels.squeeze(0)
-    if labels.device != hidden_states.device:
-        raise ValueError(f"labels are on {labels.device}, but {name} are on {hidden_states.device}")
-    if options.shift and labels.ndim == 1:
-        labels = mask_boundaries(labels, cu_seqlens, options.ignore_index)
-    return hidden_states, labels
-
-
+@takes(HeadOptions)
 def linear_sequence_logps(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -365,14 +225,7 @@ def linear_sequence_logps(
     cu_seqlens: Tensor | None = None,
     average_log_prob: bool = False,
     lm_head_bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    final_logit_softcapping: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    shift: bool = True,
-    stash_bytes: int | None = None,
-    max_scored_tokens: int | None = None,
-    backend: str = "auto",
+    **options: Unpack[HeadKeywords],
 ) -> Tensor:
     """Log-probability of each sequence from hidden states and the head.
 
@@ -381,8 +234,8 @@ def linear_sequence_logps(
         lm_head_weight: [V, D].
         labels: [B, T]; [1, N] or [N] with `cu_seqlens`.
         cu_seqlens, average_log_prob: as in `sequence_logps`.
-        lm_head_bias, logit_scale, final_logit_softcapping, temperature, ignore_index, shift, stash_bytes,
-            max_scored_tokens, backend: as in `linear_token_logps`.
+        lm_head_bias: [V].
+        options: the fields of `HeadOptions`.
 
     Returns:
         [B] or [S]; 0 for a sequence without a scored token.
@@ -390,28 +243,13 @@ def linear_sequence_logps(
     Raises:
         ValueError, TypeError, RuntimeError: as `sequence_logps`.
     """
-    options = _HeadOptions(
-        ignore_index,
-        shift,
-        logit_scale,
-        final_logit_softcapping,
-        temperature,
-        stash_bytes,
-        max_scored_tokens,
-        backend,
-    )
-    hidden_states, labels = _prepare(hidden_states, labels, cu_seqlens, options)
-    logps, _, _ = _token_logps(hidden_states, lm_head_weight, lm_head_bias, labels, options, statistics=False)
-    return reference.sequence_logps(
-        logps,
-        labels,
-        cu_seqlens,
-        average_log_prob=average_log_prob,
-        ignore_index=ignore_index,
-        shift=shift,
-    )
+    (head,) = split("linear_sequence_logps", options, HeadOptions)
+    hidden_states, labels = prepare_rows(hidden_states, labels, cu_seqlens, head, "hidden_states", "D")
+    logps = head_logps(hidden_states, lm_head_weight, lm_head_bias, labels, head).logps
+    return reference.sequence_logps(logps, labels, cu_seqlens, average_log_prob=average_log_prob, options=head)
 
 
+@takes(FusedLossOptions, HeadOptions)
 def fused_linear_dil_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -424,27 +262,9 @@ def fused_linear_dil_loss(
     ref_lm_head_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,
     is_chosen: Tensor | None = None,
-    loss_type: str = "lsif",
-    beta: float | None = None,
-    power: float | None = None,
-    alpha: float = 0.0,
-    max_log_ratio: float | None = None,
-    non_negative: float | None = None,
-    chosen_weight: float = 1.0,
-    rejected_weight: float = 1.0,
-    average_log_prob: bool = True,
     cu_seqlens: Tensor | None = None,
-    pair_layout: str = "concatenated",
-    reduction: str = "mean",
     lm_head_bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    final_logit_softcapping: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    shift: bool = True,
-    stash_bytes: int | None = None,
-    max_scored_tokens: int | None = None,
-    backend: str = "auto",
+    **options: Unpack[FusedHeadKeywords],
 ) -> DILOutput:
     """DIL loss from hidden states and the head (arXiv 2503.05079, eq. 19), without the logits.
 
@@ -459,11 +279,9 @@ def fused_linear_dil_loss(
         ref_lm_head_weight: [V, D'].
         ref_lm_head_bias: [V].
         ref_logps, is_chosen: of responses that do not come in pairs, as in `fused_dil_loss`.
-        loss_type, beta, power, alpha, max_log_ratio, non_negative, chosen_weight, rejected_weight, average_log_prob,
-            cu_seqlens, pair_layout, reduction: as in `fused_dil_loss`.
+        cu_seqlens: int32 [2B + 1], boundaries of packed sequences.
         lm_head_bias: [V].
-        logit_scale, final_logit_softcapping, temperature: as in `linear_token_logps`; they apply to both models.
-        ignore_index, shift, stash_bytes, max_scored_tokens, backend: as in `linear_token_logps`.
+        options: the fields of `FusedLossOptions` and `HeadOptions`; what is done to logits is done to both models'.
 
     Returns:
         A `DILOutput`, as of `fused_dil_loss`.
@@ -471,29 +289,7 @@ def fused_linear_dil_loss(
     Raises:
         ValueError, TypeError, RuntimeError: as `linear_token_logps` and `fused_dil_loss`.
     """
-    loss_options = resolve_loss_options(
-        loss_type,
-        beta,
-        alpha,
-        average_log_prob,
-        pair_layout,
-        reduction,
-        power=power,
-        max_log_ratio=max_log_ratio,
-        non_negative=non_negative,
-        chosen_weight=chosen_weight,
-        rejected_weight=rejected_weight,
-    )
-    options = _HeadOptions(
-        ignore_index,
-        shift,
-        logit_scale,
-        final_logit_softcapping,
-        temperature,
-        stash_bytes,
-        max_scored_tokens,
-        backend,
-    )
+    loss_options, head = split("fused_linear_dil_loss", options, FusedLossOptions, HeadOptions)
     check_tensors(
         hidden_states=hidden_states,
         lm_head_weight=lm_head_weight,
@@ -516,45 +312,36 @@ def fused_linear_dil_loss(
         )
     if ref_hidden_states is not None and cu_seqlens is not None and ref_hidden_states.ndim == 3:
         ref_hidden_states = ref_hidden_states.squeeze(0)
-    hidden_states, labels = _prepare(hidden_states, labels, cu_seqlens, options)
-    S = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    counted_in = ("rows in hidden_states", hidden_states) if cu_seqlens is None else ("in cu_seqlens", cu_seqlens)
+    hidden_states, labels = prepare_rows(hidden_states, labels, cu_seqlens, head, "hidden_states", "D")
     ref_logps = resolve_ref_logps(
-        ref_chosen_logps,
-        ref_rejected_logps,
-        S,
-        counted_in,
-        hidden_states.device,
+        hidden_states,
+        cu_seqlens,
         loss_options,
+        name="hidden_states",
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
         ref_logps=ref_logps,
         is_chosen=is_chosen,
     )
     if (ref_hidden_states is None) == (ref_logps is None):
         sums = "both ref_chosen_logps and ref_rejected_logps" if is_chosen is None else "ref_logps"
         raise ValueError(f"give the reference either as ref_hidden_states and ref_lm_head_weight, or as {sums}")
-    token_logps, _, name = _token_logps(hidden_states, lm_head_weight, lm_head_bias, labels, options, statistics=False)
+    policy = head_logps(hidden_states, lm_head_weight, lm_head_bias, labels, head)
     ref_token_logps = None
     if ref_hidden_states is not None:
         assert ref_lm_head_weight is not None
+        names = ("ref_hidden_states", "ref_lm_head_weight", "ref_lm_head_bias")
+        of_reference = (ref_hidden_states, ref_lm_head_weight, ref_lm_head_bias)
         with torch.no_grad():
-            ref_token_logps, _, _ = _token_logps(
-                ref_hidden_states,
-                ref_lm_head_weight,
-                ref_lm_head_bias,
-                labels,
-                options,
-                statistics=False,
-                names=("ref_hidden_states", "ref_lm_head_weight", "ref_lm_head_bias"),
-            )
+            ref_token_logps = head_logps(*of_reference, labels, head, names=names).logps
     return loss_of_token_logps(
-        token_logps,
+        policy.logps,
         labels,
         cu_seqlens,
         ref_token_logps,
         ref_logps,
         loss_options,
-        ignore_index=ignore_index,
-        shift=shift,
-        backend=name,
+        head,
         is_chosen=is_chosen,
+        backend=policy.backend,
     )

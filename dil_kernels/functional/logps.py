@@ -6,18 +6,13 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from dil_kernels import reference
 from dil_kernels.backends import resolve_backend
-from dil_kernels.checks import (
-    check_cu_seqlens,
-    check_ignore_index,
-    check_inplace,
-    check_logits,
-    check_tensors,
-    shape_of,
-)
+from dil_kernels.checks import check_cu_seqlens, check_inplace, check_logits, check_tensors, shape_of
 from dil_kernels.ops.logps import logps_from_logits
+from dil_kernels.options import LogitsKeywords, LogitsOptions, ScoringOptions, split, takes
 
 
 class LogitStatistics(NamedTuple):
@@ -41,111 +36,29 @@ def mask_boundaries(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Te
     return labels.masked_fill(first, ignore_index)
 
 
-def _token_logps(
-    logits: Tensor,  # [B, T, V]
-    labels: Tensor,  # [B, T]
-    ignore_index: int,
-    shift: bool,
-    final_logit_softcapping: float | None,
-    temperature: float,
-    inplace_backward: bool,
-    return_statistics: bool,
-    backend: str,
-) -> tuple[Tensor, LogitStatistics | None]:
-    if backend == "eager":
-        logps = reference.token_logps(
-            logits,
-            labels,
-            ignore_index=ignore_index,
-            shift=shift,
-            final_logit_softcapping=final_logit_softcapping,
-            temperature=temperature,
-        )
-        if not return_statistics:
-            return logps, None
-        return logps, LogitStatistics(
-            *reference.logit_statistics(
-                logits,
-                labels,
-                ignore_index=ignore_index,
-                shift=shift,
-                final_logit_softcapping=final_logit_softcapping,
-                temperature=temperature,
-            )
-        )
-    logps, statistics = logps_from_logits(
-        logits,
-        labels,
-        ignore_index,
-        shift,
-        final_logit_softcapping or 0.0,
-        temperature,
-        return_statistics,
-        inplace_backward,
-        backend,
-    )
-    if not return_statistics:
-        return logps, None
-    mean_logit, entropy, top1_hit = statistics.unbind()
-    return logps, LogitStatistics(mean_logit, entropy, top1_hit != 0)
-
-
 @overload
 def token_logps(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = ...,
-    shift: bool = ...,
-    final_logit_softcapping: float | None = ...,
-    temperature: float = ...,
-    inplace_backward: bool = ...,
-    return_statistics: Literal[False] = ...,
-    backend: str = ...,
+    logits: Tensor, labels: Tensor, *, return_statistics: Literal[False] = ..., **options: Unpack[LogitsKeywords]
 ) -> Tensor: ...
 
 
 @overload
 def token_logps(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = ...,
-    shift: bool = ...,
-    final_logit_softcapping: float | None = ...,
-    temperature: float = ...,
-    inplace_backward: bool = ...,
-    return_statistics: Literal[True],
-    backend: str = ...,
+    logits: Tensor, labels: Tensor, *, return_statistics: Literal[True], **options: Unpack[LogitsKeywords]
 ) -> tuple[Tensor, LogitStatistics]: ...
 
 
+@takes(LogitsOptions)
 def token_logps(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    shift: bool = True,
-    final_logit_softcapping: float | None = None,
-    temperature: float = 1.0,
-    inplace_backward: bool = False,
-    return_statistics: bool = False,
-    backend: str = "auto",
+    logits: Tensor, labels: Tensor, *, return_statistics: bool = False, **options: Unpack[LogitsKeywords]
 ) -> Tensor | tuple[Tensor, LogitStatistics]:
     """Log-probability of each label under the softmax of the processed logits, without materialising the softmax.
 
     Args:
         logits: [B, T, V] or [N, V] (one sequence); fp32, bf16, fp16, or fp64 (CPU). Rows may be strided.
         labels: [B, T] or [N] int64, in [0, V) or `ignore_index`. Rows with an ignored label are not read.
-        ignore_index: the label of positions that are not scored.
-        shift: position t scores label t + 1, as causal models are trained; no shifted copy of the logits is made.
-        final_logit_softcapping: replaces the logits x by cap * tanh(x / cap) (Gemma), cap > 0; None does not.
-        temperature: divides the logits, after the softcapping; > 0.
-        inplace_backward: write the gradient over the logits instead of into a new buffer. Whoever else needs the logits
-            for its backward gets autograd's error, as does a second backward. Under saved-tensor hooks, which leave
-            out autograd's check, the gradient gets a new buffer all the same.
         return_statistics: also return mean logit, entropy and top-1 hit of each position, from the same read.
-        backend: "auto", "triton" (CUDA), "cpp" (CPU) or "eager".
+        options: the fields of `LogitsOptions`.
 
     Returns:
         fp32 (fp64 for fp64 logits), natural log, 0 where ignored: [B, T - 1] or [N - 1] with `shift`, else the labels'
@@ -159,52 +72,66 @@ def token_logps(
             label makes its log-prob NaN, since checking it would synchronise with the host.
         RuntimeError: a backend that cannot run here.
     """
-    check_logits(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        shift=shift,
-        final_logit_softcapping=final_logit_softcapping,
-        temperature=temperature,
-    )
-    name = resolve_backend(backend, logits.device, logits.dtype)
-    if inplace_backward:
-        if name == "eager":
+    (scoring,) = split("token_logps", options, LogitsOptions)
+    logps, statistics = logps_of_labels(logits, labels, scoring, return_statistics=return_statistics)
+    return logps if statistics is None else (logps, statistics)
+
+
+def logps_of_labels(
+    logits: Tensor, labels: Tensor, options: LogitsOptions, *, return_statistics: bool = False
+) -> tuple[Tensor, LogitStatistics | None]:
+    """As `token_logps`."""
+    check_logits(logits, labels, ignore_index=options.ignore_index, shift=options.shift)
+    options.check_dtype(logits.dtype)
+    backend = resolve_backend(options.backend, logits.device, logits.dtype)
+    if options.inplace_backward:
+        if backend == "eager":
             raise RuntimeError("inplace_backward=True needs the triton or cpp backend; the eager backend cannot do it")
         check_inplace(logits)
     one_sequence = logits.ndim == 2
     if one_sequence:
         logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
-    logps, statistics = _token_logps(
-        logits,
-        labels,
-        ignore_index,
-        shift,
-        final_logit_softcapping,
-        temperature,
-        inplace_backward,
-        return_statistics,
-        name,
-    )
+    logps, statistics = _unchecked_logps(logits, labels, options, return_statistics, backend)
     if one_sequence:
         logps = logps.squeeze(0)
-    if statistics is None:
-        return logps
-    return logps, LogitStatistics(*(x.squeeze(0) for x in statistics)) if one_sequence else statistics
+        statistics = None if statistics is None else LogitStatistics(*(x.squeeze(0) for x in statistics))
+    return logps, statistics
 
 
+def _unchecked_logps(
+    logits: Tensor,  # [B, T, V]
+    labels: Tensor,  # [B, T]
+    options: LogitsOptions,
+    return_statistics: bool,
+    backend: str,
+) -> tuple[Tensor, LogitStatistics | None]:
+    if backend == "eager":
+        logps = reference.token_logps(logits, labels, options)
+        if not return_statistics:
+            return logps, None
+        return logps, LogitStatistics(*reference.logit_statistics(logits, labels, options))
+    logps, measured = logps_from_logits(
+        logits,
+        labels,
+        options.processing,
+        statistics=return_statistics,
+        inplace_backward=options.inplace_backward,
+        backend=backend,
+    )
+    if not return_statistics:
+        return logps, None
+    mean_logit, entropy, top1_hit = measured.unbind()
+    return logps, LogitStatistics(mean_logit, entropy, top1_hit != 0)
+
+
+@takes(LogitsOptions)
 def sequence_logps(
     logits: Tensor,
     labels: Tensor,
     *,
     cu_seqlens: Tensor | None = None,
     average_log_prob: bool = False,
-    ignore_index: int = -100,
-    shift: bool = True,
-    final_logit_softcapping: float | None = None,
-    temperature: float = 1.0,
-    inplace_backward: bool = False,
-    backend: str = "auto",
+    **options: Unpack[LogitsKeywords],
 ) -> Tensor:
     """Log-probability of each sequence: the sum of its scored tokens' log-probs.
 
@@ -214,7 +141,7 @@ def sequence_logps(
         cu_seqlens: int32 [S + 1], boundaries of the packed sequences: starts at 0, does not decrease, ends at N. No
             label is ever predicted across a boundary: with `shift`, the first label of each sequence is ignored.
         average_log_prob: divide by the number of scored tokens.
-        ignore_index, shift, final_logit_softcapping, temperature, inplace_backward, backend: as in `token_logps`.
+        options: the fields of `LogitsOptions`.
 
     Returns:
         [B] or [S]; 0 for a sequence without a scored token.
@@ -223,38 +150,42 @@ def sequence_logps(
         ValueError, TypeError, RuntimeError: as `token_logps`; also cu_seqlens that are not boundaries (on CUDA, where
             checking would synchronise with the host, the result is NaN instead).
     """
-    logits, labels = prepare_rows(logits, labels, cu_seqlens, ignore_index, shift)
-    logps = token_logps(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        shift=shift,
-        final_logit_softcapping=final_logit_softcapping,
-        temperature=temperature,
-        inplace_backward=inplace_backward,
-        backend=backend,
-    )
-    return reference.sequence_logps(
-        logps, labels, cu_seqlens, average_log_prob=average_log_prob, ignore_index=ignore_index, shift=shift
-    )
+    (scoring,) = split("sequence_logps", options, LogitsOptions)
+    logits, labels = prepare_rows(logits, labels, cu_seqlens, scoring)
+    logps, _ = logps_of_labels(logits, labels, scoring)
+    return reference.sequence_logps(logps, labels, cu_seqlens, average_log_prob=average_log_prob, options=scoring)
 
 
 def prepare_rows(
-    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, shift: bool
+    values: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    options: ScoringOptions,
+    name: str = "logits",
+    width: str = "V",
 ) -> tuple[Tensor, Tensor]:
-    """Padded input as it is; packed input as [N, V] and [N], where a shift cannot cross a boundary."""
-    check_tensors(logits=logits, labels=labels)
-    check_ignore_index(ignore_index)
+    """Padded input as it is; packed input as [N, width] and [N], where a shift cannot cross a boundary.
+
+    Args:
+        values: logits or hidden states, [B, T, width] or packed.
+        labels: [B, T] or packed.
+        cu_seqlens: of packed ones.
+        options: what is scored.
+        name: of the values, for errors; width: of their last dimension.
+    """
+    check_tensors(**{name: values}, labels=labels)
     if cu_seqlens is None:
-        if logits.ndim != 3:
-            raise ValueError(f"logits must be [B, T, V] (or pass cu_seqlens for packed [N, V]), got {shape_of(logits)}")
-        return logits, labels
-    if logits.ndim in (2, 3):
-        check_cu_seqlens(cu_seqlens, logits)
-    if labels.shape == logits.shape[:-1] and logits.ndim == 3:
-        logits, labels = logits.squeeze(0), labels.squeeze(0)
-    if labels.device != logits.device:
-        raise ValueError(f"labels are on {labels.device}, but logits are on {logits.device}")
-    if shift and labels.ndim == 1:
-        labels = mask_boundaries(labels, cu_seqlens, ignore_index)
-    return logits, labels
+        if values.ndim != 3:
+            raise ValueError(
+                f"{name} must be [B, T, {width}] (or pass cu_seqlens for packed [N, {width}]), got {shape_of(values)}"
+            )
+        return values, labels
+    if values.ndim in (2, 3):
+        check_cu_seqlens(cu_seqlens, values, name, width)
+    if labels.shape == values.shape[:-1] and values.ndim == 3:
+        values, labels = values.squeeze(0), labels.squeeze(0)
+    if labels.device != values.device:
+        raise ValueError(f"labels are on {labels.device}, but {name} are on {values.device}")
+    if options.shift and labels.ndim == 1:
+        labels = mask_boundaries(labels, cu_seqlens, options.ignore_index)
+    return values, labels

@@ -30,9 +30,9 @@ from dil_kernels.backends import resolve_backend
 from dil_kernels.data.batches import IGNORE_INDEX
 from dil_kernels.functional import DILOutput
 from dil_kernels.functional.loss import loss_of_token_logps
-from dil_kernels.functional.loss_options import resolve_loss_options
 from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_sums
 from dil_kernels.integrations.trl_config import DILConfig
+from dil_kernels.losses import FusedLossOptions
 from dil_kernels.models.fused_head import UnsupportedHeadError, install_fused_head
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
 from dil_kernels.models.scoring import Scores, score
@@ -125,11 +125,8 @@ class DILTrainer(DPOTrainer):
         self.data_collator = CountingCollator(self.data_collator)
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
         self.model_accepts_loss_kwargs = True
-        self.loss_options = resolve_loss_options(
-            **args.loss_options(),
-            average_log_prob=args.average_log_prob,
-            pair_layout="concatenated",
-            reduction="sum",
+        self.loss_options = FusedLossOptions(
+            **args.loss_options(), average_log_prob=args.average_log_prob, reduction="sum"
         )
         self.beta = 1.0 if args.beta is None else args.beta
         self._has_router = getattr(self, "aux_loss_enabled", False)  # a mixture of experts, in TRL 1.8 or later
@@ -189,8 +186,6 @@ class DILTrainer(DPOTrainer):
             ref_token_logps,
             ref_logps,
             self.loss_options,
-            ignore_index=IGNORE_INDEX,
-            shift=True,
             backend=resolve_backend(self.args.backend, labels.device, policy.token_logps.dtype),
         )
         if num_items_in_batch is None:

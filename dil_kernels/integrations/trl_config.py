@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dil_kernels.backends import BACKENDS
 from dil_kernels.checks import check_choice
-from dil_kernels.losses.divergences import resolve_options
+from dil_kernels.losses import LossOptions
 from dil_kernels.training.loss_fields import FusedLossFields
 
 if Version(trl.__version__) < Version("1.0.0"):
@@ -89,7 +89,7 @@ class DILConfig(FusedLossFields, DPOConfig):
             )
         if loss_type == "dpo" and self.beta is None:
             self.beta = DPOConfig.__dataclass_fields__["beta"].default
-        resolve_options(**self.loss_options())
+        LossOptions(**self.loss_options())
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         options = self.__dataclass_fields__
         for name in UNUSED_OPTIONS:

@@ -215,16 +215,12 @@ def head_tile(
     grad: Tensor | None,  # [R, n]
     sums: Tensor | None,  # [R, D]
     start: int,
-    logit_scale: float,
-    softcap: float,
-    inv_temperature: float,
-    slack: float,
-    statistics: bool,
-    *,
+    *how: float,
     reference: Tensor | None = None,  # [R]
 ) -> None:
-    """As the op cpp_head_tile; writes the new reference a second time, where asked."""
+    """As the op head_tile; writes the new reference a second time, where asked."""
     R, n = tile.shape
+    softcap, statistics = how[1], bool(how[-1])
     BLOCK_V, num_warps = tile_launch_shape(n)
     _head_tile_kernel[(R,)](
         tile,
@@ -240,10 +236,7 @@ def head_tile(
         n,
         0 if sums is None else sums.shape[1],
         start,
-        logit_scale,
-        softcap,
-        inv_temperature,
-        slack,
+        *how[:-1],
         HAS_BIAS=bias is not None,
         SOFTCAP=softcap != 0.0,
         HAS_GRAD=grad is not None,
@@ -265,11 +258,9 @@ def head_tile_grad(
     state: Tensor,
     grad: Tensor,
     start: int,
-    logit_scale: float,
-    softcap: float,
-    inv_temperature: float,
+    *how: float,
 ) -> None:
-    """As the op cpp_head_tile_grad."""
+    """As the op head_tile_grad."""
     R, n = tile.shape
     BLOCK_V = min(GRAD_BLOCK_V, max(32, triton.next_power_of_2(n)))
     _head_tile_grad_kernel[(R, triton.cdiv(n, BLOCK_V))](
@@ -283,11 +274,9 @@ def head_tile_grad(
         R,
         n,
         start,
-        logit_scale,
-        softcap,
-        inv_temperature,
+        *how,
         HAS_BIAS=bias is not None,
-        SOFTCAP=softcap != 0.0,
+        SOFTCAP=how[1] != 0.0,
         BLOCK_V=BLOCK_V,
         num_warps=GRAD_WARPS,
     )

@@ -8,27 +8,26 @@ are compared.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dil_kernels.losses.divergences import Divergence, LossParameters, get_divergence
+from dil_kernels.losses.options import LossParameters
 
 
 def pair_losses(u_w: Tensor, u_l: Tensor, parameters: LossParameters) -> Tensor:
     """Loss of each pair from its log ratios, [B] each."""
-    divergence = get_divergence(parameters.loss_type)
+    divergence = parameters.divergence
     if divergence.pair is not None:
         w, l = (soft_bound(u, parameters.max_log_ratio) for u in (u_w, u_l))
         return divergence.pair(w, l) if divergence.parameter is None else divergence.pair(w, l, parameters.parameter)
-    return _SeparablePairs.apply(u_w, u_l, *_fields(parameters))
+    return _SeparablePairs.apply(u_w, u_l, parameters)
 
 
 def response_losses(u: Tensor, is_chosen: Tensor, parameters: LossParameters) -> Tensor:
     """The term of each response of unpaired data, [S], from its log ratio; the loss must be separable."""
-    return _SeparableResponses.apply(u, is_chosen, *_fields(parameters))
+    return _SeparableResponses.apply(u, is_chosen, parameters)
 
 
 def total(losses: Tensor) -> Tensor:
@@ -44,7 +43,6 @@ def non_negative_loss(
     rejected_counts: Tensor,
     parameters: LossParameters,
     constant: float,
-    floor: Tensor,
 ) -> Tensor:
     """The non-negative correction of Kato and Teshima 2021 (ICML, eq. 7) of a mean loss.
 
@@ -61,20 +59,16 @@ def non_negative_loss(
         chosen_counts, rejected_counts: which of them count, bool.
         parameters: of the loss.
         constant: C, below the reciprocal of the largest density ratio.
-        floor: ``P(-inf)``, [].
     """
-    alone = replace(parameters, alpha=constant, rejected_weight=0.0)
+    floor = parameters.floor_of_P(chosen.dtype, chosen.device)
+    alone = parameters._replace(alpha=constant, rejected_weight=0.0)
     zeros = torch.zeros_like(chosen)
     chosen = torch.where(chosen_counts, chosen, 0)
     count = chosen_counts.sum().clamp(min=1)
     chosen_only = total(torch.where(chosen_counts, pair_losses(chosen, zeros, alone), 0) / count)
-    divergence = get_divergence(parameters.loss_type)
     with torch.no_grad():
         Q_w, Q_l = (
-            torch.where(
-                counts, divergence.term("P", _soft_bound(u, parameters.max_log_ratio)[0], parameters.parameter), floor
-            )
-            - floor
+            torch.where(counts, parameters.term("P", _soft_bound(u, parameters.max_log_ratio)[0]), floor) - floor
             for u, counts in ((chosen, chosen_counts), (rejected, rejected_counts))
         )
         Q_w_mean, Q_l_mean = Q_w.sum() / count, Q_l.sum() / rejected_counts.sum().clamp(min=1)
@@ -98,10 +92,6 @@ def soft_bound(u: Tensor, M: float) -> Tensor:
     return _SoftBound.apply(u, M)
 
 
-def _fields(p: LossParameters) -> tuple[str, float, float, float, float, float]:
-    return p.loss_type, p.parameter, p.alpha, p.max_log_ratio, p.chosen_weight, p.rejected_weight
-
-
 def _scaled(grad: Tensor, by: Tensor | float) -> Tensor:
     """A gradient or a mean, times a slope, a weight or a derivative; 0 where that is 0, however large the rest."""
     if isinstance(by, float):
@@ -118,91 +108,86 @@ def _overflowed(positive: Tensor, negative: Tensor) -> Tensor:  # e^positive - e
     return torch.where(positive < negative, -math.inf, math.inf)
 
 
-def _log_term(divergence: Divergence, name: str, u: Tensor, p: LossParameters, weight: float) -> Tensor:
-    if getattr(divergence, name) is None:  # not known, so that the loss is taken as +inf
+def _log_term(name: str, u: Tensor, p: LossParameters, weight: float) -> Tensor:
+    if getattr(p.divergence, name) is None:  # not known, so that the loss is taken as +inf
         return torch.full_like(u, math.nan)
     if weight == 0.0:
         return torch.full_like(u, -math.inf)
-    return math.log(weight) + divergence.term(name, u, p.parameter)
+    return math.log(weight) + p.term(name, u)
 
 
-def _weighted(d: Divergence, name: str, v: Tensor, p: LossParameters, weight: float) -> Tensor:
+def _weighted(name: str, v: Tensor, p: LossParameters, weight: float) -> Tensor:
     """``weight P(v)`` or ``weight P'(v)``, finite also where only P is not."""
-    term = d.term(name, v, p.parameter)
-    if getattr(d, f"log_{name}") is None:
+    term = p.term(name, v)
+    if getattr(p.divergence, f"log_{name}") is None:
         return weight * term
-    return torch.where(term.isposinf(), _log_term(d, f"log_{name}", v, p, weight).exp(), weight * term)
+    return torch.where(term.isposinf(), _log_term(f"log_{name}", v, p, weight).exp(), weight * term)
 
 
-def _chosen(d: Divergence, u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:
+def _chosen(u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:
     """``chosen_weight [-A(u) + alpha P(u)]`` and its derivative."""
     v, slope = _soft_bound(u, p.max_log_ratio)
-    loss, grad = -d.term("A", v, p.parameter), -d.term("dA", v, p.parameter)
+    loss, grad = -p.term("A", v), -p.term("dA", v)
     if p.alpha != 0.0:
-        loss = loss + _weighted(d, "P", v, p, p.alpha)
-        grad = grad + _weighted(d, "dP", v, p, p.alpha)
-        positive, negative = _log_term(d, "log_P", v, p, p.alpha), _log_term(d, "log_A", v, p, 1.0)
+        loss = loss + _weighted("P", v, p, p.alpha)
+        grad = grad + _weighted("dP", v, p, p.alpha)
+        positive, negative = _log_term("log_P", v, p, p.alpha), _log_term("log_A", v, p, 1.0)
         loss = torch.where(loss.isnan() & ~u.isnan(), _overflowed(positive, negative), loss)
         # A'(u) (alpha e^u - 1)
         grad = torch.where(grad.isnan() & ~u.isnan(), _overflowed(math.log(p.alpha) + v, torch.zeros_like(v)), grad)
     return _scaled(loss, p.chosen_weight), _scaled(_scaled(grad, slope), p.chosen_weight)
 
 
-def _rejected(d: Divergence, u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:
+def _rejected(u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:
     """``rejected_weight (1 - alpha) P(u)`` and its derivative; zeros where the weight is 0."""
     weight = p.rejected_weight * (1.0 - p.alpha)
     if weight == 0.0:
         return torch.zeros_like(u), torch.zeros_like(u)
     v, slope = _soft_bound(u, p.max_log_ratio)
-    return _weighted(d, "P", v, p, weight), _scaled(_weighted(d, "dP", v, p, weight), slope)
+    return _weighted("P", v, p, weight), _scaled(_weighted("dP", v, p, weight), slope)
 
 
-def _pair(d: Divergence, u_w: Tensor, u_l: Tensor, p: LossParameters) -> Tensor:
-    chosen, rejected = _chosen(d, u_w, p)[0], _rejected(d, u_l, p)[0]
+def _pair(u_w: Tensor, u_l: Tensor, p: LossParameters) -> Tensor:
+    chosen, rejected = _chosen(u_w, p)[0], _rejected(u_l, p)[0]
     loss = chosen + rejected
     w, l = _soft_bound(u_w, p.max_log_ratio)[0], _soft_bound(u_l, p.max_log_ratio)[0]
     positive = torch.logaddexp(
-        _log_term(d, "log_P", w, p, p.chosen_weight * p.alpha),
-        _log_term(d, "log_P", l, p, p.rejected_weight * (1.0 - p.alpha)),
+        _log_term("log_P", w, p, p.chosen_weight * p.alpha),
+        _log_term("log_P", l, p, p.rejected_weight * (1.0 - p.alpha)),
     )
-    signed = _overflowed(positive, _log_term(d, "log_A", w, p, p.chosen_weight))
+    signed = _overflowed(positive, _log_term("log_A", w, p, p.chosen_weight))
     signed = torch.where(w.isinf() & ~l.isinf(), chosen, torch.where(l.isinf() & ~w.isinf(), rejected, signed))
     return torch.where(loss.isnan() & ~u_w.isnan() & ~u_l.isnan(), signed, loss)
 
 
 class _SeparablePairs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u_w: Tensor, u_l: Tensor, *fields: Any) -> Tensor:
-        parameters = LossParameters(*fields)
+    def forward(ctx: Any, u_w: Tensor, u_l: Tensor, parameters: LossParameters) -> Tensor:
         ctx.save_for_backward(u_w, u_l)
-        ctx.fields = fields
-        return _pair(get_divergence(parameters.loss_type), u_w, u_l, parameters)
+        ctx.parameters = parameters
+        return _pair(u_w, u_l, parameters)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         u_w, u_l = ctx.saved_tensors
-        parameters = LossParameters(*ctx.fields)
-        divergence = get_divergence(parameters.loss_type)
-        grad_w, grad_l = _chosen(divergence, u_w, parameters)[1], _rejected(divergence, u_l, parameters)[1]
-        return _scaled(grad_w, grad), _scaled(grad_l, grad), *(None,) * len(ctx.fields)
+        p = ctx.parameters
+        grad_w, grad_l = _chosen(u_w, p)[1], _rejected(u_l, p)[1]
+        return _scaled(grad_w, grad), _scaled(grad_l, grad), None
 
 
 class _SeparableResponses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, is_chosen: Tensor, *fields: Any) -> Tensor:
-        parameters = LossParameters(*fields)
-        divergence = get_divergence(parameters.loss_type)
+    def forward(ctx: Any, u: Tensor, is_chosen: Tensor, parameters: LossParameters) -> Tensor:
         ctx.save_for_backward(u, is_chosen)
-        ctx.fields = fields
-        return torch.where(is_chosen, _chosen(divergence, u, parameters)[0], _rejected(divergence, u, parameters)[0])
+        ctx.parameters = p = parameters
+        return torch.where(is_chosen, _chosen(u, p)[0], _rejected(u, p)[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         u, is_chosen = ctx.saved_tensors
-        parameters = LossParameters(*ctx.fields)
-        divergence = get_divergence(parameters.loss_type)
-        slope = torch.where(is_chosen, _chosen(divergence, u, parameters)[1], _rejected(divergence, u, parameters)[1])
-        return _scaled(slope, grad), None, *(None,) * len(ctx.fields)
+        p = ctx.parameters
+        slope = torch.where(is_chosen, _chosen(u, p)[1], _rejected(u, p)[1])
+        return _scaled(slope, grad), None, None
 
 
 class _SoftBound(torch.autograd.Function):

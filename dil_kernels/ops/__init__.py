@@ -4,37 +4,63 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from dil_kernels import backends
 
 _LIBRARY = torch.library.Library("dil_kernels", "FRAGMENT")
+backends.load_extension()  # has the C++ implementations
 
 
-def define_op(
-    name: str, *, fake: Callable[..., Any], mutates_args: tuple[str, ...] = ()
-) -> Callable[[Function], Function]:
-    """Register a function as the op `dil_kernels::name` of CPU and CUDA tensors, and `fake` for tensors without values.
+def arguments(options: type[Any]) -> str:
+    """The fields of a named tuple as arguments of a schema."""
+    return ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(options).items())
+
+
+class Op:
+    """An op `dil_kernels::name`: C++ on CPU tensors, Triton or CUDA C++ on CUDA tensors, by PyTorch's dispatcher.
+
+    Its overload `triton` runs the Triton kernels on CPU tensors, for Triton's interpreter and emulators of GPUs.
 
     As `torch.library.custom_op`, which puts Python around every call for what these ops do not need: autograd (the
     Functions of this package are above the ops, and count up the version of what an op mutates) and outputs that alias
     an input (none does). `_disable_dynamo` is custom_op's too: it keeps torch.compile out of a kernel that runs in a
     frame which is not compiled, and imports torch._dynamo only in the first call.
+
+    Args:
+        schema: name, arguments and results.
+        fake: the same for tensors without values.
     """
 
-    def register(function: Function) -> Function:
-        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for device in ("CPU", "CUDA"):
-            _LIBRARY.impl(name, torch._disable_dynamo(function), device)
-        torch.library.register_fake(f"dil_kernels::{name}", fake, lib=_LIBRARY)
+    def __init__(self, schema: str, fake: Callable[..., Any]) -> None:
+        self.name, _, self._arguments = schema.partition("(")
+        self._fake = fake
+        self._define("")
+
+    def _define(self, overload: str) -> None:
+        _LIBRARY.define(f"{self.name}{overload}({self._arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"dil_kernels::{self.name}{overload}", self._fake, lib=_LIBRARY)
+
+    def cpu(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Register the implementation on CPU tensors, where it is not the extension's."""
+        _LIBRARY.impl(self.name, torch._disable_dynamo(function), "CPU")
         return function
 
-    return register
+    def triton(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Register the implementation that launches Triton kernels."""
+        _LIBRARY.impl(self.name, torch._disable_dynamo(function), "CUDA")
+        self._define(".triton")
+        _LIBRARY.impl(f"{self.name}.triton", torch._disable_dynamo(function), "CPU")
+        return function
+
+    def on(self, backend: str, tensor: Tensor) -> torch._ops.OpOverload:
+        """What runs on a tensor: the op of its device, or Triton's where that is asked for."""
+        packet = getattr(torch.ops.dil_kernels, self.name)
+        return packet.triton if backend == "triton" and not tensor.is_cuda else packet.default
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

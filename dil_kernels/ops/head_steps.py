@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dil_kernels.losses.scalar import tanh_slope
+from dil_kernels.ops import Op
 
 # A row's reference is renewed, and what was written with the old one rescaled, where another entry than the label
 # exceeds it by more (nats): small enough that s keeps its digits, large enough that it is rare.
@@ -24,6 +25,18 @@ RESCALED_ROWS = 32
 TOTAL_SCALE = 2.0**-24  # of the state `total`: csrc/cpu/row_kernels.h, kernels/scalar_math.py
 
 
+_HOW = "int start, float logit_scale, float softcap, float inv_temperature"
+Op(  # on the CPU, where the C++ implementation is
+    "head_tile(Tensor(a!) tile, Tensor? bias, Tensor labels, Tensor(b!) state, Tensor(c!)? grad, Tensor(d!)? sums, "
+    f"{_HOW}, float slack, bool statistics) -> ()",
+    lambda *_: None,
+)
+Op(
+    f"head_tile_grad(Tensor(a!) tile, Tensor? bias, Tensor labels, Tensor state, Tensor(b!) grad, {_HOW}) -> ()",
+    lambda *_: None,
+)
+
+
 class TileShape(NamedTuple):
     """How many scored rows and vocabulary entries are computed at a time."""
 
@@ -31,17 +44,23 @@ class TileShape(NamedTuple):
     columns: int
 
 
+class HeadProcessing(NamedTuple):
+    """What the ops of the head take of its options, and the shape of a tile."""
+
+    logit_scale: float
+    softcap: float  # 0 for none
+    temperature: float
+    tile_rows: int
+    tile_columns: int
+
+
 @dataclass(frozen=True)
 class Head:
-    """The head and what follows it. `weight` [V, D], `bias` [V] or None; `softcap` 0 for none."""
+    """The head and what follows it. `weight` [V, D], `bias` [V] or None."""
 
     weight: Tensor
     bias: Tensor | None
-    logit_scale: float
-    softcap: float
-    temperature: float
-    tile: TileShape
-    backend: str
+    how: HeadProcessing
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
@@ -55,12 +74,13 @@ class Head:
 
     def tiles(self) -> list[tuple[int, int]]:
         """First and last + 1 vocabulary entry of each tile."""
-        V = self.weight.shape[0]
-        return [(start, min(start + self.tile.columns, V)) for start in range(0, V, self.tile.columns)]
+        V, columns = self.weight.shape[0], self.how.tile_columns
+        return [(start, min(start + columns, V)) for start in range(0, V, columns)]
 
     def chunks(self, begin: int, end: int) -> list[tuple[int, int]]:
         """First and last + 1 row of each chunk."""
-        return [(start, min(start + self.tile.rows, end)) for start in range(begin, end, self.tile.rows)]
+        rows = self.how.tile_rows
+        return [(start, min(start + rows, end)) for start in range(begin, end, rows)]
 
 
 @dataclass(frozen=True)
@@ -102,8 +122,10 @@ class CppSteps:
         self.statistics = statistics
         bias = head.bias
         self._bias = None if bias is None else bias.to(head.accumulation_dtype).contiguous()
-        self._options = (head.logit_scale, head.softcap, 1.0 / head.temperature)
-        self._slack = SLACK * head.temperature
+        scale, softcap, temperature = head.how[:3]
+        self._options = (scale, softcap, 1.0 / temperature)
+        self._slope = scale / temperature
+        self._slack = SLACK * temperature
 
     def _bias_of(self, start: int, end: int) -> Tensor | None:
         return None if self._bias is None else self._bias[start:end]
@@ -156,8 +178,7 @@ class CppSteps:
 
     def coefficients(self, grad_logps: Tensor, index: Tensor, factor: Tensor) -> Tensor:
         """What each row of h [M] is still to be multiplied by."""
-        c = _gathered(grad_logps, index).to(factor.dtype) * (self.head.logit_scale / self.head.temperature)
-        return c * factor
+        return _gathered(grad_logps, index).to(factor.dtype) * self._slope * factor
 
     def tile(
         self,
@@ -175,7 +196,7 @@ class CppSteps:
         self._head_tile(tile, bias, labels, state, grad, sums, *options, reference=reference)
 
     def _head_tile(self, *inputs: Any, reference: Tensor | None) -> None:
-        torch.ops.dil_kernels.cpp_head_tile(*inputs)
+        torch.ops.dil_kernels.head_tile(*inputs)
         if reference is not None:
             state = inputs[3]
             reference.copy_(state[0])
@@ -186,7 +207,7 @@ class CppSteps:
         self._head_tile_grad(tile, bias, labels, state, grad, start, *self._options)
 
     def _head_tile_grad(self, *inputs: Any) -> None:
-        torch.ops.dil_kernels.cpp_head_tile_grad(*inputs)
+        torch.ops.dil_kernels.head_tile_grad(*inputs)
 
     def finish(self, state: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Put the label's entry in: log-probs, statistics and what the backward needs of rows.
@@ -196,7 +217,7 @@ class CppSteps:
         """
         head = self.head
         reference, rest, label, others_max, dot, total, uncapped = state
-        T, V = head.temperature, head.weight.shape[0]
+        T, V = head.how.temperature, head.weight.shape[0]
         invalid = (rows.labels < 0) | (rows.labels >= V)
         label = torch.where(invalid | (label == math.inf), math.nan, label)
         # In units of whichever is larger, the label's term or the reference: neither overflows, and where the label
@@ -215,13 +236,13 @@ class CppSteps:
             measured = (
                 (total / V / TOTAL_SCALE / T).masked_fill(invalid, math.nan),
                 spread + torch.where(ahead, torch.log1p(rest * e), torch.log(rest + e)),
-                (((uncapped if head.softcap else label) >= others_max) & ~logps.isnan()).to(rest.dtype),
+                (((uncapped if head.how.softcap else label) >= others_max) & ~logps.isnan()).to(rest.dtype),
             )
             for whole, values in zip(rows.statistics, measured, strict=True):
                 whole[rows.index[:placed]] = values[:placed]
         label_grad = rest
-        if head.softcap:
-            label_grad = rest * tanh_slope(uncapped / head.softcap)
+        if head.how.softcap:
+            label_grad = rest * tanh_slope(uncapped / head.how.softcap)
         label_grad = label_grad.masked_fill(invalid, math.nan)
         norm = torch.ones_like(rest)
         if head.weight.dtype == torch.float16:
@@ -250,7 +271,7 @@ class CppSteps:
         What does not change is not read.
         """
         last = state[0]
-        ratio = torch.where(references == last, 1, torch.exp((references - last) / self.head.temperature)) * norm
+        ratio = torch.where(references == last, 1, torch.exp((references - last) / self.head.how.temperature)) * norm
         for (start, end), factor in zip(self.head.tiles(), ratio, strict=True):
             # A product of other dtypes than its output's takes wide copies: a few rows at a time.
             for part, by in zip(stash[:, start:end].split(RESCALED_ROWS), factor.split(RESCALED_ROWS), strict=True):
@@ -316,7 +337,7 @@ class TritonSteps(CppSteps):
     def coefficients(self, grad_logps: Tensor, index: Tensor, factor: Tensor) -> Tensor:
         from dil_kernels.kernels import head_rows
 
-        return head_rows.coefficients(grad_logps, index, factor, self.head.logit_scale / self.head.temperature)
+        return head_rows.coefficients(grad_logps, index, factor, self._slope)
 
     @override
     def _head_tile(self, *inputs: Any, reference: Tensor | None) -> None:
@@ -345,8 +366,8 @@ class TritonSteps(CppSteps):
             rows.rest,
             rows.factor,
             head.weight.shape[0],
-            head.softcap,
-            head.temperature,
+            head.how.softcap,
+            head.how.temperature,
             head.weight.dtype == torch.float16,
         )
 
@@ -362,10 +383,5 @@ class TritonSteps(CppSteps):
     ) -> None:
         from dil_kernels.kernels.linear_head import head_rescale
 
-        columns, inv_temperature = self.head.tile.columns, 1.0 / self.head.temperature
+        columns, inv_temperature = self.head.how.tile_columns, 1.0 / self.head.how.temperature
         head_rescale(stash, references, state[0], labels, label_grad, norm, columns, inv_temperature)
-
-
-def steps_of(head: Head, *, statistics: bool) -> CppSteps:
-    """Those of the head's backend."""
-    return (CppSteps if head.backend == "cpp" else TritonSteps)(head, statistics)

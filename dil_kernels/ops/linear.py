@@ -1,65 +1,66 @@
 """The language-model head and its log-probabilities as torch.library ops, and the autograd Function above them.
 
-    linear_logps_fwd(hidden [N, D], weight [V, D], bias [V]?, targets [N], rows, stash_rows, ignore_index, logit_scale,
-                     softcap, temperature, grad_hidden, statistics, tile_rows, tile_columns, backend)
+    linear_logps_fwd(hidden [N, D], weight [V, D], bias [V]?, targets [N], rows, stash_rows, ignore_index, grad_hidden,
+                     statistics, *how)
         -> (logps [N], statistics [3, N], index, reference, rest, factor, sums, stash)
-    linear_logps_bwd(grad_logps [N], hidden?, weight, bias?, targets?, <what the forward saved>, ...)
+    linear_logps_bwd(grad_logps [N], hidden?, weight, bias?, targets?, <what the forward saved>, grad_hidden,
+                     grad_weight, grad_bias, *how)
         -> (grad_hidden [N, D], grad_weight [V, D], grad_bias [V]), empty where not asked
 
-`targets` are labels already shifted. What is saved is explained in `dil_kernels.ops.linear_head`.
+`targets` are labels already shifted; how is a `HeadProcessing`. What is saved is explained in
+`dil_kernels.ops.linear_head`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dil_kernels.ops import define_op, needs_function, on_device, refuse_double_backward
-from dil_kernels.ops.linear_head import (
-    Head,
-    HeadForward,
-    TileShape,
-    head_backward,
-    head_forward,
-    stash_stride,
-)
+from dil_kernels.ops import Op, arguments, needs_function, on_device, refuse_double_backward
+from dil_kernels.ops.head_steps import CppSteps, Head, HeadProcessing, TritonSteps
+from dil_kernels.ops.linear_head import HeadForward, head_backward, head_forward, stash_stride
 
 
 def _fake_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: int,
-    stash_rows: int,
-    ignore_index: int,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    grad_hidden: bool,
-    statistics: bool,
-    tile_rows: int,
-    tile_columns: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    N, D = hidden.shape
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, stash_rows: int, *options: Any
+) -> tuple[Tensor, ...]:
+    (N, D), (_, grad_hidden, statistics) = hidden.shape, options[:3]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return (
         hidden.new_empty(N, dtype=dtype),
         hidden.new_empty(3, N if statistics else 0, dtype=dtype),
         targets.new_empty(rows),
-        hidden.new_empty(rows, dtype=dtype),
-        hidden.new_empty(rows, dtype=dtype),
-        hidden.new_empty(rows, dtype=dtype),
+        *(hidden.new_empty(rows, dtype=dtype) for _ in range(3)),
         hidden.new_empty(rows - stash_rows if grad_hidden else 0, D),
         hidden.new_empty(stash_rows, stash_stride(weight.shape[0])),
     )
 
 
-@define_op("linear_logps_fwd", fake=_fake_fwd)
+def _fake_bwd(grad_logps: Tensor, hidden: Tensor | None, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    shapes = (grad_logps.shape[0], weight.shape[1]), weight.shape, weight.shape[:1]
+    asked = others[8:11]
+    return tuple(weight.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, asked, strict=True))
+
+
+LINEAR_LOGPS_FWD = Op(
+    "linear_logps_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, SymInt rows, SymInt stash_rows, "
+    f"int ignore_index, bool grad_hidden, bool statistics, {arguments(HeadProcessing)}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_fwd,
+)
+LINEAR_LOGPS_BWD = Op(
+    "linear_logps_bwd(Tensor grad_logps, Tensor? hidden, Tensor weight, Tensor? bias, Tensor? targets, Tensor index, "
+    "Tensor reference, Tensor rest, Tensor factor, Tensor sums, Tensor stash, bool grad_hidden, bool grad_weight, "
+    f"bool grad_bias, {arguments(HeadProcessing)}) -> (Tensor, Tensor, Tensor)",
+    _fake_bwd,
+)
+
+
 def _linear_logps_fwd(
+    make_steps: type[CppSteps],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -67,21 +68,16 @@ def _linear_logps_fwd(
     rows: int,
     stash_rows: int,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
     grad_hidden: bool,
     statistics: bool,
-    tile_rows: int,
-    tile_columns: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, logit_scale, softcap, temperature, TileShape(tile_rows, tile_columns), backend)
+    *how: Any,
+) -> HeadForward:
     with on_device(hidden):
         return head_forward(
             hidden,
             targets,
-            head,
+            Head(weight, bias, HeadProcessing(*how)),
+            make_steps,
             rows=rows,
             stash_rows=stash_rows,
             ignore_index=ignore_index,
@@ -90,74 +86,34 @@ def _linear_logps_fwd(
         )
 
 
-def _fake_bwd(
-    grad_logps: Tensor,
-    hidden: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor | None,
-    index: Tensor,
-    reference: Tensor,
-    rest: Tensor,
-    factor: Tensor,
-    sums: Tensor,
-    stash: Tensor,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    grad_hidden: bool,
-    grad_weight: bool,
-    grad_bias: bool,
-    tile_rows: int,
-    tile_columns: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    V, D = weight.shape
-    return (
-        weight.new_empty((grad_logps.shape[0], D) if grad_hidden else (0,)),
-        weight.new_empty((V, D) if grad_weight else (0,)),
-        weight.new_empty((V,) if grad_bias else (0,)),
-    )
-
-
-@define_op("linear_logps_bwd", fake=_fake_bwd)
 def _linear_logps_bwd(
+    make_steps: type[CppSteps],
     grad_logps: Tensor,
     hidden: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor | None,
-    index: Tensor,
-    reference: Tensor,
-    rest: Tensor,
-    factor: Tensor,
-    sums: Tensor,
-    stash: Tensor,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    grad_hidden: bool,
-    grad_weight: bool,
-    grad_bias: bool,
-    tile_rows: int,
-    tile_columns: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(weight, bias, logit_scale, softcap, temperature, TileShape(tile_rows, tile_columns), backend)
-    forward = HeadForward(reference, reference, index, reference, rest, factor, sums, stash)
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    saved, (grad_hidden, grad_weight, grad_bias, *how) = others[:6], others[6:]
     with on_device(weight):
         grads = head_backward(
             grad_logps,
             hidden,
             targets,
-            head,
-            forward,
+            Head(weight, bias, HeadProcessing(*how)),
+            make_steps,
+            HeadForward(grad_logps, grad_logps, *saved),  # the log-probs and statistics are not used
             grad_hidden=grad_hidden,
             grad_weight=grad_weight,
             grad_bias=grad_bias,
         )
-    d_hidden, d_weight, d_bias = (weight.new_empty(0) if grad is None else grad for grad in grads)
-    return d_hidden, d_weight, d_bias
+    return tuple(weight.new_empty(0) if grad is None else grad for grad in grads)
+
+
+for op, implementation in ((LINEAR_LOGPS_FWD, _linear_logps_fwd), (LINEAR_LOGPS_BWD, _linear_logps_bwd)):
+    op.cpu(partial(implementation, CppSteps))
+    op.triton(partial(implementation, TritonSteps))
 
 
 class LinearTokenLogps(torch.autograd.Function):
@@ -173,39 +129,21 @@ class LinearTokenLogps(torch.autograd.Function):
         rows: int,
         stash_rows: int,
         ignore_index: int,
-        logit_scale: float,
-        softcap: float,
-        temperature: float,
         statistics: bool,
-        tile: TileShape,
+        how: HeadProcessing,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs [N] and statistics [3, N] of targets [N] under hidden [N, D]."""
+        """See `linear_logps`."""
         grad_hidden, grad_weight, grad_bias = ctx.needs_input_grad[:3]
-        if not (grad_weight or grad_bias):
-            stash_rows = 0
-        logps, stats, *saved = torch.ops.dil_kernels.linear_logps_fwd(
-            hidden,
-            weight,
-            bias,
-            targets,
-            rows,
-            stash_rows,
-            ignore_index,
-            logit_scale,
-            softcap,
-            temperature,
-            grad_hidden,
-            statistics,
-            *tile,
-            backend,
-        )
         with_head = grad_weight or grad_bias
+        if not with_head:
+            stash_rows = 0
+        options = (rows, stash_rows, ignore_index, grad_hidden, statistics, *how)
+        logps, stats, *saved = LINEAR_LOGPS_FWD.on(backend, hidden)(hidden, weight, bias, targets, *options)
         recomputed = with_head and stash_rows < rows
         ctx.save_for_backward(hidden if with_head else None, weight, bias, targets if recomputed else None, *saved)
         ctx.mark_non_differentiable(stats)
-        ctx.options = (logit_scale, softcap, temperature)
-        ctx.tile, ctx.backend = tile, backend
+        ctx.how, ctx.backend = how, backend
         return logps, stats
 
     @staticmethod
@@ -213,10 +151,9 @@ class LinearTokenLogps(torch.autograd.Function):
         """Gradients of hidden states, weight and bias."""
         refuse_double_backward("linear_token_logps")
         asked = ctx.needs_input_grad[:3]
-        grads = torch.ops.dil_kernels.linear_logps_bwd(
-            grad_logps, *ctx.saved_tensors, *ctx.options, *asked, *ctx.tile, ctx.backend
-        )
-        return *(grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)), *[None] * 10
+        op = LINEAR_LOGPS_BWD.on(ctx.backend, grad_logps)
+        grads = op(grad_logps, *ctx.saved_tensors, *asked, *ctx.how)
+        return *(grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)), *[None] * 7
 
 
 def linear_logps(
@@ -224,21 +161,18 @@ def linear_logps(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    how: HeadProcessing,
     *,
     rows: int,
     stash_rows: int,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
     statistics: bool,
-    tile: TileShape,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [N] and statistics [3, N] ([3, 0] if not asked) of targets [N], of which at most `rows` are scored."""
     if needs_function(hidden, weight, bias):
-        options = (rows, stash_rows, ignore_index, logit_scale, softcap, temperature, statistics, tile, backend)
+        options = (rows, stash_rows, ignore_index, statistics, how, backend)
         return LinearTokenLogps.apply(hidden, weight, bias, targets, *options)
-    scored = (rows, 0, ignore_index, logit_scale, softcap, temperature, False, statistics)
-    logps, stats, *_ = torch.ops.dil_kernels.linear_logps_fwd(hidden, weight, bias, targets, *scored, *tile, backend)
+    op = LINEAR_LOGPS_FWD.on(backend, hidden)
+    logps, stats, *_ = op(hidden, weight, bias, targets, rows, 0, ignore_index, False, statistics, *how)
     return logps, stats

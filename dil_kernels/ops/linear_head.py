@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dil_kernels.ops.head_steps import RESCALED_ROWS, SCALED_ROWS, Head, TileShape, steps_of
+from dil_kernels.ops.head_steps import RESCALED_ROWS, SCALED_ROWS, CppSteps, Head, TileShape
 
 # Rows of the stash start at multiples of this many elements, as fast matrix products want.
 STASH_ALIGNMENT = 64
@@ -96,6 +96,7 @@ def head_forward(
     hidden: Tensor,  # [N, D]
     targets: Tensor,  # [N] int64
     head: Head,
+    make_steps: type[CppSteps],
     *,
     rows: int,
     stash_rows: int,
@@ -107,12 +108,12 @@ def head_forward(
     D = hidden.shape[1]
     V = head.weight.shape[0]
     dtype = head.accumulation_dtype
-    steps = steps_of(head, statistics=statistics)
+    steps = make_steps(head, statistics)
     scored = steps.select(targets, ignore_index, rows)
     sums = hidden.new_empty(rows - stash_rows if grad_hidden else 0, D)
     stash = hidden.new_empty(stash_rows, stash_stride(V))
-    chunk_rows = min(head.tile.rows, rows)
-    columns = min(head.tile.columns, V)
+    chunk_rows = min(head.how.tile_rows, rows)
+    columns = min(head.how.tile_columns, V)
     tile_buffer = _Buffer(hidden, dtype, chunk_rows, columns)
     grads = _grad_buffer(hidden, dtype, chunk_rows if grad_hidden and stash_rows < rows else 0, columns)
     # A stash ends a chunk, so that a chunk is kept whole or not at all.
@@ -152,6 +153,7 @@ def head_backward(
     hidden: Tensor | None,  # [N, D], for the weight and the bias
     targets: Tensor | None,  # [N], where rows are beyond the stash
     head: Head,
+    make_steps: type[CppSteps],
     forward: HeadForward,
     *,
     grad_hidden: bool,
@@ -161,7 +163,7 @@ def head_backward(
     """Gradients of hidden [N, D], weight [V, D] and bias [V], each if asked."""
     index, weight = forward.row_index, head.weight
     M, stash_rows = index.shape[0], forward.stash.shape[0]
-    steps = steps_of(head, statistics=False)
+    steps = make_steps(head, False)
     coefs = steps.coefficients(grad_logps, index, forward.factor)
     d_hidden = None
     if grad_hidden:
@@ -188,7 +190,7 @@ def head_backward(
         labels = steps.labels(targets, index)
         state = _fresh_state(hidden, dtype, M)
         state[0], state[1] = forward.reference, forward.rest
-    R, columns = min(head.tile.rows, M - stash_rows), min(head.tile.columns, weight.shape[0])
+    R, columns = min(head.how.tile_rows, M - stash_rows), min(head.how.tile_columns, weight.shape[0])
     tile_buffer = _Buffer(hidden, dtype, R, columns)
     grads = _grad_buffer(hidden, dtype, R, columns)
     alone = stash_rows == 0 and len(recompute) == 1 and same_dtype  # nothing to add up

@@ -1,17 +1,13 @@
-"""Token log-probabilities as torch.library ops: one schema for every backend, one autograd Function above them.
+"""Token log-probabilities as torch.library ops, and the autograd Function above them.
 
-Each backend provides
+    logps_fwd(logits, labels, *how, statistics) -> (logps, row_max, log_sum, statistics)
+    logps_bwd(grad_logps, logits, labels, row_max, log_sum, *how) -> grad_logits
+    logps_bwd_(grad_logps, logits!, labels, row_max, log_sum, *how) -> ()
 
-    {backend}_logps_fwd(logits, labels, *how, statistics) -> (logps, row_max, log_sum, statistics)
-    {backend}_logps_bwd(grad_logps, logits, labels, row_max, log_sum, *how) -> grad_logits
-    {backend}_logps_bwd_(grad_logps, logits!, labels, row_max, log_sum, *how) -> ()
-
-    how = ignore_index, shift, softcapping, temperature                     (softcapping 0: none)
-
-with logits [B, T, V], labels [B, T] int64; logps, row_max and log_sum [B, T - shift] in fp32 (fp64 for fp64 logits).
-The log-sum-exp of a row is kept in two parts, so that nothing is rounded at its size: log_sum, and row_max, which is of
-the logits x, or of tanh(x / softcapping). The statistics are mean logit, entropy and top-1 hit, [3, B, T - shift], or
-[0] if not asked for. The Triton ops are declared here, the C++ ops in csrc/ops.cpp.
+how is a `Processing`; logits are [B, T, V], labels [B, T] int64; logps, row_max and log_sum [B, T - shift] in fp32, or
+fp64 for fp64 logits. The log-sum-exp of a row is kept in two parts, so that nothing is rounded at its size: log_sum,
+and row_max, which is of the logits x, or of tanh(x / softcapping). The statistics are mean logit, entropy and top-1
+hit, [3, B, T - shift], or [0] if not asked for. The C++ implementations are in csrc/cpu/logps.cpp.
 """
 
 from __future__ import annotations
@@ -24,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dil_kernels import backends
-from dil_kernels.ops import define_op, needs_function, on_device, refuse_double_backward
+from dil_kernels.ops import Op, arguments, needs_function, on_device, refuse_double_backward
+from dil_kernels.options import Processing
 
 
 def _output_shape(logits: Tensor, shift: bool) -> tuple[int, int]:
@@ -36,50 +32,28 @@ def _rows_contiguous(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _fake_fwd(
-    logits: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    shift: bool,
-    softcapping: float,
-    temperature: float,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logps = logits.new_empty(_output_shape(logits, shift), dtype=dtype)
-    return logps, torch.empty_like(logps), torch.empty_like(logps), _new_statistics(logps, statistics)
-
-
 def _new_statistics(logps: Tensor, wanted: bool) -> Tensor:
     return logps.new_empty((3, *logps.shape) if wanted else (0,))
 
 
-def _fake_bwd(
-    grad_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    shift: bool,
-    softcapping: float,
-    temperature: float,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
+def _fake_fwd(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *how, statistics = options
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logps = logits.new_empty(_output_shape(logits, Processing(*how).shift), dtype=dtype)
+    return logps, torch.empty_like(logps), torch.empty_like(logps), _new_statistics(logps, statistics)
 
 
-def _fake_bwd_(
-    grad_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    shift: bool,
-    softcapping: float,
-    temperature: float,
-) -> None:
-    return None
+_SAVED = "Tensor labels, Tensor row_max, Tensor log_sum, " + arguments(Processing)
+LOGPS_FWD = Op(
+    f"logps_fwd(Tensor logits, Tensor labels, {arguments(Processing)}, bool statistics) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_fwd,
+)
+LOGPS_BWD = Op(
+    f"logps_bwd(Tensor grad_logps, Tensor logits, {_SAVED}) -> Tensor",
+    lambda grad_logps, logits, *_: logits.new_empty(logits.shape),
+)
+LOGPS_BWD_INPLACE = Op(f"logps_bwd_(Tensor grad_logps, Tensor(a!) logits, {_SAVED}) -> ()", lambda *_: None)
 
 
 @functools.cache
@@ -90,47 +64,40 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
     return launch, logps
 
 
-def _processing(softcapping: float, temperature: float) -> dict[str, float]:
+def _processing(how: Processing) -> dict[str, float]:
     """What the kernels make of a logit x: multiplier * x, or multiplier * tanh(inv_cap * x)."""
-    if softcapping == 0.0:
-        return {"multiplier": 1.0 / temperature, "inv_cap": 0.0, "HAS_CAP": False}
-    return {"multiplier": softcapping / temperature, "inv_cap": 1.0 / softcapping, "HAS_CAP": True}
+    if how.softcapping == 0.0:
+        return {"multiplier": 1.0 / how.temperature, "inv_cap": 0.0, "HAS_CAP": False}
+    return {"multiplier": how.softcapping / how.temperature, "inv_cap": 1.0 / how.softcapping, "HAS_CAP": True}
 
 
-@define_op("triton_logps_fwd", fake=_fake_fwd)
-def _triton_logps_fwd(
-    logits: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    shift: bool,
-    softcapping: float,
-    temperature: float,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@LOGPS_FWD.triton
+def _triton_logps_fwd(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    how, statistics = Processing(*options[:-1]), options[-1]
     launch, kernels = _kernels()
     logits = _rows_contiguous(logits)
-    B, T_out = _output_shape(logits, shift)
+    B, T_out = _output_shape(logits, how.shift)
     V, num_rows = logits.shape[-1], B * T_out
     logps = logits.new_empty((B, T_out), dtype=torch.float32)
     outputs = (logps, torch.empty_like(logps), torch.empty_like(logps), _new_statistics(logps, statistics))
     if num_rows == 0:
         return outputs
     device = launch.device_of(logits.device)
-    shape = launch.shapes(device.capability, logits.itemsize).forward.of(statistics + (softcapping != 0.0))
+    shape = launch.shapes(device.capability, logits.itemsize).forward.of(statistics + (how.softcapping != 0.0))
     rows = min(num_rows, launch.PROGRAMS_PER_SM * device.num_sms)  # with more, all are launched alike
     ROWS, BLOCK_V, STAGES, num_warps, splits, span = launch.forward_launch(
         shape, rows, V, logits.itemsize, device.num_sms
     )
     inputs = (logits, labels, *logits.stride()[:2], *labels.stride(), num_rows, T_out, V)
-    constants: dict[str, float] = {"ignore_index": ignore_index, "SHIFT": shift, "STATISTICS": statistics}
-    constants |= _processing(softcapping, temperature)
+    constants: dict[str, float] = {"ignore_index": how.ignore_index, "SHIFT": how.shift, "STATISTICS": statistics}
+    constants |= _processing(how)
     tile = {"ROWS": ROWS, "BLOCK_V": BLOCK_V, "STAGES": STAGES}
     tile |= {"num_warps": num_warps, "maxnreg": launch.max_registers(num_warps)}
     with on_device(logits):
         if splits == 1:
             kernels._logps_fwd_kernel[(num_rows,)](*outputs, *inputs, **constants, **tile)
         else:
-            partials = logps.new_empty((4 + (softcapping != 0.0) if statistics else 2, num_rows, splits))
+            partials = logps.new_empty((4 + (how.softcapping != 0.0) if statistics else 2, num_rows, splits))
             kernels._logps_split_kernel[(num_rows * splits,)](
                 partials, *inputs, span, **constants, **tile, SPLITS=splits
             )
@@ -149,17 +116,9 @@ def _same_phase(one: Tensor, other: Tensor) -> bool:
 
 
 def _launch_bwd(
-    grad_logits: Tensor,
-    grad_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    shift: bool,
-    softcapping: float,
-    temperature: float,
+    grad_logits: Tensor, grad_logps: Tensor, logits: Tensor, labels: Tensor, row_max: Tensor, log_sum: Tensor, *how: Any
 ) -> None:
+    ignore_index, shift, softcapping, temperature = how
     launch, kernels = _kernels()
     B, T, V = logits.shape
     if logits.numel() == 0:
@@ -188,7 +147,7 @@ def _launch_bwd(
             V,
             ignore_index,
             1.0 / temperature,
-            **_processing(softcapping, temperature),
+            **_processing(Processing(*how)),
             SHIFT=shift,
             SAME_PHASE=_same_phase(grad_logits, logits),
             TILES=TILES,
@@ -199,45 +158,17 @@ def _launch_bwd(
         )
 
 
-@define_op("triton_logps_bwd", fake=_fake_bwd)
-def _triton_logps_bwd(
-    grad_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    shift: bool,
-    softcapping: float,
-    temperature: float,
-) -> Tensor:
+@LOGPS_BWD.triton
+def _triton_logps_bwd(grad_logps: Tensor, logits: Tensor, *saved: Any) -> Tensor:
     logits = _rows_contiguous(logits)
     grad_logits = logits.new_empty(logits.shape)
-    how = (ignore_index, shift, softcapping, temperature)
-    _launch_bwd(grad_logits, grad_logps, logits, labels, row_max, log_sum, *how)
+    _launch_bwd(grad_logits, grad_logps, logits, *saved)
     return grad_logits
 
 
-@define_op("triton_logps_bwd_", fake=_fake_bwd_, mutates_args=("logits",))
-def _triton_logps_bwd_(
-    grad_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    ignore_index: int,
-    shift: bool,
-    softcapping: float,
-    temperature: float,
-) -> None:
-    how = (ignore_index, shift, softcapping, temperature)
-    _launch_bwd(logits, grad_logps, logits, labels, row_max, log_sum, *how)
-
-
-if backends.load_extension() is not None:
-    torch.library.register_fake("dil_kernels::cpp_logps_fwd", _fake_fwd)
-    torch.library.register_fake("dil_kernels::cpp_logps_bwd", _fake_bwd)
-    torch.library.register_fake("dil_kernels::cpp_logps_bwd_", _fake_bwd_)
+@LOGPS_BWD_INPLACE.triton
+def _triton_logps_bwd_(grad_logps: Tensor, logits: Tensor, *saved: Any) -> None:
+    _launch_bwd(logits, grad_logps, logits, *saved)
 
 
 def _saved_tensor_hooks() -> bool:
@@ -251,10 +182,6 @@ def _saved_tensor_hooks() -> bool:
         return True
 
 
-def _op(backend: str, name: str) -> torch._ops.OpOverload:
-    return getattr(torch.ops.dil_kernels, f"{backend}_{name}").default
-
-
 class TokenLogps(torch.autograd.Function):
     """Differentiable in the logits, once."""
 
@@ -263,17 +190,13 @@ class TokenLogps(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         labels: Tensor,
-        ignore_index: int,
-        shift: bool,
-        softcapping: float,
-        temperature: float,
+        how: Processing,
         statistics: bool,
         inplace_backward: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs [B, T - shift] of labels [B, T] under logits [B, T, V], and the statistics."""
-        how = (ignore_index, shift, softcapping, temperature)
-        logps, row_max, log_sum, measured = _op(backend, "logps_fwd")(logits, labels, *how, statistics)
+        """See `logps_from_logits`."""
+        logps, row_max, log_sum, measured = LOGPS_FWD.on(backend, logits)(logits, labels, *how, statistics)
         ctx.mark_non_differentiable(measured)
         ctx.save_for_backward(logits, labels, row_max, log_sum)
         ctx.how = how
@@ -300,27 +223,18 @@ class TokenLogps(torch.autograd.Function):
         ctx.used = ctx.inplace_backward
         if ctx.inplace_backward and ctx.before_hooks is None:
             grad_logits = logits.detach()
-            _op(ctx.backend, "logps_bwd_")(grad_logps, grad_logits, *inputs)
+            LOGPS_BWD_INPLACE.on(ctx.backend, logits)(grad_logps, grad_logits, *inputs)
             torch.autograd.graph.increment_version(grad_logits)
         else:
-            grad_logits = _op(ctx.backend, "logps_bwd")(grad_logps, logits, *inputs)
-        return grad_logits, *(None,) * 8
+            grad_logits = LOGPS_BWD.on(ctx.backend, logits)(grad_logps, logits, *inputs)
+        return grad_logits, *(None,) * 5
 
 
 def logps_from_logits(
-    logits: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    shift: bool,
-    softcapping: float,
-    temperature: float,
-    statistics: bool,
-    inplace_backward: bool,
-    backend: str,
+    logits: Tensor, labels: Tensor, how: Processing, *, statistics: bool, inplace_backward: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [B, T - shift] of labels [B, T] under logits [B, T, V], and the statistics."""
-    how = (ignore_index, shift, softcapping, temperature, statistics)
     if needs_function(logits):
-        return TokenLogps.apply(logits, labels, *how, inplace_backward, backend)
-    logps, _, _, measured = _op(backend, "logps_fwd")(logits, labels, *how)
+        return TokenLogps.apply(logits, labels, how, statistics, inplace_backward, backend)
+    logps, _, _, measured = LOGPS_FWD.on(backend, logits)(logits, labels, *how, statistics)
     return logps, measured

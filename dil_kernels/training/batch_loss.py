@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dil_kernels.backends import resolve_backend
-from dil_kernels.data.batches import IGNORE_INDEX, Batch
+from dil_kernels.data.batches import Batch
 from dil_kernels.functional import DILOutput
 from dil_kernels.functional.loss import loss_of_token_logps
-from dil_kernels.functional.loss_options import resolve_loss_options
+from dil_kernels.losses import FusedLossOptions
 from dil_kernels.models.scoring import score
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.reference_policy import ReferencePolicy
@@ -35,19 +36,19 @@ class BatchLoss:
     fused_head: bool
     reference: ReferencePolicy | None
 
+    @functools.cached_property
+    def options(self) -> FusedLossOptions:
+        """Of the loss."""
+        of_lengths = self.args.average_log_prob
+        return FusedLossOptions(**self.args.loss_options(), average_log_prob=of_lengths, reduction="sum")
+
     def __call__(self, model: nn.Module, batch: Batch) -> DILOutput:
         """The loss of a batch on the device; `model` is the policy as it is wrapped."""
-        options = resolve_loss_options(
-            average_log_prob=self.args.average_log_prob,
-            pair_layout="concatenated",
-            reduction="sum",
-            **self.args.loss_options(),
-        )
         ref_token_logps = ref_logps = None
         if self.reference is not None:
             ref_token_logps = self.reference_token_logps(model, batch)
         else:
-            ref_logps = batch.ref_logps(options)
+            ref_logps = batch.ref_logps(self.options)
         policy_token_logps = self.token_logps(model, batch)
         return loss_of_token_logps(
             policy_token_logps,
@@ -55,10 +56,8 @@ class BatchLoss:
             batch.layout.cu_seqlens,
             ref_token_logps,
             ref_logps,
-            options,
+            self.options,
             is_chosen=batch.is_chosen,
-            ignore_index=IGNORE_INDEX,
-            shift=True,
             backend=resolve_backend(self.args.backend, batch.labels.device, policy_token_logps.dtype),
         )
 

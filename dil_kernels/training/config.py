@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from dil_kernels.backends import BACKENDS
 from dil_kernels.checks import check_choice
 from dil_kernels.data.tokenization import TRUNCATION_MODES
-from dil_kernels.losses.divergences import resolve_options
+from dil_kernels.losses import LossOptions
 from dil_kernels.training.loss_fields import FusedLossFields
 from dil_kernels.training.ranges import check_numbers
 
@@ -134,7 +134,7 @@ class DILConfig(FusedLossFields, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        resolve_options(**self.loss_options())
+        LossOptions(**self.loss_options())
         check_numbers(self)
         if self.report_to is None:  # which transformers takes for the name of an integration
             self.report_to = "none"

@@ -10,7 +10,7 @@ import datasets
 from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
 from dil_kernels.data.tokenization import tokenize_and_report
 from dil_kernels.data.truncation import DataReport
-from dil_kernels.losses.divergences import get_divergence
+from dil_kernels.losses import get_divergence
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.model_checks import Models, check_fits
 from dil_kernels.training.precompute import has_reference

@@ -24,7 +24,7 @@ from ptxemu.translate import Machine
 given = options(__doc__.splitlines()[0])
 
 import dil_kernels  # noqa: E402, F401  registers the ops
-from dil_kernels.losses.divergences import divergence_names, get_divergence  # noqa: E402
+from dil_kernels.losses import divergence_names, get_divergence  # noqa: E402
 
 ops = torch.ops.dil_kernels
 CSRC = Path(__file__).parents[2] / "csrc"

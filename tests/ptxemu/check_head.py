@@ -16,7 +16,7 @@ executor = install(given)
 
 from dil_kernels.kernels import head_rows, scalar_math  # noqa: E402
 from dil_kernels.kernels import linear_head as head  # noqa: E402
-from dil_kernels.ops.head_steps import CppSteps, Head, Rows, TileShape  # noqa: E402
+from dil_kernels.ops.head_steps import CppSteps, Head, HeadProcessing, Rows  # noqa: E402
 
 STATE = ("reference", "rest", "label", "largest other", "dot", "total", "label uncapped")
 RTOL = {torch.float32: 3e-5, torch.bfloat16: 2.0**-8 * 1.02, torch.float16: 2.0**-10}
@@ -221,7 +221,7 @@ def check_finish(check: Check, gen: torch.Generator, dtype: torch.dtype, R: int,
         return Rows(index, labels, logps, statistics.view(3, N), *of_rows)
 
     rows, true = rows_in(torch.float32), rows_in(torch.float64)
-    exact = CppSteps(Head(weight, None, 1.0, cap, T, TileShape(64, 64), "cpp"), True)
+    exact = CppSteps(Head(weight, None, HeadProcessing(1.0, cap, T, 64, 64)), True)
     true_label_grad, true_norm = exact.finish(state.double(), true)
     of_rows = (rows.logps, rows.statistics, rows.reference, rows.rest, rows.factor)
     label_grad, norm = head_rows.finish_rows(state, labels, index, *of_rows, V, cap, T, dtype == torch.float16)

@@ -100,7 +100,7 @@ def check_backward(
     strided = torch.stack([g, g], -1)[..., 1] if cap else g
     wanted = truth.grad(x, g, cap, temperature)
     before = x.clone()
-    dx = ops.triton_logps_bwd(strided, x, y, *saved, *how)
+    dx = ops.logps_bwd.triton(strided, x, y, *saved, *how)
     check.launched(what)
     check.expect(what, same(before, x), "the logits were written to")
     check.close(what, "grad", dx, wanted, RTOL[x.dtype], ATOL[x.dtype])
@@ -110,7 +110,7 @@ def check_backward(
     over = copy.as_strided(x.size(), x.stride(), x.storage_offset())
     ours = torch.zeros(copy.shape, dtype=torch.bool)
     ours.as_strided(x.size(), x.stride(), x.storage_offset()).fill_(True)
-    ops.triton_logps_bwd_(strided, over, y, *saved, *how)
+    ops.logps_bwd_.triton(strided, over, y, *saved, *how)
     check.launched(what)
     check.close(what, "grad in place", over, wanted, RTOL[x.dtype], ATOL[x.dtype])
     check.expect(what, given.noise is not None or same(over, dx), "in place and out of place differ")
@@ -145,7 +145,7 @@ def main() -> None:
                     what = (str(dtype)[6:], V, f"cap {cap}", f"temperature {temperature}", f"{num_sms} SMs", layout)
                     truth = Truth.of(x, y, shift, cap, temperature)
                     how = (IGNORE, shift, cap, temperature)
-                    token_logps, row_max, log_sum, measured = ops.triton_logps_fwd(x, labels, *how, statistics)
+                    token_logps, row_max, log_sum, measured = ops.logps_fwd.triton(x, labels, *how, statistics)
                     check.launched(what)
                     check.close(what, "logps", token_logps, truth.logps, 4e-6, 4e-6)
                     for saved in (token_logps, row_max, log_sum):

@@ -48,16 +48,16 @@ def check_special_rows(check: Check, V: int, dtype: torch.dtype, cap: float, num
     kept = torch.ones(14, dtype=torch.bool)
     kept[11:13] = False
     for statistics in (False, True):
-        actual = ops.triton_logps_fwd(x, y, -100, False, cap, 0.7, statistics)
-        expected = ops.cpp_logps_fwd(x, in_range, -100, False, cap, 0.7, statistics)
+        actual = ops.logps_fwd.triton(x, y, -100, False, cap, 0.7, statistics)
+        expected = ops.logps_fwd(x, in_range, -100, False, cap, 0.7, statistics)
         check.launched(what)
         check.close(what, "logps", actual[0][:, kept], expected[0][:, kept], 2e-5, 1e-5)
         check.expect(what, bool(actual[0][:, ~kept].isnan().all()), "a label out of range does not give NaN")
         if statistics:
             check.close(what, "statistics", actual[3][..., kept], expected[3][..., kept], 2e-5, 1e-5)
     g = torch.randn(1, 14, generator=torch.Generator().manual_seed(V))
-    dx = ops.triton_logps_bwd(g, x, y, *actual[1:3], -100, False, cap, 0.7)
-    wanted = ops.cpp_logps_bwd(g, x, in_range, *expected[1:3], -100, False, cap, 0.7)
+    dx = ops.logps_bwd.triton(g, x, y, *actual[1:3], -100, False, cap, 0.7)
+    wanted = ops.logps_bwd(g, x, in_range, *expected[1:3], -100, False, cap, 0.7)
     check.launched(what)
     check.close(what, "grad", dx[:, kept], wanted[:, kept], 2e-5 if dtype == torch.float32 else 2e-2, 1e-6)
 
@@ -69,8 +69,8 @@ def check_large_vocabulary(check: Check, dtype: torch.dtype, num_sms: int) -> No
     x = (torch.randn(1, 3, 128256, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
     y = torch.tensor([[5, 128255, 70000]])
     truth = torch.log_softmax(x.double(), -1)
-    token_logps, row_max, log_sum, _ = ops.triton_logps_fwd(x, y, -100, False, 0.0, 1.0, True)
-    dx = ops.triton_logps_bwd(torch.ones(1, 3), x, y, row_max, log_sum, -100, False, 0.0, 1.0)
+    token_logps, row_max, log_sum, _ = ops.logps_fwd.triton(x, y, -100, False, 0.0, 1.0, True)
+    dx = ops.logps_bwd.triton(torch.ones(1, 3), x, y, row_max, log_sum, -100, False, 0.0, 1.0)
     check.launched(what)
     check.close(what, "logps", token_logps, truth.gather(-1, y[..., None])[..., 0], 1e-6, 1e-6)
     wanted = -truth.exp()

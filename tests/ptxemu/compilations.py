@@ -49,20 +49,19 @@ for V in (1009, 8192):  # rows of the second are split
     for B in (1, 2, 16):
         for T in range(2, 34):
             logits, labels = torch.empty(B, T, V, dtype=torch.bfloat16), torch.empty(B, T, dtype=torch.int64)
-            logps, row_max, log_sum, _ = ops.triton_logps_fwd(logits, labels, *how, False)
+            logps, row_max, log_sum, _ = ops.logps_fwd.triton(logits, labels, *how, False)
             for grad in (logps, logps.new_empty(()).expand_as(logps)):
-                ops.triton_logps_bwd_(grad, logits, labels, row_max, log_sum, *how)
+                ops.logps_bwd_.triton(grad, logits, labels, row_max, log_sum, *how)
     print(json.dumps({"V": V} | compilations))
     compilations.clear()
 
 V, D = 1024, 64
-weight, head = torch.empty(V, D, dtype=torch.bfloat16), (1.0, 0.0, 1.0)
+weight, head = torch.empty(V, D, dtype=torch.bfloat16), (1.0, 0.0, 1.0, 4096, 512)
 for N in range(1, 40):
     hidden, targets = torch.empty(N, D, dtype=torch.bfloat16), torch.empty(N, dtype=torch.int64)
     for rows in (N, N + 7):
         for kept in (0, rows):
-            tile = (4096, 512, "triton")
-            out = ops.linear_logps_fwd(hidden, weight, None, targets, rows, kept, -100, *head, True, False, *tile)
+            out = ops.linear_logps_fwd.triton(hidden, weight, None, targets, rows, kept, -100, True, False, *head)
             saved, wanted = (torch.zeros_like(out[2]), *out[3:]), (True, True, False)  # nobody wrote the index
-            ops.linear_logps_bwd(out[0], hidden, weight, None, targets, *saved, *head, *wanted, *tile)
+            ops.linear_logps_bwd.triton(out[0], hidden, weight, None, targets, *saved, *wanted, *head)
 print(json.dumps({"V": V} | compilations))

@@ -1,0 +1,200 @@
+"""The options of a loss, declared as those of scoring are (`dil_kernels.options`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from dil_kernels.checks import check_choice, check_number, has_values
+from dil_kernels.losses.divergence import PARAMETER_NAMES, Divergence
+from dil_kernels.losses.registry import get_divergence
+from dil_kernels.options import ScoringOptions
+
+REDUCTIONS = ("mean", "sum", "none")
+PAIR_LAYOUTS = ("concatenated", "interleaved")
+
+
+class LossParameters(NamedTuple):
+    """Everything beside the log ratios that the loss of a pair depends on, as csrc/divergences.h has it."""
+
+    loss_type: str
+    parameter: float  # the loss's own; 0 where it has none
+    alpha: float = 0.0
+    max_log_ratio: float = 0.0  # 0 for no bound
+    chosen_weight: float = 1.0
+    rejected_weight: float = 1.0
+
+    @property
+    def divergence(self) -> Divergence:
+        """What it is named after."""
+        return get_divergence(self.loss_type)
+
+    def floor_of_P(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """P of a separable loss at r = 0, its least value; []."""
+        return self.term("P", torch.full((), -math.inf, dtype=dtype, device=device))
+
+    def term(self, name: str, u: Tensor) -> Tensor:
+        """One of the divergence's functions at `u`."""
+        return self.divergence.term(name, u, self.parameter)
+
+
+class SequenceOptions(NamedTuple):
+    """How token log-probs become log ratios of sequences, and their losses one loss."""
+
+    average: bool
+    interleaved: bool
+    mean: bool  # over the items that count
+    ignore_index: int
+    shift: bool
+
+
+class LossKeywords(TypedDict, total=False):
+    """See `LossOptions`."""
+
+    loss_type: str
+    beta: float | None
+    power: float | None
+    alpha: float
+    max_log_ratio: float | None
+    non_negative: float | None
+    chosen_weight: float
+    rejected_weight: float
+    reduction: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """A loss, checked.
+
+    Attributes:
+        loss_type: a registered name; docs/losses.md describes each.
+        beta: inverse temperature of "dpo" (default 0.1); an error with any other loss.
+        power: exponent of "power" (default 0.5): 1 is "lsif", 0 "ukl", -1 "is", up to constants; an error with any
+            other loss.
+        alpha: share of the chosen responses in the reference expectation, for separable losses; 0 is the paper.
+        max_log_ratio: soft bound M on the log ratios, u -> M tanh(u / M), whose gradient is that of the loss there
+            times 1 / cosh(u / M)^2; the rewards stay unbounded. None for no bound.
+        non_negative: C of the non-negative correction (`dil_kernels.losses.scalar.non_negative_loss`), which needs
+            reduction "mean" and is exact only for the responses of this call; the losses stay uncorrected.
+        chosen_weight, rejected_weight: factors of the two terms of a separable loss.
+        reduction: "none", "mean" or "sum".
+
+    Raises:
+        ValueError: unknown loss, an option that the loss does not use, or a value out of range.
+        TypeError: a value that is no number; a tensor among them, since no gradient would flow to it.
+    """
+
+    loss_type: str = "lsif"
+    beta: float | None = None
+    power: float | None = None
+    alpha: float = 0.0
+    max_log_ratio: float | None = None
+    non_negative: float | None = None
+    chosen_weight: float = 1.0
+    rejected_weight: float = 1.0
+    reduction: str = "none"
+
+    def __post_init__(self) -> None:
+        divergence = get_divergence(self.loss_type)
+        own = divergence.parameter
+        for name in PARAMETER_NAMES:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if own is None or own.name != name:
+                raise ValueError(
+                    f"{name}={value} was given, but loss_type={self.loss_type!r} has no {name}; leave it out"
+                )
+            own.check(value)
+        check_number("alpha", self.alpha)
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        if self.max_log_ratio is not None:
+            check_number("max_log_ratio", self.max_log_ratio)
+            if not 0.0 < self.max_log_ratio < math.inf:
+                raise ValueError(f"max_log_ratio must be a finite number > 0, got {self.max_log_ratio}")
+        for name, unused in (("alpha", 0), ("chosen_weight", 1), ("rejected_weight", 1)):
+            value = getattr(self, name)
+            check_number(name, value)
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+            if value != unused and not divergence.separable:
+                raise ValueError(
+                    f"{name}={value} was given, but loss_type={self.loss_type!r} is not separable; leave it {unused}"
+                )
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        if self.non_negative is not None:
+            self._check_non_negative(self.non_negative)
+
+    def _check_non_negative(self, constant: float) -> None:
+        check_number("non_negative", constant)
+        if not 0.0 < constant < 1.0:
+            raise ValueError(f"non_negative must be between 0 and 1 (it is below 1 / sup r), got {constant}")
+        has_floor = self.divergence.separable
+        if has_floor:
+            floor = self.parameters.floor_of_P(torch.float64, "cpu")
+            # A number cannot be read under torch.compile; there such a loss gives a loss that is not finite.
+            has_floor = not has_values(floor) or math.isfinite(floor)
+        if not has_floor:
+            raise ValueError(
+                f"non_negative={constant} was given, but loss_type={self.loss_type!r} has no non-negative part: it "
+                "needs a separable loss with a finite P(-inf)"
+            )
+        if self.reduction != "mean":
+            raise ValueError(
+                f"non_negative={constant} corrects means over the batch: reduction must be 'mean', got "
+                f"{self.reduction!r}"
+            )
+
+    @property
+    def divergence(self) -> Divergence:
+        """What `loss_type` names."""
+        return get_divergence(self.loss_type)
+
+    @property
+    def parameters(self) -> LossParameters:
+        """For the scalar math."""
+        own, value = self.divergence.parameter, 0.0
+        if own is not None:
+            given = getattr(self, own.name)
+            value = float(own.default if given is None else given)
+        bound = float(self.max_log_ratio or 0.0)
+        weights = float(self.chosen_weight), float(self.rejected_weight)
+        return LossParameters(self.divergence.name, value, float(self.alpha), bound, *weights)
+
+
+class FusedLossKeywords(LossKeywords, total=False):
+    """See `FusedLossOptions`."""
+
+    average_log_prob: bool
+    pair_layout: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedLossOptions(LossOptions):
+    """A loss of token log-probs, checked.
+
+    Attributes:
+        reduction: "mean" (over the pairs whose responses both have a scored token; unpaired, over the chosen responses
+            with one, plus over the rejected), "sum" or "none".
+        average_log_prob: divide each log ratio by its number of scored tokens, as the authors' code does. LSIF on
+            summed log ratios overflows or diverges easily.
+        pair_layout: "concatenated" (pair i is sequences i and B + i) or "interleaved" (2i and 2i + 1).
+    """
+
+    reduction: str = "mean"
+    average_log_prob: bool = True
+    pair_layout: str = "concatenated"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("pair_layout", self.pair_layout, PAIR_LAYOUTS)
+
+    def of_sequences(self, scoring: ScoringOptions) -> SequenceOptions:
+        """With what counts as scored."""
+        interleaved, mean = self.pair_layout == "interleaved", self.reduction != "sum"
+        return SequenceOptions(self.average_log_prob, interleaved, mean, scoring.ignore_index, scoring.shift)
