@@ -13,8 +13,9 @@ from linear_problems import make_problem
 from torch import Tensor
 
 from dil_kernels import linear_memory_bytes, linear_token_logps
-from dil_kernels.functional.linear import default_stash_bytes
+from dil_kernels.functional import default_stash_bytes
 from dil_kernels.ops import linear_head
+from dil_kernels.ops.head_steps import CppSteps, HeadProcessing
 from dil_kernels.ops.linear_head import TileShape, stash_stride
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
