@@ -75,11 +75,15 @@ def split(function: str, options: Mapping[str, Any], *classes: type[Any]) -> lis
     Raises:
         TypeError: a keyword that none of them has.
     """
-    known = {name for cls in classes for name in cls.__dataclass_fields__}
-    for name in options:
-        if name not in known:
+    fields: list[dict[str, Any]] = [{} for _ in classes]
+    for name, value in options.items():
+        for cls, own in zip(classes, fields, strict=True):
+            if name in cls.__dataclass_fields__:
+                own[name] = value
+                break
+        else:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    return [cls(**{name: options[name] for name in cls.__dataclass_fields__ if name in options}) for cls in classes]
+    return [cls(**own) for cls, own in zip(classes, fields, strict=True)]
 
 
 class Processing(NamedTuple):
