@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-pytest.register_assert_rewrite("plain_training", "tiny_trainer", "trl_runs")
+pytest.register_assert_rewrite("plain_training", "tiny_lora", "tiny_trainer", "trl_runs")
 
 try:
     from hypothesis import HealthCheck, settings

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from cpu_sharding import is_sharded, let_deepspeed_start, let_processes_shard
-from test_peft_training import new_lora, trained_lora
+from tiny_lora import new_lora, trained_lora
 from tiny_model import make_model, make_pairs, make_tokenizer
 from tiny_trainer import tokenized
 from transformers import AutoModelForCausalLM

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_peft_training import assert_reference_is, lora_config
+from tiny_lora import assert_reference_is, lora_config
 from tiny_model import make_model, make_pairs, save_model
 from tiny_trainer import make_trainer
 from torch import nn

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_peft_training import lora_config
+from tiny_lora import lora_config
 from tiny_model import make_model, make_pairs
 from tiny_trainer import make_trainer
 from torch import Tensor, nn
