@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dil_kernels import reference
+from dil_kernels.options import ScoringOptions
 from families.linear_inputs import BETA, IGNORE_INDEX, Inputs, LossFromHidden, Task
 from families.linear_providers import BASELINE, PROVIDERS, eager_loss
 from harness.check import rounding, worst
@@ -176,7 +177,9 @@ def make_truth(inputs: Inputs) -> Truth:
     weight = inputs.weight.detach().double()
 
     def logps_of(x: Tensor, w: Tensor, part: slice) -> Tensor:
-        return reference.token_logps((x @ w.t()).unsqueeze(0), targets[part].unsqueeze(0), shift=False).squeeze(0)
+        return reference.token_logps(
+            (x @ w.t()).unsqueeze(0), targets[part].unsqueeze(0), ScoringOptions(shift=False)
+        ).squeeze(0)
 
     parts = [slice(start, start + ROWS_PER_CHUNK) for start in range(0, len(scored), ROWS_PER_CHUNK)]
     logps = torch.cat([logps_of(hidden[part].double(), weight, part) for part in parts])
@@ -196,7 +199,9 @@ def make_truth(inputs: Inputs) -> Truth:
     grad_rows, grad_weight = torch.zeros_like(hidden, dtype=torch.float64), torch.zeros_like(weight)
     for part in parts:
         logits = (hidden[part].double() @ weight.t()).requires_grad_()
-        y = reference.token_logps(logits.unsqueeze(0), targets[part].unsqueeze(0), shift=False).squeeze(0)
+        y = reference.token_logps(logits.unsqueeze(0), targets[part].unsqueeze(0), ScoringOptions(shift=False)).squeeze(
+            0
+        )
         (grad_logits,) = torch.autograd.grad(y, logits, upstream[sequence[part]])
         grad_rows[part] = grad_logits @ weight
         if inputs.task != "frozen":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels import reference
+from dil_kernels.options import ScoringOptions
 from families.logprob_providers import (
     BASELINE,
     IGNORE_INDEX,
@@ -156,7 +157,9 @@ def make_truth(inputs: Inputs) -> Truth:
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         part = slice(start, start + ROWS_PER_CHUNK)
         x = logits[rows[part]].double().requires_grad_()
-        y = reference.token_logps(x.unsqueeze(0), labels[rows[part]].unsqueeze(0), shift=False).squeeze(0)
+        y = reference.token_logps(x.unsqueeze(0), labels[rows[part]].unsqueeze(0), ScoringOptions(shift=False)).squeeze(
+            0
+        )
         (grad_rows[part],) = torch.autograd.grad(y, x, row_upstream[part])
         logps[rows[part]] = y.detach()
     return Truth(logps.view(B, T).sum(-1), rows, grad_rows, row_upstream)

@@ -16,6 +16,7 @@ from torch import Tensor
 import dil_kernels
 from dil_kernels import reference
 from dil_kernels.backends import resolve_backend
+from dil_kernels.options import ScoringOptions
 from harness.family import OURS, Provider
 from harness.peers import compile_problem, peer_problem, peer_version
 
@@ -54,7 +55,7 @@ def authors_sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
 
 def eager_sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """The eager reference of the package, which is also the oracle when given fp64."""
-    return reference.token_logps(logits, labels, ignore_index=IGNORE_INDEX).sum(-1)
+    return reference.token_logps(logits, labels, ScoringOptions(ignore_index=IGNORE_INDEX)).sum(-1)
 
 
 def _build_compiled() -> SequenceLogps:
