@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 import torch
 
@@ -22,30 +22,30 @@ from dil_kernels.checks import check_number, check_positive
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def takes(*classes: type[Any], without: tuple[str, ...] = ()) -> Callable[[Function], Function]:
+def takes(*classes: type[Any]) -> Callable[[Function], Function]:
     """For a function with `**options`: the fields of frozen classes in its signature, and their documentation.
 
     The line of its docstring that documents `options` gives way to that of the fields.
 
     Args:
         classes: what the function makes of its options.
-        without: fields that are no options of this function.
     """
     documentation: dict[str, str] = {}
     parameters: dict[str, inspect.Parameter] = {}
     for cls in classes:
         documentation |= _documentation(cls)
+        kinds, keyword = get_type_hints(cls), inspect.Parameter.KEYWORD_ONLY
         for field in dataclasses.fields(cls):
-            if field.name not in without:
-                kind = inspect.Parameter.KEYWORD_ONLY
-                parameters[field.name] = inspect.Parameter(
-                    field.name, kind, default=field.default, annotation=field.type
-                )
+            parameters[field.name] = inspect.Parameter(
+                field.name, keyword, default=field.default, annotation=kinds[field.name]
+            )
 
     def documented(function: Function) -> Function:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         function.__signature__ = signature.replace(parameters=[*own, *parameters.values()])  # type: ignore[attr-defined]
+        function.__annotations__ |= {name: parameter.annotation for name, parameter in parameters.items()}
+        function.__annotations__.pop("options")
         if function.__doc__ is not None:
             text = "\n".join(dict.fromkeys(documentation[name] for name in parameters))
             function.__doc__ = re.sub(r"^ +options: .*\n", lambda _: f"{text}\n", function.__doc__, flags=re.M)
@@ -128,6 +128,8 @@ class ScoringOptions:
             raise TypeError(f"ignore_index must be an integer, got {self.ignore_index!r}")
         if not -(2**63) <= self.ignore_index < 2**63:
             raise ValueError(f"ignore_index must be an int64 as the labels are, got {self.ignore_index}")
+        if not isinstance(self.shift, int):
+            raise TypeError(f"shift must be true or false, got {self.shift!r}")
 
     @property
     def processing(self) -> Processing:
@@ -212,6 +214,6 @@ class HeadOptions(ScoringOptions):
                 raise ValueError(f"{name} must be None or an integer >= 0, got {value!r}")
 
     def _factors(self) -> dict[str, float]:
-        scale = self.logit_scale
+        factors, scale = super()._factors(), self.logit_scale  # which checks the temperature
         scaled = {} if scale == 1.0 else {"logit_scale": scale, "logit_scale / temperature": scale / self.temperature}
-        return super()._factors() | scaled
+        return factors | scaled

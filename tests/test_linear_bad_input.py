@@ -81,3 +81,10 @@ def test_bad_input_of_the_loss(change: dict[str, object], message: str) -> None:
     arguments |= change
     with pytest.raises((ValueError, TypeError), match=message):
         fused_linear_dil_loss(**arguments)
+
+
+@pytest.mark.parametrize("temperature", [0, "x", None])
+def test_a_temperature_is_checked_before_what_is_made_of_it(temperature) -> None:
+    hidden, weight = torch.zeros(2, 3, 4), torch.zeros(7, 4)
+    with pytest.raises((ValueError, TypeError), match="temperature must be a"):
+        linear_token_logps(hidden, weight, torch.zeros(2, 3).long(), logit_scale=2.0, temperature=temperature)

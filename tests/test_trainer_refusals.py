@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_model import make_model, make_pairs, make_tokenizer
 from tiny_trainer import make_trainer
 from transformers import TrainingArguments
@@ -120,3 +121,26 @@ def with_router(model: Any) -> Any:
 def test_a_loss_that_would_be_another_one_is_refused(tmp_path: Path, options: dict[str, Any], problem: str) -> None:
     with pytest.raises(NotImplementedError, match=problem):
         make_trainer(tmp_path, **options)
+
+
+def test_logits_of_more_positions_than_the_batch_has_are_refused(tmp_path: Path) -> None:
+    model = make_model(0)
+    forward = model.forward
+
+    def longer(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = torch.cat([output.logits, output.logits[:, -2:]], dim=1)
+        return output
+
+    trainer = make_trainer(tmp_path, model=model, fused_head=False, max_steps=1)
+    model.forward = longer
+    with pytest.raises(ValueError, match="labels must be"):
+        trainer.train()
+
+
+def test_the_loss_is_that_of_the_arguments_as_they_are(tmp_path: Path) -> None:
+    pairs = make_pairs(4, seed=1)
+    trainer = make_trainer(tmp_path, model=make_model(0), ref_model=make_model(1), eval_dataset=pairs, max_steps=1)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.args.alpha = 0.5
+    assert trainer.evaluate()["eval_loss"] != before

@@ -268,6 +268,8 @@ def fused_linear_dil_loss(
 ) -> DILOutput:
     """DIL loss from hidden states and the head (arXiv 2503.05079, eq. 19), without the logits.
 
+    What is done to logits (scale, softcapping, temperature) is done to those of both models.
+
     Args:
         hidden_states: [2B, T, D], chosen and rejected responses under the policy; packed [1, N, D] or [N, D] with
             `cu_seqlens`.
@@ -281,7 +283,7 @@ def fused_linear_dil_loss(
         ref_logps, is_chosen: of responses that do not come in pairs, as in `fused_dil_loss`.
         cu_seqlens: int32 [2B + 1], boundaries of packed sequences.
         lm_head_bias: [V].
-        options: the fields of `FusedLossOptions` and `HeadOptions`; what is done to logits is done to both models'.
+        options: the fields of `FusedLossOptions` and `HeadOptions`.
 
     Returns:
         A `DILOutput`, as of `fused_dil_loss`.

@@ -81,7 +81,7 @@ def dil_loss(
     return loss, chosen_rewards, rejected_rewards
 
 
-@takes(LossOptions, without=("beta",))
+@takes(LossOptions)
 def unpaired_dil_loss(
     policy_logps: Tensor,
     ref_logps: Tensor,
@@ -94,14 +94,14 @@ def unpaired_dil_loss(
 
     A chosen response has the loss ``chosen_weight [-A(u) + alpha P(u)]``, a rejected one
     ``rejected_weight (1 - alpha) P(u)``. The mean is that over the chosen ones plus that over the rejected ones: the
-    mean over pairs, where all are in pairs.
+    mean over pairs, where all are in pairs. The loss must be separable.
 
     Args:
         policy_logps: [S] fp32 or fp64.
         ref_logps: [S], constant.
         is_chosen: [S] bool.
         backend: as in `dil_loss`.
-        options: the fields of `LossOptions`; the loss must be separable.
+        options: the fields of `LossOptions`.
 
     Returns:
         losses ([S], or [] if reduced) and rewards [S]: the log ratios, detached.
@@ -176,6 +176,8 @@ def fused_dil_loss(
 ) -> DILOutput:
     """DIL loss of preference pairs, or of unpaired responses, straight from logits (arXiv 2503.05079, eq. 19).
 
+    What is done to logits (softcapping, temperature) is done to those of both models.
+
     Args:
         logits: [2B, T, V], chosen and rejected responses under the policy; packed [1, N, V] or [N, V] with
             `cu_seqlens`.
@@ -188,7 +190,7 @@ def fused_dil_loss(
         is_chosen: [S] bool, for S responses that do not come in pairs, as in `unpaired_dil_loss`; each row of logits
             (or segment) is then one of them, and the reference sums come as `ref_logps`.
         cu_seqlens: int32 [2B + 1], boundaries of packed sequences.
-        options: the fields of `FusedLossOptions` and `LogitsOptions`; what is done to logits is done to both models'.
+        options: the fields of `FusedLossOptions` and `LogitsOptions`.
 
     Returns:
         A `DILOutput`. A pair with a response that has no scored token has loss 0 and no gradient; a batch of nothing

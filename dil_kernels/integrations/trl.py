@@ -221,6 +221,7 @@ class DILTrainer(DPOTrainer):
             max_scored_tokens=inputs.get("num_scored"),
             return_statistics=return_statistics,
             keep_logits=keep_logits,
+            virtual_tokens=_adds_virtual_tokens(self.accelerator.unwrap_model(model)),
         )
 
     def _has_fused_head(self, model: nn.Module) -> bool:
@@ -244,7 +245,7 @@ class DILTrainer(DPOTrainer):
         """Why the model does not score labels without logits; None if it does."""
         if self.args.fused_head is False:
             return "fused_head=False was given"
-        if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        if _adds_virtual_tokens(model):
             return "prompt tuning adds virtual tokens, which have no label"
         try:
             install_fused_head(model)
@@ -336,6 +337,11 @@ class DILTrainer(DPOTrainer):
         metrics = self._means(self._eval_sums)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+
+def _adds_virtual_tokens(model: Any) -> bool:
+    """Whether the forward puts tokens of its own before the inputs."""
+    return is_peft_model(model) and model.active_peft_config.is_prompt_learning
 
 
 def _labels(inputs: dict[str, Any]) -> Tensor:  # [2B, T]

@@ -31,6 +31,7 @@ def score(
     max_scored_tokens: int | None,
     return_statistics: bool = False,
     keep_logits: bool = False,
+    virtual_tokens: bool = False,
 ) -> Scores:
     """Score the labels [S, T] of rows.
 
@@ -44,6 +45,7 @@ def score(
         max_scored_tokens: at most so many labels are scored; None if the device would have to be asked.
         return_statistics: of the logits, too.
         keep_logits: the outputs must have them, as the model computed them.
+        virtual_tokens: the model puts tokens of its own before the inputs, as prompt tuning does; they have no label.
     """
     statistics = None
     if fused_head and not keep_logits:
@@ -55,9 +57,8 @@ def score(
         return Scores(outputs.token_logps, statistics, outputs)
     outputs = model(**inputs)
     logits = outputs.logits
-    if logits.shape[1] != labels.shape[1]:
-        logits = logits[:, -labels.shape[1] :]  # prompt tuning prepends virtual tokens
-        keep_logits = True
+    if virtual_tokens:
+        logits, keep_logits = logits[:, -labels.shape[1] :], True
     # Nobody else needs the logits; a model that does gets autograd's error.
     kernels = resolve_backend(backend, logits.device, logits.dtype) != "eager"
     inplace = kernels and logits.requires_grad and not keep_logits

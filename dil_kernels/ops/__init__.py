@@ -42,7 +42,10 @@ class Op:
         self._define("")
 
     def _define(self, overload: str) -> None:
-        _LIBRARY.define(f"{self.name}{overload}({self._arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+        try:
+            _LIBRARY.define(f"{self.name}{overload}({self._arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+        except RuntimeError as error:  # as one that declared the ops itself
+            raise ImportError("the extension of dil_kernels is that of another version: install the package") from error
         torch.library.register_fake(f"dil_kernels::{self.name}{overload}", self._fake, lib=_LIBRARY)
 
     def cpu(self, function: Callable[..., Any]) -> Callable[..., Any]:

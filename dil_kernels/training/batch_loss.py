@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +35,9 @@ class BatchLoss:
     fused_head: bool
     reference: ReferencePolicy | None
 
-    @functools.cached_property
+    @property
     def options(self) -> FusedLossOptions:
-        """Of the loss."""
+        """Of the loss, as the arguments are now."""
         of_lengths = self.args.average_log_prob
         return FusedLossOptions(**self.args.loss_options(), average_log_prob=of_lengths, reduction="sum")
 
