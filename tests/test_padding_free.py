@@ -220,7 +220,7 @@ def test_scores_before_and_after_are_those_of_padded_batches(tmp_path: Path) -> 
 def test_what_cannot_be_packed_is_refused_by_the_trainer(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedPackingError, match="padding_free=True was given, but LlamaForCausalLM attends with"):
         make_trainer(tmp_path, model=make_model(attn_implementation="eager"), padding_free=True)
-    with pytest.raises(ValueError, match="padding_free=True packs batches itself; give no data_collator"):
+    with pytest.raises(ValueError, match="padding_free=True makes the rows of batches itself; give no data_collator"):
         DILTrainer(
             make_model(),
             args=DILConfig(str(tmp_path), padding_free=True, use_cpu=True, report_to=[]),

@@ -1,7 +1,9 @@
 """Preference pairs to checked rows, rows to token ids, and token ids to batches."""
 
+from dil_kernels.data.batches import SharedPrefixes
+from dil_kernels.data.collators import share_prefixes
 from dil_kernels.data.loading import load_preference_pairs
 from dil_kernels.data.messages import PreferenceDataError
 from dil_kernels.data.pairs import check_pair
 
-__all__ = ["PreferenceDataError", "check_pair", "load_preference_pairs"]
+__all__ = ["PreferenceDataError", "SharedPrefixes", "check_pair", "load_preference_pairs", "share_prefixes"]

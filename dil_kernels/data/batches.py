@@ -52,6 +52,35 @@ class Packed(NamedTuple):
         return {**inputs, **boundaries, **lengths}
 
 
+class Segments(NamedTuple):
+    """The stretches of tokens of a `SharedPrefixes` row; it stands for the attention mask of the row."""
+
+    lengths: tuple[int, ...]
+    prefixes: tuple[int | None, ...]  # the place of the stretch, before it, that each goes on from; None for none
+
+
+class SharedPrefixes(NamedTuple):
+    """Each prompt once, for all responses to it, in one row of N tokens.
+
+    The row holds the prompts without their last tokens, the prefixes, and then S segments: the last token of a prompt
+    and a response. So every scored token has a hidden state of its own, and the shift of labels stays in a segment.
+    """
+
+    input_ids: Tensor  # [1, N]
+    position_ids: Tensor  # [1, N], those of the sequence that a token is in
+    cu_seqlens: (
+        Tensor  # int32 [S + 1], boundaries of the segments; the first one has the prefixes, which have no labels
+    )
+    stretch_lengths: list[int]  # as in `Segments`: of the prefixes, then of the segments; none is 0
+    stretch_prefixes: list[int | None]
+
+    def model_inputs(self) -> dict[str, Any]:
+        """What the forward of a model takes that `install_prefix_sharing` has prepared; others fail on the mask."""
+        segments = Segments(tuple(self.stretch_lengths), tuple(self.stretch_prefixes))
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+        return {**inputs, "attention_mask": segments}
+
+
 @dataclass(frozen=True)
 class Batch:
     """S sequences: the chosen ones of B pairs, then the rejected ones; or unpaired responses in any order.
@@ -65,7 +94,7 @@ class Batch:
         given_ref_logps: by column, log-probs [B] or [S] of the reference that the rows brought.
     """
 
-    layout: Padded | Packed
+    layout: Padded | Packed | SharedPrefixes
     row_labels: Tensor
     num_scored: int | None
     rows: Tensor | None
@@ -74,8 +103,9 @@ class Batch:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> Batch:
-        """The batch that a collator made, as `PreferenceCollator` or `PackedCollator` do."""
-        layout = Packed if "cu_seqlens" in inputs else Padded
+        """The batch that a collator of collators.py made."""
+        joined = SharedPrefixes if "stretch_prefixes" in inputs else Packed
+        layout: Any = joined if "cu_seqlens" in inputs else Padded
         return cls(
             layout=layout(*(inputs[name] for name in layout._fields)),
             row_labels=inputs["labels"],
@@ -87,7 +117,7 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """As the kernels take them: [S, T], or [N] of a packed row."""
+        """As the kernels take them: [S, T], or [N] of one row."""
         return self.of_rows(self.row_labels)
 
     def of_rows(self, values: Tensor) -> Tensor:

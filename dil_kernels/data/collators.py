@@ -1,4 +1,4 @@
-"""Collators: tokenised pairs and unpaired responses to batches, padded or packed into one row."""
+"""Collators: tokenised pairs and unpaired responses to batches, padded or in one row, with each prompt once or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dil_kernels.data.batches import IGNORE_INDEX
+from dil_kernels.data.batches import IGNORE_INDEX, SharedPrefixes
 from dil_kernels.data.token_columns import GIVEN_REFERENCE, TOKEN_COLUMNS
 
 
@@ -78,6 +78,58 @@ class PackedCollator:
             "num_scored": int((labels != IGNORE_INDEX).sum()),
             **_pair_columns(pairs),
         }
+
+
+class SharedPrefixCollator:
+    """Batches tokenised pairs as `PackedCollator` does, with prompts of the same token ids once."""
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of B pairs: the prompts, then B chosen responses, then the B rejected ones; N tokens together.
+
+        Returns:
+            The fields of `SharedPrefixes`, labels [1, N] and num_scored; rows, reference log-probs and is_chosen as in
+            `PreferenceCollator`.
+        """
+        row, labels = share_prefixes(_responses_of(pairs))
+        num_scored = int((labels != IGNORE_INDEX).sum())
+        return {**row._asdict(), "labels": labels, "num_scored": num_scored, **_pair_columns(pairs)}
+
+
+def share_prefixes(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[SharedPrefixes, Tensor]:
+    """Put sequences into one row in which each prompt stands once, for all responses to it.
+
+    A model needs `dil_kernels.models.prefix_sharing.install_prefix_sharing` for such a row. The kernels take its
+    `cu_seqlens`, and see the sequences in their order.
+
+    Args:
+        sequences: token ids of the prompt and of the response of each of S sequences. Prompts are the same if all of
+            their token ids are.
+
+    Returns:
+        The row of N tokens, and its labels [1, N]: -100 but on the tokens of responses.
+    """
+    places: dict[tuple[int, ...], int] = {}  # of the prefixes, by prompt
+    for prompt, _ in sequences:
+        if len(prompt) > 1:
+            places.setdefault(tuple(prompt), len(places))
+    prefixes = [prompt[:-1] for prompt in places]
+    segments = [(*prompt[-1:], *response) for prompt, response in sequences]
+    parts: list[tuple[int, int | None, Sequence[int]]] = [(0, None, prefix) for prefix in prefixes]
+    parts += [
+        (max(len(prompt) - 1, 0), places.get(tuple(prompt)), segment)
+        for (prompt, _), segment in zip(sequences, segments, strict=True)
+    ]
+    num_unscored = sum(map(len, prefixes))
+    ends = [*itertools.accumulate(map(len, segments), initial=num_unscored)][1:]
+    labels = [x for segment in segments for x in (IGNORE_INDEX, *segment[1:])[: len(segment)]]
+    row = SharedPrefixes(
+        input_ids=torch.tensor([[x for *_, part in parts for x in part]]),
+        position_ids=torch.tensor([[start + index for start, _, part in parts for index in range(len(part))]]),
+        cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32),
+        stretch_lengths=[len(part) for *_, part in parts if part],
+        stretch_prefixes=[place for _, place, part in parts if part],
+    )
+    return row, torch.tensor([[IGNORE_INDEX] * num_unscored + labels])
 
 
 def _responses_of(pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:

@@ -3,15 +3,18 @@
 A packed row [1, N] has position_ids that restart at 0 with every sequence. FlashAttention takes such a row as it is.
 For PyTorch's scaled_dot_product_attention, transformers forms the mask of all N x N pairs of tokens; here it is
 taken apart into those of the single sequences, and attention runs sequence by sequence, without a mask where that is
-causal.
+causal. The segments of a `SharedPrefixes` row (prefix_sharing.py), whose positions do not tell them apart, attend to
+their prefixes, too, by the mask that their sequence has.
 
 Whether a model keeps the sequences of a row apart is measured, not looked up: see `packing_problem`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +26,13 @@ try:
 except ImportError as error:
     raise ImportError(f"packing needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
-from dil_kernels.data.batches import Packed
+from dil_kernels.data.batches import Packed, Segments
 from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
 
 __all__ = ["UnsupportedPackingError", "install_packed_attention", "packing_problem"]
+
+segments_of_row: ContextVar[Segments | None] = ContextVar("segments_of_row", default=None)  # while a model's body runs
 
 NAME = "dil_packed_sdpa"  # of the attention, among those of transformers
 PROBE_LENGTHS = (5, 7)
@@ -48,24 +53,34 @@ def install_packed_attention(*models: nn.Module) -> None:
     Raises:
         UnsupportedPackingError: one of them does not keep the sequences of a row apart; none is changed then.
     """
-    before = [_attention_of(model) for model in models]
-    for model in models:
-        if _attention_of(model) == "sdpa":
-            _set_attention(model, NAME)
-    problem = next(filter(None, map(packing_problem, models)), None)
-    if problem is not None:
-        for model, attention in zip(models, before, strict=True):
-            if _attention_of(model) != attention:
-                _set_attention(model, attention)
-        raise UnsupportedPackingError(problem)
+    with packed_attention(*models):
+        for problem in filter(None, map(packing_problem, models)):
+            raise UnsupportedPackingError(problem)
     keep_lengths_apart(*models)
 
 
-class PackedMask(NamedTuple):
-    """What stands for the attention mask of a packed row."""
+@contextlib.contextmanager
+def packed_attention(*models: nn.Module) -> Iterator[None]:
+    """Give those that attend with "sdpa" an attention for rows of several sequences; an error takes it back."""
+    changed = [model for model in models if attention_of(model) == "sdpa"]
+    try:
+        for model in changed:
+            _set_attention(model, NAME)
+        yield
+    except BaseException:
+        for model in changed:
+            _set_attention(model, "sdpa")
+        raise
 
-    lengths: tuple[int, ...]  # of stretches of tokens that attend only to themselves
-    masks: tuple[Tensor | None, ...]  # [1, 1, T, T] bool of each, None for causal
+
+class PackedMask(NamedTuple):
+    """What stands for the attention mask of a row of several sequences."""
+
+    lengths: tuple[
+        int, ...
+    ]  # T of stretches of tokens, which attend only to themselves and another stretch before them
+    masks: tuple[Tensor | None, ...]  # [1, 1, T, P + T] bool of each, None for causal
+    prefixes: tuple[int | None, ...]  # the place of the stretch of P tokens before each, None for none
 
 
 def _packed_sdpa_attention(
@@ -78,16 +93,27 @@ def _packed_sdpa_attention(
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("its attention adds a bias of positions")
     kwargs["is_causal"] = True  # a mask that is none
-    parts = (x.split(attention_mask.lengths, dim=2) for x in (query, key, value))
-    outputs = [sdpa(module, *qkv, mask, **kwargs)[0] for *qkv, mask in zip(*parts, attention_mask.masks, strict=True)]
+    lengths, masks, prefixes = attention_mask
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    outputs = []
+    for part, mask, prefix in zip(zip(queries, keys, values, strict=True), masks, prefixes, strict=True):
+        q, k, v = part
+        if prefix is not None:
+            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+        outputs.append(sdpa(module, q, k, v, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
 
 def _packed_sdpa_mask(
     *, kv_length: int, mask_function: Callable[..., Tensor], attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | PackedMask | None:
-    """A mask as transformers asks for it; a `PackedMask` for a packed row."""
+    """A mask as transformers asks for it; a `PackedMask` for a row of several sequences."""
     device = kwargs["device"] if "device" in kwargs else kwargs["cache_position"].device
+    segments = segments_of_row.get()
+    if segments is not None:
+        if kwargs.get("use_vmap"):
+            raise NotImplementedError("its attention masks are not those of positions alone")
+        return _mask_of_segments(mask_function, segments, device)
     # With a mask of its own, a batch is padded; with a skip allowed, no sequence follows another.
     packed = attention_mask is None and not kwargs.get("allow_is_causal_skip", True) and not kwargs.get("use_vmap")
     found = _take_apart(mask_function, kv_length, device) if packed and kwargs["batch_size"] == 1 else None
@@ -100,30 +126,56 @@ def _take_apart(mask_function: Callable[..., Tensor], num_tokens: int, device: t
     """The mask of each stretch of tokens that attend to the one before them; None if it is one, or not causal.
 
     In the masks of transformers (causal, sliding windows, chunks), a token that does not attend to the one before it
-    attends to none before, and a stretch whose last token attends to its first is causal without exception.
+    attends to none before.
     """
     index = torch.arange(num_tokens, device=device)
-
-    def attends(query: Tensor, key: Tensor) -> Tensor:
-        return mask_function(index.new_zeros(()), index.new_zeros(()), query, key)
-
-    starts = [0, *((~attends(index[1:], index[:-1])).nonzero().squeeze(1) + 1).tolist()]
+    zero = index.new_zeros(())
+    starts = [0, *((~mask_function(zero, zero, index[1:], index[:-1])).nonzero().squeeze(1) + 1).tolist()]
     if len(starts) == 1:
         return None
     ends = [*starts[1:], num_tokens]
-    first, last = torch.tensor([starts, ends], device=device)
-    last = last - 1
+    masks = _stretch_masks(
+        mask_function, [(start, start, end) for start, end in zip(starts, ends, strict=True)], device
+    )
+    lengths = tuple(end - start for start, end in zip(starts, ends, strict=True))
+    return None if masks is None else PackedMask(lengths, masks, (None,) * len(lengths))
+
+
+def _mask_of_segments(mask_function: Callable[..., Tensor], segments: Segments, device: torch.device) -> PackedMask:
+    """The mask of each prefix, and of each segment after its prefix, in the positions of its sequence."""
+    lengths, prefixes = segments
+    before = [0 if prefix is None else lengths[prefix] for prefix in prefixes]
+    bounds = [(0, start, start + length) for start, length in zip(before, lengths, strict=True)]
+    masks = _stretch_masks(mask_function, bounds, device)
+    if masks is None:
+        raise NotImplementedError("its tokens attend to later ones")
+    return PackedMask(lengths, masks, prefixes)
+
+
+def _stretch_masks(
+    mask_function: Callable[..., Tensor], bounds: Sequence[tuple[int, int, int]], device: torch.device
+) -> tuple[Tensor | None, ...] | None:
+    """The mask of each stretch, from its first key, first query and end; None if one is not causal.
+
+    In the masks of transformers, a stretch whose last token attends to its first is causal without exception.
+    """
+    first, _, end = torch.tensor(bounds, device=device).T
+    index, zero, last = torch.arange(max(end for *_, end in bounds), device=device), end.new_zeros(()), end - 1
+
+    def attends(query: Tensor, key: Tensor) -> Tensor:
+        return mask_function(zero, zero, query, key)
+
     causal, backwards = torch.stack([attends(last, first), attends(first, last) & (first < last)]).tolist()
     if any(backwards):
         return None
-    masks = (
-        None if whole else attends(index[start:end, None], index[None, start:end])[None, None]
-        for start, end, whole in zip(starts, ends, causal, strict=True)
+    return tuple(
+        None if whole and key == query else attends(index[query:end, None], index[None, key:end])[None, None]
+        for (key, query, end), whole in zip(bounds, causal, strict=True)
     )
-    return PackedMask(tuple(end - start for start, end in zip(starts, ends, strict=True)), tuple(masks))
 
 
-def _attention_of(model: Any) -> str:
+def attention_of(model: Any) -> str:
+    """By its name in transformers."""
     return str(getattr(model.config, "_attn_implementation", None))
 
 
@@ -142,16 +194,21 @@ def packing_problem(model: nn.Module) -> str | None:
     Attention through a mask of all pairs of tokens ("eager") is refused for what it costs.
     """
     name = type(model).__name__
-    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if not weights_are_whole(model):
         return f"{name} does not have its weights whole at construction, so that packing could not be checked"
     try:
         with evaluating(model), torch.enable_grad():
             problem = _measured_problem(model, name)
     except Exception as error:  # whatever a model's own code may raise
         problem = f"{name} cannot run on several sequences in one row: {error}"
-    if problem is None and _attention_of(model) == "eager":
+    if problem is None and attention_of(model) == "eager":
         problem = f"{name} attends with 'eager', which forms the scores of all pairs of tokens of a row"
     return problem
+
+
+def weights_are_whole(model: nn.Module) -> bool:
+    """Whether they are here, and not split over processes."""
+    return not any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _measured_problem(model: Any, name: str) -> str | None:
@@ -159,17 +216,8 @@ def _measured_problem(model: Any, name: str) -> str | None:
     ids = (torch.arange(sum(PROBE_LENGTHS), device=device) * V // sum(PROBE_LENGTHS)).unsqueeze(0)
     positions = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS]).unsqueeze(0)
     boundaries = torch.tensor([0, *itertools.accumulate(PROBE_LENGTHS)], dtype=torch.int32, device=device)
-    embedded: list[Tensor] = []
-
-    def as_leaf(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    handle = model.get_input_embeddings().register_forward_hook(as_leaf)
-    try:
+    with embeddings_as_leaves(model) as embedded:
         packed = model(**Packed(ids, positions, boundaries, max(PROBE_LENGTHS)).model_inputs()).logits
-    finally:
-        handle.remove()
     if packed.shape[:2] != ids.shape:
         return f"{name} turns a row of {ids.shape[1]} tokens into one of {packed.shape[1]}"
     (gradient,) = torch.autograd.grad(packed[:, PROBE_LENGTHS[0] :].float().square().sum(), embedded[0])
@@ -180,14 +228,31 @@ def _measured_problem(model: Any, name: str) -> str | None:
         alone = [model(input_ids=part, use_cache=False).logits for part in ids.split(PROBE_LENGTHS, dim=1)]
     expected = torch.cat(alone, dim=1).float()
     error = (packed.detach().float() - expected).abs().max() / expected.abs().max()
-    if not error <= _coarsest_rounding(model) ** 0.5:
+    if not error <= coarsest_rounding(model) ** 0.5:
         return f"{name} computes other logits for a sequence in a row with others (relative difference {error:.1e})"
     return None
 
 
-def _coarsest_rounding(model: nn.Module) -> float:
-    """Of the dtypes that the model computes in."""
+@contextlib.contextmanager
+def embeddings_as_leaves(model: Any) -> Iterator[list[Tensor]]:
+    """Collect the input embeddings of each call, for gradients with respect to them."""
+    embedded: list[Tensor] = []
+
+    def as_leaf(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(as_leaf)
+    try:
+        yield embedded
+    finally:
+        handle.remove()
+
+
+def coarsest_rounding(model: nn.Module) -> float:
+    """Of the dtypes that the model computes in; norms and rotary embeddings are in fp32 where the rest is in fp64."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
+    dtypes.add(torch.float32)
     device_type = next(model.parameters()).device.type
     if torch.is_autocast_enabled(device_type):
         dtypes.add(torch.get_autocast_dtype(device_type))

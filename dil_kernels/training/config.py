@@ -83,6 +83,13 @@ class DILConfig(FusedLossFields, TrainingArguments):
             "model would attend from one to another."
         },
     )
+    prefix_sharing: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute each prompt of a batch once for all responses to it, without padding; an error where the "
+            "model would not give each response what it gives it alone."
+        },
+    )
     pad_to_multiple_of: int | None = field(
         default=None,
         metadata={"help": "Pad the sequences of a batch to a multiple of this many tokens."},
@@ -145,12 +152,9 @@ class DILConfig(FusedLossFields, TrainingArguments):
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} was given, but no DIL loss has one")
-        if self.padding_free and self.torch_compile:
-            raise ValueError("padding_free=True was given, but with torch_compile=True every batch would be compiled")
-        if self.padding_free and self.pad_to_multiple_of is not None:
-            raise ValueError(
-                f"pad_to_multiple_of={self.pad_to_multiple_of} was given, but padding_free=True pads nothing"
-            )
+        for option in ("prefix_sharing", "padding_free"):
+            if getattr(self, option):
+                self._check_joined_rows(option)
         if self.activation_offloading and self.device.type != "cuda":
             raise ValueError(f"activation_offloading=True was given, but activations are on the {self.device.type}")
         if self.activation_offloading and self.torch_compile:
@@ -162,6 +166,12 @@ class DILConfig(FusedLossFields, TrainingArguments):
             self.max_prompt_length = _resolve_prompt_length(self.max_length, self.max_prompt_length)
         elif self.max_prompt_length is not None:
             raise ValueError(f"max_prompt_length={self.max_prompt_length} was given, but max_length=None cuts nothing")
+
+    def _check_joined_rows(self, option: str) -> None:
+        if self.torch_compile:
+            raise ValueError(f"{option}=True was given, but with torch_compile=True every batch would be compiled")
+        if self.pad_to_multiple_of is not None:
+            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} was given, but {option}=True pads nothing")
 
     def _check_reference(self) -> None:
         if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:

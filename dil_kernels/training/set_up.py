@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from dil_kernels.data.collators import PackedCollator
+from dil_kernels.data.collators import PackedCollator, SharedPrefixCollator
 from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.models.packed_attention import UnsupportedPackingError, install_packed_attention
+from dil_kernels.models.prefix_sharing import install_prefix_sharing
 
 
 def refuse_inexact_setups(trainer: Trainer) -> None:
@@ -77,8 +78,8 @@ def install_fused_heads(models: Sequence[nn.Module], wanted: bool | None, *, tel
     return problem is None
 
 
-def pack_batches(trainer: Any, data_collator: Any, models: Sequence[nn.Module]) -> None:
-    """Let a `DILTrainer` make batches without padding, if its models compute the same on them.
+def join_rows(trainer: Any, data_collator: Any, models: Sequence[nn.Module]) -> None:
+    """Let a `DILTrainer` make batches without padding, or with each prompt once, if its models compute the same.
 
     Args:
         trainer: under construction.
@@ -89,14 +90,16 @@ def pack_batches(trainer: Any, data_collator: Any, models: Sequence[nn.Module]) 
         UnsupportedPackingError: they do not.
         ValueError: there is a data collator.
     """
+    sharing = trainer.args.prefix_sharing
+    option = "prefix_sharing" if sharing else "padding_free"
     if data_collator is not None:
-        raise ValueError("padding_free=True packs batches itself; give no data_collator, or padding_free=False")
+        raise ValueError(f"{option}=True makes the rows of batches itself; give no data_collator, or {option}=False")
     try:
         with trainer.accelerator.autocast():
-            install_packed_attention(*models)
+            (install_prefix_sharing if sharing else install_packed_attention)(*models)
     except UnsupportedPackingError as error:
-        raise UnsupportedPackingError(f"padding_free=True was given, but {error}") from error
-    trainer.data_collator = PackedCollator()
+        raise UnsupportedPackingError(f"{option}=True was given, but {error}") from error
+    trainer.data_collator = SharedPrefixCollator() if sharing else PackedCollator()
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -35,7 +35,7 @@ FREE = re.compile(
     r"|dataloader_(?!drop_last).*|dataset_num_proc|ddp_.*|fsdp.*|deepspeed|accelerator_config|parallelism_config"
     r"|local_rank|use_cpu|no_cuda|tf32|full_determinism|average_tokens_across_devices|debug|skip_memory_metrics"
     r"|torch_compile.*|torch_empty_cache_steps|activation_checkpointing.*|gradient_checkpointing.*|use_cache"
-    r"|use_liger_kernel|liger_kernel_config|backend|fused_head|stash_bytes|padding_free|precompute_ref_log_probs"
+    r"|use_liger_kernel|liger_kernel_config|backend|fused_head|stash_bytes|padding_free|prefix_sharing|precompute_ref_log_probs"
     r"|ref_cache_dir|num_generations_at_eval|generate_max_new_tokens|ignore_data_skip|restore_callback_states.*"
     r"|enable_jit_checkpoint|precompute_ref_batch_size|pad_to_multiple_of|activation_offloading"
 )

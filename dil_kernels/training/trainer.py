@@ -47,7 +47,7 @@ from dil_kernels.training.precompute import has_reference, precompute_reference,
 from dil_kernels.training.prepare import prepare_dataset
 from dil_kernels.training.reference_policy import ReferencePolicy
 from dil_kernels.training.reference_sync import ReferenceSync
-from dil_kernels.training.set_up import disable_dropout, install_fused_heads, pack_batches, refuse_inexact_setups
+from dil_kernels.training.set_up import disable_dropout, install_fused_heads, join_rows, refuse_inexact_setups
 from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
 from dil_kernels.training.start import (
     RECORD_NAME,
@@ -164,8 +164,8 @@ class DILTrainer(Trainer):
             check_rows(each)
         self.uses_fused_head = install_fused_heads(models, args.fused_head, tell=self.is_world_process_zero())
         self.batch_loss = BatchLoss(args, self.accelerator, self.uses_fused_head, reference)
-        if args.padding_free:
-            pack_batches(self, data_collator, models)
+        if args.padding_free or args.prefix_sharing:
+            join_rows(self, data_collator, models)
         # Hashed while the weights are whole.
         self._reference_fingerprint = fingerprint_of_weights(models[-1])
         cache = trainer_ref_cache(self, models[-1]) if args.precompute_ref_log_probs else ""

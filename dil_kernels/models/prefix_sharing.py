@@ -1,0 +1,158 @@
+"""Rows in which each prompt stands once for all responses to it, as `dil_kernels.data.share_prefixes` makes them.
+
+A segment - the last token of the prompt and a response - attends to its prefix and to itself, as in the sequence that
+it ends: causal from the bottom right, windows and chunks counted in the positions of the sequence. The keys and values
+of a prefix serve all its segments, and get the gradients of all.
+
+Whether a model computes the same on such a row is measured, not looked up: see `sharing_problem`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dil_kernels.data.batches import Segments, SharedPrefixes
+from dil_kernels.data.collators import share_prefixes
+from dil_kernels.models.evaluation import evaluating
+from dil_kernels.models.packed_attention import (
+    NAME,
+    UnsupportedPackingError,
+    attention_of,
+    coarsest_rounding,
+    embeddings_as_leaves,
+    packed_attention,
+    segments_of_row,
+    weights_are_whole,
+)
+from dil_kernels.models.rotary_lengths import keep_lengths_apart
+
+__all__ = ["install_prefix_sharing", "sharing_problem"]
+
+PROBE_PROMPTS, PROBE_RESPONSES = (5, 5, 3), (4, 2, 3)  # tokens; the first two sequences share their prompt
+
+
+def install_prefix_sharing(*models: nn.Module) -> None:
+    """Prepare causal language models that attend with "sdpa" for `SharedPrefixes` rows.
+
+    Packed rows, padded batches and generation stay as they are.
+
+    Args:
+        models: `PreTrainedModel`s or `PeftModel`s with their weights whole, not yet wrapped.
+
+    Raises:
+        UnsupportedPackingError: one of them does not compute on such a row what it computes on the sequences.
+    """
+    with packed_attention(*models):
+        handles = [handle for model in models for handle in _hook(model)]
+        for problem in filter(None, map(sharing_problem, models)):
+            for handle in handles:
+                handle.remove()
+            raise UnsupportedPackingError(problem)
+
+
+def _hook(model: Any) -> list[Any]:
+    """Let the body of a model, on its way in, take `Segments` for its attention mask."""
+    body = _body(model)
+    if _take_segments in body._forward_pre_hooks.values():
+        return []
+    before = body.register_forward_pre_hook(_take_segments, with_kwargs=True)
+    return [before, body.register_forward_hook(_forget_segments, always_call=True)]
+
+
+def _body(model: Any) -> nn.Module:
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body: nn.Module = getattr(model, "base_model", model)
+    return body
+
+
+def _take_segments(_body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    segments = kwargs.get("attention_mask")
+    segments_of_row.set(segments if isinstance(segments, Segments) else None)
+    if isinstance(segments, Segments):
+        # With a mask, transformers asks for that of the layer, whatever the positions are.
+        kwargs["attention_mask"] = torch.ones_like(kwargs["position_ids"])
+    return args, kwargs
+
+
+def _forget_segments(*_: Any) -> None:
+    segments_of_row.set(None)
+
+
+def sharing_problem(model: Any) -> str | None:
+    """Why an installed model cannot take rows that share prefixes; None if it can.
+
+    Measured on two responses to one prompt and one to another: logits and gradients, those of the prompts' embeddings
+    included, must be those of the separate sequences, and no response may depend on another.
+    """
+    name = type(model).__name__
+    if not weights_are_whole(model):
+        return f"{name} does not have its weights whole at construction, so that sharing prefixes could not be checked"
+    if attention_of(model) != NAME:
+        attention = attention_of(model)
+        return f"{name} attends with {attention!r}, and prefixes are shared in transformers' 'sdpa' interface only"
+    if getattr(model.config, "output_router_logits", False):
+        return f"{name} adds a loss of its router, in which the tokens of a shared prompt would count once"
+    if getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
+        return f"{name} scales its attention by the place in the row (attn_temperature_tuning)"
+    try:
+        if keep_lengths_apart(model):
+            return f"the rotary embedding of {name} goes by the length of a sequence, and a shared prompt is in several"
+        with evaluating(model), torch.enable_grad():
+            return _measured_problem(model, name)
+    except Exception as error:  # whatever a model's own code may raise
+        return f"{name} cannot run on a row that shares prefixes: {error}"
+
+
+def _measured_problem(model: Any, name: str) -> str | None:
+    V, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
+    distinct = sum(PROBE_PROMPTS[1:]) + sum(PROBE_RESPONSES)
+    ids = iter([index * V // distinct for index in range(distinct)])
+    first, second = ([next(ids) for _ in range(length)] for length in PROBE_PROMPTS[1:])
+    sequences = [
+        (p, [next(ids) for _ in range(n)]) for p, n in zip((first, first, second), PROBE_RESPONSES, strict=True)
+    ]
+    row, _ = share_prefixes(sequences)
+    places = _places(row)
+    row = row._replace(input_ids=row.input_ids.to(device), position_ids=row.position_ids.to(device))
+    with embeddings_as_leaves(model) as embedded:
+        logits = model(**row.model_inputs()).logits
+        if logits.shape[:2] != row.input_ids.shape:
+            return f"{name} turns a row of {row.input_ids.shape[1]} tokens into one of {logits.shape[1]}"
+        alone = [model(input_ids=row.input_ids[:, place], use_cache=False).logits for place in places]
+    tokens = [length + 1 for length in PROBE_RESPONSES]
+    of_responses = [logits[:, place[-count:]] for place, count in zip(places, tokens, strict=True)]
+    expected = [part[:, -count:] for part, count in zip(alone, tokens, strict=True)]
+    of_row, *of_alone = embedded
+    gradient = torch.zeros_like(of_row)
+    for place, response, its_own, leaf in zip(places, of_responses, expected, of_alone, strict=True):
+        (seen,) = torch.autograd.grad(_weighted(response), of_row, retain_graph=True)
+        others = torch.ones(len(row.input_ids[0]), dtype=torch.bool)
+        others[place] = False
+        if seen[:, others.to(device)].count_nonzero():
+            return f"{name} lets a response depend on another sequence of its row"
+        gradient[:, place] += torch.autograd.grad(_weighted(its_own), leaf)[0]
+    (shared,) = torch.autograd.grad(torch.stack([*map(_weighted, of_responses)]).sum(), of_row)
+    compared = {"logits": (torch.cat(of_responses, 1), torch.cat(expected, 1)), "gradients": (shared, gradient)}
+    for what, (actual, truth) in compared.items():
+        error = ((actual - truth).detach().float().abs().max() / truth.detach().float().abs().max()).item()
+        if not error <= coarsest_rounding(model) ** 0.5:
+            return (
+                f"{name} computes other {what} for responses that share their prompt (relative difference {error:.1e})"
+            )
+    return None
+
+
+def _weighted(logits: Tensor) -> Tensor:
+    """A sum of logits in which each has another weight."""
+    weights = torch.arange(logits.numel(), dtype=torch.float32, device=logits.device).cos()
+    return (logits.float().flatten() * weights).sum()
+
+
+def _places(row: SharedPrefixes) -> list[Tensor]:
+    """Of each sequence, which tokens of the row it has."""
+    stretches = torch.arange(row.input_ids.shape[1]).split(row.stretch_lengths)
+    segments = zip(stretches, row.stretch_prefixes, strict=True)
+    return [torch.cat([stretches[prefix], segment]) for segment, prefix in segments if prefix is not None]
