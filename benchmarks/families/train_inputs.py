@@ -26,7 +26,8 @@ PROBED_DIMENSIONS = 1  # gradients are compared of the norms, through which all 
 ModelName = Literal["smollm2-135m", "llama-1b", "tiny"]
 # real: pairs of text, the first that are no longer than `tokens`. equal: random ids, all sequences of `tokens`, half of
 # it prompt. ragged: random ids, sequences between an eighth of `tokens` and all of it.
-DataName = Literal["real", "equal", "ragged"]
+# summary: random ids, nine tenths of all sequences prompt.
+DataName = Literal["real", "equal", "ragged", "summary"]
 ReferenceName = Literal["model", "precomputed"]
 
 
@@ -186,6 +187,9 @@ def _random_pairs(case: TrainCase) -> list[dict[str, Any]]:
     for index in range(case.pairs):
         if case.data == "equal":
             prompt, chosen, rejected = (case.tokens // 2,) * 3
+        elif case.data == "summary":
+            response = case.tokens // 10
+            prompt, chosen, rejected = case.tokens - response, response, response
         else:
             # The first pair has the longest sequence, so that it is `tokens` whatever is drawn.
             longest = case.tokens if index == 0 else int(case.tokens * 8 ** -torch.rand((), generator=generator).item())

@@ -179,6 +179,12 @@ PROVIDERS = {
             functools.partial(_ours, padding_free=True),
             version=_ours_version,
         ),
+        _provider(
+            f"{OURS}-shared",
+            "DILTrainer, fused head, prefix_sharing=True",
+            functools.partial(_ours, prefix_sharing=True),
+            version=_ours_version,
+        ),
         _provider(f"{OURS}-padded", "DILTrainer, fused head", _ours, version=_ours_version),
         _provider(
             f"{OURS}-logits",
