@@ -1,4 +1,4 @@
-"""A batch: padded or packed, in pairs or not, it answers the same questions alike."""
+"""A batch: padded, packed or with each prompt once, in pairs or not, it answers the same questions alike."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("datasets")
 
-from dil_kernels.data.batches import IGNORE_INDEX, Batch, Packed, Padded
-from dil_kernels.data.collators import PackedCollator, PreferenceCollator
+from dil_kernels.data.batches import IGNORE_INDEX, Batch, Packed, Padded, SharedPrefixes
+from dil_kernels.data.collators import PackedCollator, PreferenceCollator, SharedPrefixCollator
 
 IDS = st.lists(st.integers(2, 287), max_size=6)
 PROMPT = st.lists(st.integers(2, 287), min_size=1, max_size=6)
@@ -22,15 +22,15 @@ RESPONSE = {"prompt_ids": PROMPT, "completion_ids": IDS, "label": st.booleans(),
 ROWS = st.one_of(st.lists(st.fixed_dictionaries(kind), min_size=1, max_size=5) for kind in (PAIR, RESPONSE))
 
 
-def both_layouts(rows: list[dict[str, Any]]) -> tuple[Batch, Batch]:
-    return Batch.of(PreferenceCollator(0, pad_to_multiple_of=4)(rows)), Batch.of(PackedCollator()(rows))
+def all_layouts(rows: list[dict[str, Any]]) -> list[Batch]:
+    collators = (PreferenceCollator(0, pad_to_multiple_of=4), PackedCollator(), SharedPrefixCollator())
+    return [Batch.of(collator(rows)) for collator in collators]
 
 
 @given(ROWS)
-def test_both_layouts_answer_as_the_rows_say(rows: list[dict[str, Any]]) -> None:
-    padded, packed = both_layouts(rows)
-    assert isinstance(padded.layout, Padded)
-    assert isinstance(packed.layout, Packed)
+def test_every_layout_answers_as_the_rows_say(rows: list[dict[str, Any]]) -> None:
+    batches = all_layouts(rows)
+    assert [type(batch.layout) for batch in batches] == [Padded, Packed, SharedPrefixes]
     if "label" in rows[0]:
         sides, labels = ["completion"], [row["label"] for row in rows]
         scored = [bool(row["completion_ids"]) for row in rows]
@@ -41,7 +41,7 @@ def test_both_layouts_answer_as_the_rows_say(rows: list[dict[str, Any]]) -> None
         counts = [sum(bool(row["chosen_ids"] and row["rejected_ids"]) for row in rows)] * 2
     lengths = [len(row[f"{side}_ids"]) for side in sides for row in rows]
     refs = {name: [row[name] for row in rows] for name in rows[0] if name.startswith("ref_")}
-    for batch in (padded, packed):
+    for batch in batches:
         assert batch.num_sequences == len(lengths)
         assert batch.num_scored == sum(lengths)
         assert batch.sums(batch.labels[..., 1:] != IGNORE_INDEX).tolist() == lengths
@@ -53,6 +53,6 @@ def test_both_layouts_answer_as_the_rows_say(rows: list[dict[str, Any]]) -> None
 
 def test_reference_log_probs_that_a_collator_lost_are_missed() -> None:
     row = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7], "ref_chosen_logps": -1.0}
-    for batch in both_layouts([row]):
+    for batch in all_layouts([row]):
         with pytest.raises(KeyError, match="ref_rejected_logps"):
             batch.ref_logps(options=None)
