@@ -28,6 +28,13 @@ inline Divergence divergence_by_name(const std::string& name) {
   STD_TORCH_CHECK(false, "loss_type ", name, " is not compiled");
 }
 
+inline Link link_by_name(const std::string& name) {
+  if (name == "imitation") return Link::Imitation;
+  if (name == "ratio") return Link::Ratio;
+  STD_TORCH_CHECK(name == "f_dpo", "link ", name, " is not known");
+  return Link::FDpo;
+}
+
 inline void check_same_device(const Tensor& one, const Tensor& other, const char* what) {
   STD_TORCH_CHECK(
       one.is_cuda() == other.is_cuda() && one.get_device_index() == other.get_device_index(), what, " are on another device");
@@ -83,6 +90,7 @@ inline LossOptions loss_options(
     const SequenceLayout& layout) {
   const Divergence divergence = divergence_by_name(loss_type);
   STD_TORCH_CHECK(!layout.is_chosen || divergence != Divergence::Dpo, "loss_type dpo needs pairs");
+  STD_TORCH_CHECK(!layout.is_chosen || parameters.link == Link::Imitation, "only the imitation link does without pairs");
   return {divergence, parameters, average, interleaved, mean};
 }
 

@@ -18,12 +18,20 @@
 
 namespace dil {
 
+// How a separable loss is put to work on a pair of log ratios.
+enum class Link : int { Imitation, Ratio, FDpo };
+
 struct LossParameters {
   double parameter;        // beta of dpo, power of power; 0 where the loss has none
   double alpha;            // share of the chosen responses in the reference expectation
   double max_log_ratio;    // soft bound on u; 0 for none
   double chosen_weight;    // of the chosen term of a separable loss
   double rejected_weight;  // likewise
+  double beta;             // factor of u, of the difference of two, or of that of A
+  double chosen_offset;    // added to beta u
+  double rejected_offset;  // likewise
+  double scale;            // what a loss under the ratio link is divided by
+  Link link;
 };
 
 struct Term {
@@ -75,10 +83,19 @@ DIL_HD double tanh_slope(double x) {  // 1 - tanh^2, which cancels
 }
 DIL_HD double soft_bound_slope(double u, double M) { return M == 0.0 ? 1.0 : tanh_slope(u / M); }
 
+// What a separable loss sees of a log ratio, and its slope.
+struct View {
+  double v, slope;
+};
+DIL_HD View view(double u, double offset, const LossParameters& o) {
+  return {o.beta * soft_bound(u, o.max_log_ratio) + offset, o.beta * soft_bound_slope(u, o.max_log_ratio)};
+}
+
 // A gradient through a bound or a weight; 0 where that is 0, however large the gradient.
 DIL_HD double scaled(double grad, double by) { return by == 0.0 ? 0.0 : grad * by; }
 
-// L = chosen_weight [-A(u_w) + alpha P(u_w)] + rejected_weight (1 - alpha) P(u_l). A term of weight 0 is left out.
+// With v = beta bound(u) + offset, L = chosen_weight [-A(v_w) + alpha P(v_w)] + rejected_weight (1 - alpha) P(v_l). A term
+// of weight 0 is left out.
 template <class D>
 struct Separable {
   static constexpr bool separable = true;
@@ -99,7 +116,8 @@ struct Separable {
   }
 
   static DIL_HD Term chosen(double u, const LossParameters& o) {
-    const double p = o.parameter, v = soft_bound(u, o.max_log_ratio);
+    const double p = o.parameter;
+    const auto [v, slope] = view(u, o.chosen_offset, o);
     Term out{-D::A(v, p), -D::dA(v, p)};
     if (o.alpha != 0.0) {
       out.loss += weighted_P(v, p, o.alpha);
@@ -107,21 +125,22 @@ struct Separable {
       if (is_nan(out.loss) && !is_nan(u)) out.loss = overflowed(log_weighted(o.alpha, D::log_P(v, p)), D::log_A(v, p));
       if (is_nan(out.grad) && !is_nan(u)) out.grad = overflowed(log_weighted(o.alpha, v), 0.0);  // A'(u) (alpha e^u - 1)
     }
-    return {scaled(out.loss, o.chosen_weight), scaled(scaled(out.grad, soft_bound_slope(u, o.max_log_ratio)), o.chosen_weight)};
+    return {scaled(out.loss, o.chosen_weight), scaled(scaled(out.grad, slope), o.chosen_weight)};
   }
 
   static DIL_HD Term rejected(double u, const LossParameters& o) {
     const double weight = o.rejected_weight * (1.0 - o.alpha);
     if (weight == 0.0) return {0.0, 0.0};
-    const double p = o.parameter, v = soft_bound(u, o.max_log_ratio);
-    return {weighted_P(v, p, weight), scaled(weighted_dP(v, p, weight), soft_bound_slope(u, o.max_log_ratio))};
+    const double p = o.parameter;
+    const auto [v, slope] = view(u, o.rejected_offset, o);
+    return {weighted_P(v, p, weight), scaled(weighted_dP(v, p, weight), slope)};
   }
 
-  static DIL_HD PairLoss pair(double u_w, double u_l, const LossParameters& o) {
+  static DIL_HD PairLoss imitation(double u_w, double u_l, const LossParameters& o) {
     const Term w = chosen(u_w, o), l = rejected(u_l, o);
     double loss = w.loss + l.loss;
     if (is_nan(loss) && !is_nan(u_w) && !is_nan(u_l)) {
-      const double p = o.parameter, v_w = soft_bound(u_w, o.max_log_ratio), v_l = soft_bound(u_l, o.max_log_ratio);
+      const double p = o.parameter, v_w = view(u_w, o.chosen_offset, o).v, v_l = view(u_l, o.rejected_offset, o).v;
       const bool w_infinite = fabs(v_w) == INFINITY, l_infinite = fabs(v_l) == INFINITY;
       const double positive = log_add(
           log_weighted(o.chosen_weight * o.alpha, D::log_P(v_w, p)),
@@ -130,6 +149,37 @@ struct Separable {
       loss = w_infinite == l_infinite ? overflowed(positive, negative) : w_infinite ? w.loss : l.loss;
     }
     return {loss, w.grad, l.grad};
+  }
+
+  // The loss of two responses whose log ratios are beta d and -beta d: P(-beta d) - A(beta d), d = u_w - u_l.
+  static DIL_HD PairLoss ratio(double u_w, double u_l, const LossParameters& o) {
+    const double x = o.beta * (soft_bound(u_w, o.max_log_ratio) - soft_bound(u_l, o.max_log_ratio));
+    const LossParameters plain{o.parameter, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, Link::Imitation};
+    const PairLoss out = imitation(x, -x, plain);
+    const double push = o.beta * (out.grad_l - out.grad_w) / o.scale;
+    return {
+        out.loss / o.scale, scaled(-push, soft_bound_slope(u_w, o.max_log_ratio)),
+        scaled(push, soft_bound_slope(u_l, o.max_log_ratio))};
+  }
+
+  // softplus(-beta (A(u_w) - A(u_l))). A increases: where it overflows for both, the larger log ratio has the larger one.
+  static DIL_HD PairLoss contrast(double u_w, double u_l, const LossParameters& o) {
+    const double p = o.parameter, v_w = soft_bound(u_w, o.max_log_ratio), v_l = soft_bound(u_l, o.max_log_ratio);
+    const double A_w = D::A(v_w, p), A_l = D::A(v_l, p);
+    double margin = o.beta * (A_w - A_l);
+    if (fabs(A_w) == INFINITY && A_w == A_l && fabs(v_w) != INFINITY && fabs(v_l) != INFINITY) {
+      margin = v_w == v_l ? 0.0 : v_w > v_l ? INFINITY : -INFINITY;
+    }
+    const double push = o.beta * sigmoid(-margin);
+    return {
+        softplus(-margin), scaled(scaled(-D::dA(v_w, p), push), soft_bound_slope(u_w, o.max_log_ratio)),
+        scaled(scaled(D::dA(v_l, p), push), soft_bound_slope(u_l, o.max_log_ratio))};
+  }
+
+  static DIL_HD PairLoss pair(double u_w, double u_l, const LossParameters& o) {
+    return o.link == Link::Imitation ? imitation(u_w, u_l, o)
+           : o.link == Link::Ratio   ? ratio(u_w, u_l, o)
+                                     : contrast(u_w, u_l, o);
   }
 };
 

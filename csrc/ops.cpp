@@ -58,9 +58,11 @@ using Array = py::array_t<double>;
 
 py::tuple divergence_pair(
     const std::string& name, const Array& u_w, const Array& u_l, double parameter, double alpha, double max_log_ratio,
-    double chosen_weight, double rejected_weight) {
+    double chosen_weight, double rejected_weight, double beta, double chosen_offset, double rejected_offset, double scale,
+    const std::string& link) {
   const Divergence divergence = divergence_by_name(name);
-  const LossParameters parameters{parameter, alpha, max_log_ratio, chosen_weight, rejected_weight};
+  const LossParameters parameters{parameter, alpha,         max_log_ratio,   chosen_weight, rejected_weight,
+                                  beta,      chosen_offset, rejected_offset, scale,         link_by_name(link)};
   const auto part = [&](auto member) {
     return py::vectorize([=](double w, double l) { return pair_loss(divergence, w, l, parameters).*member; })(u_w, u_l);
   };
@@ -69,9 +71,11 @@ py::tuple divergence_pair(
 
 py::tuple divergence_response(
     const std::string& name, const Array& u, bool is_chosen, double parameter, double alpha, double max_log_ratio,
-    double chosen_weight, double rejected_weight) {
+    double chosen_weight, double rejected_weight, double beta, double chosen_offset, double rejected_offset, double scale,
+    const std::string& link) {
   const Divergence divergence = divergence_by_name(name);
-  const LossParameters parameters{parameter, alpha, max_log_ratio, chosen_weight, rejected_weight};
+  const LossParameters parameters{parameter, alpha,         max_log_ratio,   chosen_weight, rejected_weight,
+                                  beta,      chosen_offset, rejected_offset, scale,         link_by_name(link)};
   const auto part = [&](auto member) {
     return py::vectorize([=](double v) { return response_loss(divergence, v, is_chosen, parameters).*member; })(u);
   };
@@ -91,9 +95,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "divergence_pair", &divergence_pair, py::arg("name"), py::arg("u_w"), py::arg("u_l"), py::arg("parameter") = 0.0,
       py::arg("alpha") = 0.0, py::arg("max_log_ratio") = 0.0, py::arg("chosen_weight") = 1.0, py::arg("rejected_weight") = 1.0,
-      "Loss, d loss/d u_w and d loss/d u_l of pairs, in fp64 over arrays of log ratios.");
+      py::arg("beta") = 1.0, py::arg("chosen_offset") = 0.0, py::arg("rejected_offset") = 0.0, py::arg("scale") = 1.0,
+      py::arg("link") = "imitation", "Loss, d loss/d u_w and d loss/d u_l of pairs, in fp64 over arrays of log ratios.");
   m.def(
       "divergence_response", &divergence_response, py::arg("name"), py::arg("u"), py::arg("is_chosen"),
       py::arg("parameter") = 0.0, py::arg("alpha") = 0.0, py::arg("max_log_ratio") = 0.0, py::arg("chosen_weight") = 1.0,
-      py::arg("rejected_weight") = 1.0, "Loss and d loss/d u of single responses, in fp64 over an array of log ratios.");
+      py::arg("rejected_weight") = 1.0, py::arg("beta") = 1.0, py::arg("chosen_offset") = 0.0, py::arg("rejected_offset") = 0.0,
+      py::arg("scale") = 1.0, py::arg("link") = "imitation",
+      "Loss and d loss/d u of single responses, in fp64 over an array of log ratios.");
 }

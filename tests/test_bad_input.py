@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dil_kernels import dil_loss, fused_dil_loss, sequence_logps, token_logps, unpaired_dil_loss
+from dil_kernels.losses import LossParameters
 
 LOGITS = torch.zeros(2, 4, 7)
 LABELS = torch.zeros(2, 4, dtype=torch.int64)
@@ -210,7 +211,7 @@ def test_ops_called_directly_keep_memory_safe() -> None:
     with pytest.raises(RuntimeError, match=re.escape("labels must be in [0, 7) or ignore_index=-100, got 7 at [1, 2]")):
         ops.logps_fwd(LOGITS, labels, -100, True, 0.0, 1.0, False)
     token_logps = torch.zeros(6)
-    options = (None, "lsif", 0.0, 0.0, 0.0, 1.0, 1.0, True, False, True, -100, False)
+    options = (None, *LossParameters("lsif", 0.0), True, False, True, -100, False)
     for bad in (cu(0, 7, 6), cu(0, 6, 9), cu(-1, 3, 6), cu(0, 2, 5)):
         with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, not decrease"):
             ops.density_ratio_fwd(token_logps, PACKED_LABELS, bad, token_logps, None, *options)

@@ -18,14 +18,14 @@ from dil_kernels import (
     sequence_logps,
     token_logps,
 )
-from dil_kernels.losses import divergence_names
+from dil_kernels.losses import LossParameters, divergence_names
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
 ]
 DEVICE = "cuda"
-LSIF = ("lsif", 0.0, 0.0, 0.0, 1.0, 1.0)  # and its parameters
+LSIF = LossParameters("lsif", 0.0)
 
 
 @dataclass

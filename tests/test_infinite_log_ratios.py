@@ -98,7 +98,7 @@ def in_torch(p: LossParameters) -> list[list[float]]:
 
 
 def in_cpp(p: LossParameters) -> list[list[float]]:
-    rest = (p.parameter, p.alpha, p.max_log_ratio, p.chosen_weight, p.rejected_weight)
+    rest = p[1:]
     return [x.tolist() for x in compiled.divergence_pair(p.loss_type, U[0].numpy(), U[1].numpy(), *rest)]
 
 
@@ -128,7 +128,7 @@ def as_dtype(x: float, dtype: torch.dtype) -> float:
 def check_op(ops, p: LossParameters, pairs: list[tuple[float, float]], dtype: torch.dtype) -> None:
     """Log ratios come from sums of fp64; losses and gradients are rounded to the dtype."""
     B, u = len(pairs), torch.tensor(pairs, dtype=torch.float64).t().flatten()
-    rest = (p.parameter, p.alpha, p.max_log_ratio, p.chosen_weight, p.rejected_weight)
+    rest = p[1:]
     _, losses, logratios, _, _, _, coefs = ops.density_ratio_fwd(
         torch.zeros(2 * B, 1, dtype=dtype), None, None, None, -u, None, p.loss_type, *rest, *(False,) * 3, -1, False
     )

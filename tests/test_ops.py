@@ -11,7 +11,7 @@ from implementations import Implementation, every_implementation, every_kernel
 from torch.autograd import forward_ad
 
 from dil_kernels import dil_loss, fused_dil_loss, linear_token_logps, sequence_logps, token_logps
-from dil_kernels.losses import divergence_names
+from dil_kernels.losses import LossParameters, divergence_names
 from dil_kernels.ops.logps import LOGPS_BWD, LOGPS_BWD_INPLACE, LOGPS_FWD
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
@@ -50,7 +50,7 @@ def test_opcheck_density_ratio(impl: Implementation, packed: bool) -> None:
     sides = torch.tensor([True, False, False, True], device=impl.device)
     references = ((torch.randn_like(token_logps), None), (None, torch.randn(4, device=impl.device).double()))
     for ref, is_chosen in itertools.product(references, (None, sides)):
-        parameters = ("lsif", 0.0, 0.5, 3.0, 1.0, 2.0)
+        parameters = LossParameters("lsif", 0.0, 0.5, 3.0, 1.0, 2.0)
         flags = (True, False, True, -1, True)
         inputs = (token_logps, labels, cu_seqlens, *ref, is_chosen, *parameters, *flags)
         torch.library.opcheck(ops.density_ratio_fwd.default, inputs, test_utils=OPCHECKS)

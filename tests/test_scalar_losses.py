@@ -126,7 +126,7 @@ def in_torch(u_w: float, u_l: float, p: LossParameters) -> tuple[float, float, f
 
 
 def in_cpp(u_w: float, u_l: float, p: LossParameters) -> tuple[float, float, float]:
-    rest = (p.parameter, p.alpha, p.max_log_ratio, p.chosen_weight, p.rejected_weight)
+    rest = p[1:]
     loss, grad_w, grad_l = compiled.divergence_pair(p.loss_type, u_w, u_l, *rest)
     return float(loss), float(grad_w), float(grad_l)
 
@@ -149,7 +149,7 @@ def test_pairs_match_mpmath(loss_type: str, implementation, data: st.DataObject)
 @given(data=st.data())
 def test_single_responses_are_the_terms_of_a_pair(loss_type: str, data: st.DataObject) -> None:
     p, u = data.draw(parameters(loss_type)), data.draw(log_ratios)
-    rest = (p.parameter, p.alpha, p.max_log_ratio, p.chosen_weight, p.rejected_weight)
+    rest = p[1:]
     for is_chosen in (True, False):
         v = torch.tensor([u], dtype=torch.float64, requires_grad=True)
         loss = response_losses(v, torch.tensor([is_chosen]), p)

@@ -22,6 +22,7 @@ from dil_kernels.cli.option_types import OptionField, fields_of, members_of, non
 from dil_kernels.cli.run_options import RunOptions, check_run_options, run_options
 from dil_kernels.data.tokenization import TRUNCATION_MODES
 from dil_kernels.losses import divergence_names
+from dil_kernels.losses.options import LINKS
 from dil_kernels.recipes import find_recipe, packaged_recipes
 from dil_kernels.training.config import DILConfig
 from dil_kernels.wording import describe_error, did_you_mean
@@ -329,6 +330,7 @@ def _describe(field: OptionField, brief: bool) -> str:
 def _choices() -> dict[str, tuple[str, ...]]:
     return {
         "loss_type": tuple(divergence_names()),
+        "link": LINKS,
         "backend": ("auto", *BACKENDS),
         "truncation_mode": TRUNCATION_MODES,
         "include_num_input_tokens_seen": ("no", "all", "non_padding"),

@@ -72,7 +72,7 @@ class DILTrainer(DPOTrainer):
     others happened to be beside it.
 
     Metrics have TRL's names and are means over pairs, in training since the last log, in evaluation over the data set;
-    they stay on the device until they are logged. rewards/* are log ratios, times beta if the loss has one.
+    they stay on the device until they are logged. rewards/* are log ratios, times beta.
 
     Args:
         model, ref_model: as of `trl.DPOTrainer`.
@@ -128,7 +128,7 @@ class DILTrainer(DPOTrainer):
         self.loss_options = FusedLossOptions(
             **args.loss_options(), average_log_prob=args.average_log_prob, reduction="sum"
         )
-        self.beta = 1.0 if args.beta is None else args.beta
+        self.beta = self.loss_options.factor
         self._has_router = getattr(self, "aux_loss_enabled", False)  # a mixture of experts, in TRL 1.8 or later
         self._train_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._start_record()

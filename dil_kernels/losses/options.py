@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from dil_kernels.checks import check_choice, check_number, has_values
-from dil_kernels.losses.divergence import PARAMETER_NAMES, Divergence
+from dil_kernels.checks import check_choice, check_number, check_positive, has_values
+from dil_kernels.losses.divergence import Divergence
 from dil_kernels.losses.registry import get_divergence
 from dil_kernels.options import ScoringOptions
 
+LINKS = ("imitation", "ratio", "f_dpo")
+PAIR_BETA = 0.1  # where a loss of the difference of log ratios is given none, as in the literature
 REDUCTIONS = ("mean", "sum", "none")
 PAIR_LAYOUTS = ("concatenated", "interleaved")
 
@@ -27,6 +30,11 @@ class LossParameters(NamedTuple):
     max_log_ratio: float = 0.0  # 0 for no bound
     chosen_weight: float = 1.0
     rejected_weight: float = 1.0
+    beta: float = 1.0
+    chosen_offset: float = 0.0
+    rejected_offset: float = 0.0
+    scale: float = 1.0
+    link: str = "imitation"
 
     @property
     def divergence(self) -> Divergence:
@@ -56,7 +64,10 @@ class LossKeywords(TypedDict, total=False):
     """See `LossOptions`."""
 
     loss_type: str
+    link: str
     beta: float | None
+    offset: float | Sequence[float] | None
+    scale: float
     power: float | None
     alpha: float
     max_log_ratio: float | None
@@ -72,7 +83,13 @@ class LossOptions:
 
     Attributes:
         loss_type: a registered name; docs/losses.md describes each.
-        beta: inverse temperature of "dpo" (default 0.1); an error with any other loss.
+        link: how a separable loss is put to work on the log ratios u of a pair, d = u_w - u_l: "imitation"
+            (-A(u_w) + P(u_l), DIL), "ratio" (P(-beta d) - A(beta d), BPO, arXiv 2505.19601) or "f_dpo"
+            (softplus(-beta (A(u_w) - A(u_l))), arXiv 2309.16240).
+        beta: factor of the log ratios, of their difference, or of that of A: 1 if not given with "imitation", 0.1 with
+            the other links and "dpo".
+        offset: added to beta u, one number or one for chosen and one for rejected responses; "imitation" only.
+        scale: what the loss is divided by, "ratio" only; 4 gives any loss the gradient of "dpo" where d = 0.
         power: exponent of "power" (default 0.5): 1 is "lsif", 0 "ukl", -1 "is", up to constants; an error with any
             other loss.
         alpha: share of the chosen responses in the reference expectation, for separable losses; 0 is the paper.
@@ -89,7 +106,10 @@ class LossOptions:
     """
 
     loss_type: str = "lsif"
+    link: str = "imitation"
     beta: float | None = None
+    offset: float | Sequence[float] | None = None
+    scale: float = 1.0
     power: float | None = None
     alpha: float = 0.0
     max_log_ratio: float | None = None
@@ -100,41 +120,58 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         divergence = get_divergence(self.loss_type)
+        check_choice("link", self.link, LINKS)
+        if self.link != "imitation" and not divergence.separable:
+            raise ValueError(
+                f"link={self.link!r} was given, but loss_type={self.loss_type!r} is not separable; leave it 'imitation'"
+            )
         own = divergence.parameter
-        for name in PARAMETER_NAMES:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if own is None or own.name != name:
-                raise ValueError(
-                    f"{name}={value} was given, but loss_type={self.loss_type!r} has no {name}; leave it out"
-                )
+        if self.power is not None and (own is None or own.name != "power"):
+            raise ValueError(
+                f"power={self.power} was given, but loss_type={self.loss_type!r} has no power; leave it out"
+            )
+        if self.beta is not None:
+            check_positive("beta", self.beta)
+        if own is not None and (value := getattr(self, own.name)) is not None:
             own.check(value)
+        if self.beta is not None and not divergence.separable and (own is None or own.name != "beta"):
+            raise ValueError(f"beta={self.beta} was given, but loss_type={self.loss_type!r} has no beta; leave it out")
         check_number("alpha", self.alpha)
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        if self.max_log_ratio is not None:
-            check_number("max_log_ratio", self.max_log_ratio)
-            if not 0.0 < self.max_log_ratio < math.inf:
-                raise ValueError(f"max_log_ratio must be a finite number > 0, got {self.max_log_ratio}")
-        for name, unused in (("alpha", 0), ("chosen_weight", 1), ("rejected_weight", 1)):
-            value = getattr(self, name)
-            check_number(name, value)
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"{name} must be a finite number >= 0, got {value}")
-            if value != unused and not divergence.separable:
-                raise ValueError(
-                    f"{name}={value} was given, but loss_type={self.loss_type!r} is not separable; leave it {unused}"
-                )
+        for name in ("max_log_ratio", "scale"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        for offset in self._offsets:
+            check_number("offset", offset)
+            if not -math.inf < offset < math.inf:
+                raise ValueError(f"offset must be finite, got {self.offset}")
+        for name in ("chosen_weight", "rejected_weight"):
+            check_number(name, getattr(self, name))
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
+        self._check_used(divergence)
         check_choice("reduction", self.reduction, REDUCTIONS)
         if self.non_negative is not None:
             self._check_non_negative(self.non_negative)
+
+    def _check_used(self, divergence: Divergence) -> None:
+        """What only some links and losses use is left at its default with the others."""
+        of_imitation = {"alpha": 0, "chosen_weight": 1, "rejected_weight": 1, "offset": None}
+        used = {"imitation": of_imitation, "ratio": {"scale": 1}}.get(self.link, {}) if divergence.separable else {}
+        for name, unused in (of_imitation | {"scale": 1}).items():
+            value = getattr(self, name)
+            if name not in used and value != unused:
+                what = f"link={self.link!r} has no {name}"
+                if not divergence.separable:
+                    what = f"loss_type={self.loss_type!r} is not separable"
+                raise ValueError(f"{name}={value} was given, but {what}; leave it {unused}")
 
     def _check_non_negative(self, constant: float) -> None:
         check_number("non_negative", constant)
         if not 0.0 < constant < 1.0:
             raise ValueError(f"non_negative must be between 0 and 1 (it is below 1 / sup r), got {constant}")
-        has_floor = self.divergence.separable
+        has_floor = self.divergence.separable and self.link == "imitation"
         if has_floor:
             floor = self.parameters.floor_of_P(torch.float64, "cpu")
             # A number cannot be read under torch.compile; there such a loss gives a loss that is not finite.
@@ -156,15 +193,42 @@ class LossOptions:
         return get_divergence(self.loss_type)
 
     @property
+    def _offsets(self) -> tuple[float, float]:
+        if not isinstance(self.offset, (list, tuple)):
+            return (0.0, 0.0) if self.offset is None else (self.offset, self.offset)  # type: ignore[return-value]
+        if len(self.offset) not in (1, 2):
+            raise ValueError(f"offset must be one number, or one for chosen and one for rejected, got {self.offset}")
+        return self.offset[0], self.offset[-1]
+
+    @property
+    def factor(self) -> float:
+        """beta, given or not."""
+        if self.beta is not None:
+            return float(self.beta)
+        return 1.0 if self.link == "imitation" and self.divergence.separable else PAIR_BETA
+
+    @property
     def parameters(self) -> LossParameters:
         """For the scalar math."""
         own, value = self.divergence.parameter, 0.0
         if own is not None:
             given = getattr(self, own.name)
             value = float(own.default if given is None else given)
-        bound = float(self.max_log_ratio or 0.0)
-        weights = float(self.chosen_weight), float(self.rejected_weight)
-        return LossParameters(self.divergence.name, value, float(self.alpha), bound, *weights)
+        affine = self.divergence.separable and (own is None or own.name != "beta")
+        chosen_offset, rejected_offset = self._offsets
+        return LossParameters(
+            loss_type=self.divergence.name,
+            parameter=value,
+            alpha=float(self.alpha),
+            max_log_ratio=float(self.max_log_ratio or 0.0),
+            chosen_weight=float(self.chosen_weight),
+            rejected_weight=float(self.rejected_weight),
+            beta=self.factor if affine else 1.0,
+            chosen_offset=float(chosen_offset),
+            rejected_offset=float(rejected_offset),
+            scale=float(self.scale),
+            link=self.link,
+        )
 
 
 class FusedLossKeywords(LossKeywords, total=False):

@@ -12,17 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid  # exact everywhere; softplus turns linear above 20
 
 from dil_kernels.losses.options import LossParameters
 
 
 def pair_losses(u_w: Tensor, u_l: Tensor, parameters: LossParameters) -> Tensor:
     """Loss of each pair from its log ratios, [B] each."""
-    divergence = parameters.divergence
+    p, divergence = parameters, parameters.divergence
+    if divergence.separable and p.link == "imitation":
+        return _SeparablePairs.apply(u_w, u_l, p)
+    w, l = (soft_bound(u, p.max_log_ratio) for u in (u_w, u_l))
     if divergence.pair is not None:
-        w, l = (soft_bound(u, parameters.max_log_ratio) for u in (u_w, u_l))
-        return divergence.pair(w, l) if divergence.parameter is None else divergence.pair(w, l, parameters.parameter)
-    return _SeparablePairs.apply(u_w, u_l, parameters)
+        return divergence.pair(w, l) if divergence.parameter is None else divergence.pair(w, l, p.parameter)
+    if p.link == "ratio":  # the loss of two responses whose log ratios are beta d and -beta d
+        x = p.beta * (w - l)
+        return _SeparablePairs.apply(x, -x, LossParameters(p.loss_type, p.parameter)) / p.scale
+    return _SeparableContrast.apply(w, l, p)
 
 
 def response_losses(u: Tensor, is_chosen: Tensor, parameters: LossParameters) -> Tensor:
@@ -68,8 +74,11 @@ def non_negative_loss(
     chosen_only = total(torch.where(chosen_counts, pair_losses(chosen, zeros, alone), 0) / count)
     with torch.no_grad():
         Q_w, Q_l = (
-            torch.where(counts, parameters.term("P", _soft_bound(u, parameters.max_log_ratio)[0]), floor) - floor
-            for u, counts in ((chosen, chosen_counts), (rejected, rejected_counts))
+            torch.where(counts, parameters.term("P", _view(u, parameters, offset)[0]), floor) - floor
+            for u, counts, offset in (
+                (chosen, chosen_counts, parameters.chosen_offset),
+                (rejected, rejected_counts, parameters.rejected_offset),
+            )
         )
         Q_w_mean, Q_l_mean = Q_w.sum() / count, Q_l.sum() / rejected_counts.sum().clamp(min=1)
         rejected_part = _scaled(Q_l_mean, parameters.rejected_weight * (1.0 - parameters.alpha))
@@ -104,6 +113,12 @@ def _soft_bound(u: Tensor, M: float) -> tuple[Tensor, Tensor]:
     return (u, torch.ones_like(u)) if M == 0.0 else (M * (u / M).tanh(), tanh_slope(u / M))
 
 
+def _view(u: Tensor, p: LossParameters, offset: float) -> tuple[Tensor, Tensor]:
+    """What a separable loss sees of a log ratio, ``beta bound(u) + offset``, and its slope."""
+    v, slope = _soft_bound(u, p.max_log_ratio)
+    return p.beta * v + offset, p.beta * slope
+
+
 def _overflowed(positive: Tensor, negative: Tensor) -> Tensor:  # e^positive - e^negative where both overflow
     return torch.where(positive < negative, -math.inf, math.inf)
 
@@ -125,8 +140,8 @@ def _weighted(name: str, v: Tensor, p: LossParameters, weight: float) -> Tensor:
 
 
 def _chosen(u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:
-    """``chosen_weight [-A(u) + alpha P(u)]`` and its derivative."""
-    v, slope = _soft_bound(u, p.max_log_ratio)
+    """``chosen_weight [-A(v) + alpha P(v)]`` and its derivative, v as of `_view`."""
+    v, slope = _view(u, p, p.chosen_offset)
     loss, grad = -p.term("A", v), -p.term("dA", v)
     if p.alpha != 0.0:
         loss = loss + _weighted("P", v, p, p.alpha)
@@ -139,18 +154,18 @@ def _chosen(u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:
 
 
 def _rejected(u: Tensor, p: LossParameters) -> tuple[Tensor, Tensor]:
-    """``rejected_weight (1 - alpha) P(u)`` and its derivative; zeros where the weight is 0."""
+    """``rejected_weight (1 - alpha) P(v)`` and its derivative; zeros where the weight is 0."""
     weight = p.rejected_weight * (1.0 - p.alpha)
     if weight == 0.0:
         return torch.zeros_like(u), torch.zeros_like(u)
-    v, slope = _soft_bound(u, p.max_log_ratio)
+    v, slope = _view(u, p, p.rejected_offset)
     return _weighted("P", v, p, weight), _scaled(_weighted("dP", v, p, weight), slope)
 
 
 def _pair(u_w: Tensor, u_l: Tensor, p: LossParameters) -> Tensor:
     chosen, rejected = _chosen(u_w, p)[0], _rejected(u_l, p)[0]
     loss = chosen + rejected
-    w, l = _soft_bound(u_w, p.max_log_ratio)[0], _soft_bound(u_l, p.max_log_ratio)[0]
+    w, l = _view(u_w, p, p.chosen_offset)[0], _view(u_l, p, p.rejected_offset)[0]
     positive = torch.logaddexp(
         _log_term("log_P", w, p, p.chosen_weight * p.alpha),
         _log_term("log_P", l, p, p.rejected_weight * (1.0 - p.alpha)),
@@ -190,6 +205,28 @@ class _SeparableResponses(torch.autograd.Function):
         return _scaled(slope, grad), None, None
 
 
+class _SeparableContrast(torch.autograd.Function):
+    """``softplus(-beta (A(u_w) - A(u_l)))``."""
+
+    @staticmethod
+    def forward(ctx: Any, u_w: Tensor, u_l: Tensor, parameters: LossParameters) -> Tensor:
+        p, (A_w, A_l) = parameters, (parameters.term("A", u) for u in (u_w, u_l))
+        # A increases: where it overflows for both, the larger log ratio has the larger one.
+        sign = torch.where(u_w == u_l, 0.0, torch.where(u_w > u_l, math.inf, -math.inf))
+        both = A_w.isinf() & (A_w == A_l) & u_w.isfinite() & u_l.isfinite()
+        margin = torch.where(both, sign, p.beta * (A_w - A_l))
+        ctx.save_for_backward(u_w, u_l, margin)
+        ctx.parameters = p
+        return -logsigmoid(margin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        u_w, u_l, margin = ctx.saved_tensors
+        p = ctx.parameters
+        push = p.beta * (-margin).sigmoid() * grad
+        return -_scaled(p.term("dA", u_w), push), _scaled(p.term("dA", u_l), push), None
+
+
 class _SoftBound(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, M: float) -> Tensor:
@@ -200,7 +237,7 @@ class _SoftBound(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (u,) = ctx.saved_tensors
-        return grad * _soft_bound(u, ctx.M)[1], None
+        return _scaled(grad, _soft_bound(u, ctx.M)[1]), None
 
 
 class _Total(torch.autograd.Function):

@@ -18,9 +18,32 @@ class LossFields:
             "dpo, or a registered one."
         },
     )
+    link: str = field(
+        default="imitation",
+        metadata={
+            "help": "How a separable loss is put to work on a pair (docs/losses.md): imitation (DIL), ratio (BPO) or "
+            "f_dpo."
+        },
+    )
     beta: float | None = field(
         default=None,
-        metadata={"help": "Inverse temperature of the dpo loss (0.1 if not given); no other loss has one."},
+        metadata={
+            "help": "Factor of the log ratios, or of their difference in dpo and the links of pairs (if not given, 1 "
+            "and 0.1)."
+        },
+    )
+    offset: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Added to beta times the log ratios: one number, or one for chosen and one for rejected responses.",
+            "nargs": "+",
+            "type": float,
+            "metavar": "FLOAT",
+        },
+    )
+    scale: float = field(
+        default=1.0,
+        metadata={"help": "What a loss under the ratio link is divided by."},
     )
     power: float | None = field(
         default=None,

@@ -24,7 +24,8 @@ from ptxemu.translate import Machine
 given = options(__doc__.splitlines()[0])
 
 import dil_kernels  # noqa: E402, F401  registers the ops
-from dil_kernels.losses import divergence_names, get_divergence  # noqa: E402
+from dil_kernels.losses import LossParameters, divergence_names, get_divergence  # noqa: E402
+from dil_kernels.losses.options import LINKS  # noqa: E402
 
 ops = torch.ops.dil_kernels
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -34,7 +35,7 @@ THREADS = 256  # kThreads of the source
 def structs(*headers: Path) -> dict[str, type[ctypes.Structure]]:
     """The structs of the headers that have plain members, laid out as the compiler lays them out."""
     scalars = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "double": ctypes.c_double, "bool": ctypes.c_bool}
-    found: dict[str, Any] = {"Divergence": ctypes.c_int}  # an enum
+    found: dict[str, Any] = {"Divergence": ctypes.c_int, "Link": ctypes.c_int}  # enums
     for header in headers:
         for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", header.read_text(), re.M | re.S):
             members = re.findall(r"^  (?:const )?(\w+)(\*?) (\w+);", body, re.M)
@@ -123,7 +124,9 @@ def layout_of(
 
 def options_of(name: str, parameters: tuple[float, ...], flags: tuple[bool, ...]) -> Any:
     average, interleaved, mean = flags
-    return S["LossOptions"](NAMES.index(name), S["LossParameters"](*parameters), average, interleaved, mean)
+    *numbers, link = parameters
+    fields = S["LossParameters"](*numbers, LINKS.index(link))
+    return S["LossOptions"](NAMES.index(name), fields, average, interleaved, mean)
 
 
 def emulated_fwd(run: Launches, x, labels, cu, ref, refs, chosen, name, *rest) -> tuple[Tensor, ...]:
@@ -155,7 +158,7 @@ def emulated_bwd(run: Launches, *inputs: Any) -> Tensor:
     """The arguments and result of the op density_ratio_bwd."""
     *grads, x, labels, cu, chosen, lengths, counts, coefs, average, interleaved, mean, ignore, shift = inputs
     out = torch.full_like(x, torch.nan)
-    no_loss = (0.0,) * len(S["LossParameters"]._fields_)
+    no_loss = LossParameters("none", 0.0)[1:]
     parts = [
         layout_of(x, labels, cu, chosen, ignore, shift),
         options_of("none", no_loss, (average, interleaved, mean)),
@@ -201,7 +204,9 @@ def problem(case: int, gen: torch.Generator) -> tuple[Any, ...]:
     x = torch.randn(shape, generator=gen, dtype=dtype) / size
     ref = torch.randn(shape, generator=gen, dtype=dtype) / size if pick((True, False)) else None
     refs = torch.randn(n, generator=gen, dtype=torch.float64) * 3 if ref is None else None
-    parameters = (0.3 if name in ("power", "dpo") else 0.0, 0.25, pick((0.0, 2.0)), 1.5, 0.5)
+    own, affine = 0.3 if name in ("power", "dpo") else 0.0, (0.8, -0.2, 0.1, 3.0)
+    link = "imitation" if unpaired else pick(LINKS)
+    parameters = (own, 0.25, pick((0.0, 2.0)), 1.5, 0.5, *affine, link)
     flags = tuple(pick((True, False)) for _ in range(3))
     return x, labels, cu, ref, refs, chosen, name, *parameters, *flags, -1, shift
 
