@@ -83,8 +83,8 @@ ENTRIES = {
         use="The safe choice: gradients never exceed 1, so sums of log ratios and outliers are harmless. Least biased "
         "of the paper's three when rejected responses stand in for the reference.",
         hazard="Saturates: a pair that is told apart gives no gradient.",
-        family="Jensen-Shannon divergence in its variational form (a GAN's discriminator). TRL's `bco_pair` at beta = 1 "
-        "with summed log-probs; `alpha` = 1/2 is `nca_pair`.",
+        family="Jensen-Shannon divergence in its variational form (a GAN's discriminator). TRL's `bco_pair` with its "
+        "beta and summed log-probs; `alpha` = 1/2 is `nca_pair`.",
     ),
     "power": Entry(
         title="Power divergence (Basu), exponent `power` = k >= -1",
@@ -161,10 +161,31 @@ divergence with a strictly convex `h(r)`, `r = e^u`, gives `A(u) = h'(e^u)`, `P(
 
 """
 
+LINKS = """## Links
+
+What a separable loss is put to. With `d = w - l`, and A and P of the loss:
+
+| `link` | loss of a pair | d loss / d w, and the opposite in l | `beta` if not given | source |
+|---|---|---|---|---|
+| `imitation` (default) | `-A(v_w) + P(v_l)`, `v = beta u + offset` | each side by itself | 1 | DIL (arXiv 2503.05079) eq. 19 |
+| `ratio` (BPO) | `(P(-x) - A(x)) / scale`, `x = beta d` | `-beta (A'(x) + e^-x A'(-x)) / scale` | 0.1 | BPO (arXiv 2505.19601) |
+| `f_dpo` | `softplus(-beta (A(w) - A(l)))` | `-beta sigmoid(-beta (A(w) - A(l))) A'(w)`; in l with `A'(l)` | 0.1 | f-DPO (arXiv 2309.16240) |
+
+- **ratio** fits the ratio of the two responses. `bce` is twice DPO; `power` with `scale=4` is BPO's SBA, whose gradient is DPO's where d = 0, as is
+  that of every loss with A'(0) = 1. Unbounded below where A is unbounded above (`lsif`, `ukl`, `power` from 0 on), bounded for -1 < k < 0. (The entry of LSIF in
+  BPO's table 2, `R**2 - 2*R`, has gradient 0 at d = 0, so training would never start; the general formula, here, is `(R**2 - 2/R) / 2` with `R = exp(-beta*d)`.)
+- **f_dpo** is DPO under another divergence than the reverse KL: A of `ukl` is DPO itself, of `is` the forward KL, of `bce` Jensen-Shannon, of `power` the
+  alpha divergences of order 1 + k, each up to constants.
+- `alpha`, the weights, `offset`, `non_negative` and unpaired responses are the imitation link's; `scale` is the ratio's.
+
+"""
+
 OPTIONS = """## Options
 
 | option | what it does |
 |---|---|
+| `beta` > 0 | Factor of the log ratios: a separable loss sees `v = beta u + offset`, and its gradient is multiplied by beta. TRL's `bco_pair` and `nca_pair` are bce with a beta (and `alpha` = 1/2). Rewards stay u. |
+| `offset` | Added to `beta u`, one number or one for chosen and one for rejected responses: the constant delta of BCO and GSIL. Not of `link`s of pairs. |
 | `alpha` in [0, 1] | Takes the reference expectation over chosen (share alpha) and rejected responses together. 0 is the paper. Where the reference is the mixture of both, alpha = 1/2 is unbiased; 0 is not. Every separable loss then has a finite optimum, `r_w = 1/alpha`, and a chosen term that is bounded below. The gradient of the chosen term is `A'(w) (alpha e^w - 1)`. |
 | `max_log_ratio` = M | Evaluates the loss at `M tanh(u/M)` instead of u; the gradient is multiplied by `1/cosh(u/M)^2`, 0 where the bound has saturated. For sums of log ratios, which overflow otherwise. Rewards and log-probs stay unbounded. Off by default. |
 | `non_negative` = C, 0 < C < 1 | The correction of Kato and Teshima (2021): with `Q = P - P(-inf)`, the loss is `mean[-A(w) + C Q(w)] + max(0, (1 - alpha) mean[Q(l)] + (alpha - C) mean[Q(w)])`. C is below 1 / (largest density ratio). It stops the fit from driving rejected mass to nothing in order to overshoot on the chosen responses of a sample. It couples a batch: **exact only for the responses of one call**, not for a mean over micro-batches or processes, so the trainer does not offer it. Needs `reduction="mean"` and a finite `P(-inf)`: not is, power at -1, or dpo. For alpha >= C it changes nothing. |
@@ -238,7 +259,7 @@ def page() -> str:
         "the ratio of the two depends on where the responses are: `exp(w - 2 l)` for lsif, `exp(-l)` for ukl,\n"
         "`sigmoid(-w) / sigmoid(l)` for bce.\n\n"
     )
-    return INTRODUCTION + table() + "\n" + balance + ratio + "\n".join(map(section, ENTRIES)) + "\n" + OPTIONS
+    return INTRODUCTION + table() + "\n" + balance + ratio + "\n".join(map(section, ENTRIES)) + "\n" + LINKS + OPTIONS
 
 
 def default_parameters(name: str, **options: float) -> LossParameters:

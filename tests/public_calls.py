@@ -20,10 +20,12 @@ IGNORE = -100
 LOGITS = {"temperature": (1.0, 0.7, 1.3), "final_logit_softcapping": (9.0, 7.5, 20.0), "ignore_index": (-100, -7, -9)}
 HEAD = LOGITS | {"logit_scale": (1.0, 0.5, 1.5), "stash_bytes": (0, 1 << 20, 512), "max_scored_tokens": (99, 80, 90)}
 WEIGHTS = {"chosen_weight": (1.0, 0.5, 2.0), "rejected_weight": (1.0, 2.0, 0.5)}
-LOSS = WEIGHTS | {"alpha": (0.25, 0.5, 0.75), "max_log_ratio": (3.0, 5.0, 2.0)}
+AFFINE = {"beta": (1.0, 0.5, 2.0), "offset": (0.1, -0.2, 0.3)}
+LOSS = WEIGHTS | AFFINE | {"alpha": (0.25, 0.5, 0.75), "max_log_ratio": (3.0, 5.0, 2.0)}
 POWER = LOSS | {"power": (0.5, 1.5, -0.5)}
 NON_NEGATIVE = LOSS | {"non_negative": (0.9, 0.8, 0.7)}
 DPO = {"beta": (0.1, 0.5, 0.2)}
+RATIO = DPO | {"scale": (1.0, 4.0, 2.0)}
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ def _calls() -> Iterator[Call]:
             yield Call(function, name, partial(make, reference=name), gradients, loss, how | options)
         inputs = partial(make, packed=True, reference="tokens")
         yield Call(function, "packed", inputs, gradients, packed, how | NON_NEGATIVE)
+        for link, options in (("ratio", RATIO), ("f_dpo", DPO)):
+            yield Call(function, link, partial(make, reference="tokens"), gradients, {"link": link}, how | options)
     policy, responses = ("policy_chosen_logps", "policy_rejected_logps"), ("policy_logps", "ref_logps", "is_chosen")
     pairs = partial(_vectors, *policy, "ref_chosen_logps", "ref_rejected_logps")
     for loss_type, reduction, options in (

@@ -167,7 +167,7 @@ def test_options_that_do_not_fit(model_dir: Path, pairs_file: Path, tmp_path: Pa
     base = ["--model", str(model_dir), "--train-file", str(pairs_file), "--output-dir", str(tmp_path / "out")]
     for argv, message in (
         (base[:2], "--train-file, --output-dir must be given"),
-        ([*base, "--beta", "0.1"], "--beta 0.1 was given, but --loss-type lsif has no beta"),
+        ([*base, "--power", "0.1"], "--power 0.1 was given, but --loss-type lsif has no power"),
         ([*base, "--loss-type", "kto"], "argument --loss-type: invalid choice: 'kto'"),
         ([*base, "--max-steps", "many"], "argument --max-steps: invalid int value: 'many'"),
         ([*base, "--eval-strategy", "steps"], "--eval-strategy steps needs --eval-file"),

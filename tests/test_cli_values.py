@@ -23,7 +23,7 @@ NONSENSE = {
     "JSON": ("", "nonsense", "{", "[1]", "5"),
     "DIR": ("", "/dev/null/nowhere"),
 }
-MEANINGFUL = {("max_steps", "-1"), ("local_rank", "-1")}
+MEANINGFUL = {("offset", "-1"), ("max_steps", "-1"), ("local_rank", "-1")}
 CHECKED_LATER = {"config"}  # with a value, they are looked up
 
 

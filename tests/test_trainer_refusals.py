@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
     ("options", "problem"),
     [
         ({"loss_type": "kl"}, "unknown loss_type 'kl'; available: lsif, ukl, bce, power, is, brier, dpo"),
-        ({"beta": 0.1}, "beta=0.1 was given, but loss_type='lsif' has no beta"),
+        ({"scale": 2.0}, "scale=2.0 was given, but link='imitation' has no scale"),
+        ({"link": "ratio", "alpha": 0.5}, "alpha=0.5 was given, but link='ratio' has no alpha"),
         ({"loss_type": "dpo", "beta": -1.0}, "beta must be a finite number > 0, got -1.0"),
         ({"alpha": 1.5}, "alpha must be in"),
         ({"loss_type": "dpo", "alpha": 0.5}, "alpha=0.5 was given, but loss_type='dpo' is not separable"),

@@ -22,7 +22,27 @@ SAME_AS_TRL = {
     "dpo is sigmoid": ({"loss_type": "dpo", "beta": 0.2}, {"loss_type": "sigmoid", "beta": 0.2}),
     "bce is bco_pair": ({"loss_type": "bce"}, {"loss_type": "bco_pair", "beta": 1.0}),
     "bce with alpha=1/2 is nca_pair": ({"loss_type": "bce", "alpha": 0.5}, {"loss_type": "nca_pair", "beta": 1.0}),
+    "bce is bco_pair at any beta": ({"loss_type": "bce", "beta": 0.3}, {"loss_type": "bco_pair", "beta": 0.3}),
+    "bce with alpha=1/2 is nca_pair at any beta": (
+        {"loss_type": "bce", "alpha": 0.5, "beta": 0.3},
+        {"loss_type": "nca_pair", "beta": 0.3},
+    ),
+    "bce by the ratio is twice sigmoid": (
+        {"loss_type": "bce", "link": "ratio", "scale": 2.0, "beta": 0.2},
+        {"loss_type": "sigmoid", "beta": 0.2},
+    ),
 }
+# f-DPO: TRL's f-divergences of its sigmoid loss.
+F_DIVERGENCES = {
+    "reverse_kl": {"loss_type": "ukl"},
+    "forward_kl": {"loss_type": "is", "learning_rate": 1e-3},  # its gradient grows as exp(-u)
+    "js_divergence": {"loss_type": "bce"},
+    "alpha_divergence": {"loss_type": "power", "power": -0.5},
+}
+for name, settings in F_DIVERGENCES.items():
+    shared = {"beta": 0.2} | {key: value for key, value in settings.items() if key == "learning_rate"}
+    of_trl = shared | {"f_divergence_type": name, "f_alpha_divergence_coef": 1.0 + settings.get("power", 0.0)}
+    SAME_AS_TRL[f"{settings['loss_type']} by f_dpo is {name}"] = (settings | shared | {"link": "f_dpo"}, of_trl)
 
 
 @pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])

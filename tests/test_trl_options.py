@@ -33,11 +33,12 @@ def test_an_option_of_trl_that_no_loss_uses_is_refused(tmp_path: Path, name: str
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"beta": 0.1}, "beta=0.1 was given, but loss_type='lsif' has no beta"),
+        ({"power": 0.1}, "power=0.1 was given, but loss_type='lsif' has no power"),
         ({"loss_type": "dpo", "alpha": 0.5}, "not separable"),
         ({"loss_type": "ipo"}, "unknown loss_type 'ipo'; available: lsif"),
         ({"loss_type": "sigmoid"}, "loss_type='dpo' with average_log_prob=False"),
-        ({"loss_type": "bco_pair"}, "loss_type='bce' with average_log_prob=False"),
+        ({"loss_type": "nca_pair"}, "loss_type='bce', alpha=0.5 and TRL's beta=0.1 with average_log_prob=False"),
+        ({"loss_type": "bco_pair"}, "loss_type='bce' and TRL's beta=0.1 with average_log_prob=False"),
         ({"loss_type": ["lsif", "bce"]}, "one loss"),
         ({"alpha": 1.5}, "alpha must be in"),
         ({"backend": "cuda"}, "unknown backend"),
@@ -57,8 +58,8 @@ def test_the_options_of_a_launcher_are_taken_over(tmp_path: Path) -> None:
     assert (theirs.loss_type, theirs.beta) == (["sigmoid"], 0.3)
     with pytest.raises(TypeError, match="max_length"):
         DILConfig.from_dpo_config(theirs, max_length=5)
-    with pytest.raises(ValueError, match=r"beta=0.2 was given, but loss_type='lsif' has no beta"):
-        DILConfig.from_dpo_config(theirs, beta=0.2)
+    with pytest.raises(ValueError, match=r"power=0.2 was given, but loss_type='lsif' has no power"):
+        DILConfig.from_dpo_config(theirs, power=0.2)
     theirs.label_smoothing = 0.1
     with pytest.raises(ValueError, match=r"label_smoothing=0.1"):
         DILConfig.from_dpo_config(theirs)

@@ -30,7 +30,11 @@ UNUSED_OPTIONS = (
     "discopop_tau",
     "padding_free",
 )
-NAMES_IN_TRL = {"sigmoid": "dpo", "bco_pair": "bce"}
+NAMES_IN_TRL = {
+    "sigmoid": "loss_type='dpo'",
+    "bco_pair": "loss_type='bce' and TRL's beta=0.1",
+    "nca_pair": "loss_type='bce', alpha=0.5 and TRL's beta=0.1",
+}
 
 
 @dataclass
@@ -84,8 +88,7 @@ class DILConfig(FusedLossFields, DPOConfig):
         (loss_type,) = self.loss_type
         if loss_type in NAMES_IN_TRL:
             raise ValueError(
-                f"loss_type={loss_type!r} of TRL is here loss_type={NAMES_IN_TRL[loss_type]!r} with "
-                "average_log_prob=False"
+                f"loss_type={loss_type!r} of TRL is here {NAMES_IN_TRL[loss_type]} with average_log_prob=False"
             )
         if loss_type == "dpo" and self.beta is None:
             self.beta = DPOConfig.__dataclass_fields__["beta"].default

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -158,9 +158,10 @@ class LossOptions:
     def _check_used(self, divergence: Divergence) -> None:
         """What only some links and losses use is left at its default with the others."""
         of_imitation = {"alpha": 0, "chosen_weight": 1, "rejected_weight": 1, "offset": None}
-        used = {"imitation": of_imitation, "ratio": {"scale": 1}}.get(self.link, {}) if divergence.separable else {}
+        of_links: dict[str, Any] = {"imitation": of_imitation, "ratio": ("scale",)}
+        used = of_links.get(self.link, ()) if divergence.separable else ()
         for name, unused in (of_imitation | {"scale": 1}).items():
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             if name not in used and value != unused:
                 what = f"link={self.link!r} has no {name}"
                 if not divergence.separable:
