@@ -169,8 +169,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 def test_dpo_needs_pairs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="couples the chosen and the rejected response"):
-        make_trainer(tmp_path, train_dataset=make_responses(4), loss_type="dpo")
+    for options in ({"loss_type": "dpo"}, {"loss_type": "bce", "link": "ratio"}):
+        with pytest.raises(ValueError, match="couples the chosen and the rejected response"):
+            make_trainer(tmp_path, train_dataset=make_responses(4), **options)
 
 
 def test_the_command_line_with_a_registered_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -55,7 +55,7 @@ def resolve_ref_logps(
 def check_is_chosen(is_chosen: Tensor, num_sequences: int, device: torch.device, options: LossOptions) -> None:
     """Sides of unpaired responses, bool [S], and a loss that can do without pairs."""
     check_tensors(is_chosen=is_chosen)
-    if not options.divergence.separable or options.link != "imitation":
+    if not options.separable:
         what = f"link={options.link!r}" if options.divergence.separable else f"loss_type={options.loss_type!r}"
         raise ValueError(f"{what} couples the chosen and the rejected response of a pair: it has no unpaired form")
     if is_chosen.ndim != 1 or is_chosen.shape[0] != num_sequences:

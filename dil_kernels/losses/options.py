@@ -172,7 +172,7 @@ class LossOptions:
         check_number("non_negative", constant)
         if not 0.0 < constant < 1.0:
             raise ValueError(f"non_negative must be between 0 and 1 (it is below 1 / sup r), got {constant}")
-        has_floor = self.divergence.separable and self.link == "imitation"
+        has_floor = self.separable
         if has_floor:
             floor = self.parameters.floor_of_P(torch.float64, "cpu")
             # A number cannot be read under torch.compile; there such a loss gives a loss that is not finite.
@@ -202,11 +202,16 @@ class LossOptions:
         return self.offset[0], self.offset[-1]
 
     @property
+    def separable(self) -> bool:
+        """Whether each response has a loss of its own, so that unpaired ones have, too."""
+        return self.link == "imitation" and self.divergence.separable
+
+    @property
     def factor(self) -> float:
         """beta, given or not."""
         if self.beta is not None:
             return float(self.beta)
-        return 1.0 if self.link == "imitation" and self.divergence.separable else PAIR_BETA
+        return 1.0 if self.separable else PAIR_BETA
 
     @property
     def parameters(self) -> LossParameters:

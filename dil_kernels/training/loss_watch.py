@@ -101,7 +101,7 @@ class LogRatioRange:
         self._loss_type = str(loss_options["loss_type"])
         self._per_token = average_log_prob
         limits = torch.tensor(safe_log_ratios(loss_options))
-        self._unbounded = bool(limits.isfinite().any())
+        self._unbounded = bool(limits.isfinite().any()) and loss_options.get("link", "imitation") == "imitation"
         self._limits = limits.clamp(max=LARGEST_PER_TOKEN) if average_log_prob else limits
         self._extremes = torch.zeros(4, device=device)  # the largest u_w, -u_w, u_l and -u_l
         self._warned = False

@@ -10,7 +10,7 @@ import datasets
 from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
 from dil_kernels.data.tokenization import tokenize_and_report
 from dil_kernels.data.truncation import DataReport
-from dil_kernels.losses import get_divergence
+from dil_kernels.losses import LossOptions
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.model_checks import Models, check_fits
 from dil_kernels.training.precompute import has_reference
@@ -64,9 +64,10 @@ def prepare_dataset(
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(f"preference pairs must come as a datasets.Dataset, got {type(dataset).__name__}")
     unpaired = "label" in dataset.column_names and not {"chosen", "chosen_ids"} & {*dataset.column_names}
-    if unpaired and not get_divergence(args.loss_type).separable:
+    if unpaired and not LossOptions(**args.loss_options()).separable:
+        link = "" if args.link == "imitation" else f" with link={args.link!r}"
         raise ValueError(
-            f"loss_type={args.loss_type!r} couples the chosen and the rejected response of a pair: it cannot be "
+            f"loss_type={args.loss_type!r}{link} couples the chosen and the rejected response of a pair: it cannot be "
             "trained on unpaired responses (a data set with the column 'label')"
         )
     tokenised = any(set(columns) <= set(dataset.column_names) for columns in (TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS))
