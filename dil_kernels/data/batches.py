@@ -68,9 +68,7 @@ class SharedPrefixes(NamedTuple):
 
     input_ids: Tensor  # [1, N]
     position_ids: Tensor  # [1, N], those of the sequence that a token is in
-    cu_seqlens: (
-        Tensor  # int32 [S + 1], boundaries of the segments; the first one has the prefixes, which have no labels
-    )
+    cu_seqlens: Tensor  # int32 [S + 1], of the segments; the first one has the prefixes, too, which have no labels
     stretch_lengths: list[int]  # as in `Segments`: of the prefixes, then of the segments; none is 0
     stretch_prefixes: list[int | None]
 

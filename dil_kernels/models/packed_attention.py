@@ -76,9 +76,7 @@ def packed_attention(*models: nn.Module) -> Iterator[None]:
 class PackedMask(NamedTuple):
     """What stands for the attention mask of a row of several sequences."""
 
-    lengths: tuple[
-        int, ...
-    ]  # T of stretches of tokens, which attend only to themselves and another stretch before them
+    lengths: tuple[int, ...]  # T of stretches of tokens; they attend to themselves and to one stretch before them
     masks: tuple[Tensor | None, ...]  # [1, 1, T, P + T] bool of each, None for causal
     prefixes: tuple[int | None, ...]  # the place of the stretch of P tokens before each, None for none
 
