@@ -165,6 +165,8 @@ def _calls() -> Iterator[Call]:
     ):
         fixed = {"loss_type": loss_type, "reduction": reduction}
         yield Call(d.dil_loss, loss_type, lambda n: pairs(size=n), policy, fixed, options)
+    for link, options in (("ratio", RATIO), ("f_dpo", DPO)):
+        yield Call(d.dil_loss, link, lambda n: pairs(size=n), policy, {"loss_type": "brier", "link": link}, options)
     for loss_type, reduction, options in (("power", "none", POWER), ("ukl", "mean", NON_NEGATIVE)):
         fixed = {"loss_type": loss_type, "reduction": reduction}
         make = partial(_vectors, *responses)
