@@ -172,7 +172,7 @@ What a separable loss is put to. With `d = w - l`, and A and P of the loss:
 | `f_dpo` | `softplus(-beta (A(w) - A(l)))` | `-beta sigmoid(-beta (A(w) - A(l))) A'(w)`; in l with `A'(l)` | 0.1 | f-DPO (arXiv 2309.16240) |
 
 - **ratio** fits the ratio of the two responses. `bce` is twice DPO; `power` with `scale=4` is BPO's SBA, whose gradient is DPO's where d = 0, as is
-  that of every loss with A'(0) = 1. Unbounded below where A is unbounded above (`lsif`, `ukl`, `power` from 0 on), bounded for -1 < k < 0. (The entry of LSIF in
+  that of every loss with A'(0) = 1. Unbounded below are `lsif`, `ukl`, `is` and `power` from 0 on and at -1; bounded are `bce`, `brier` and -1 < k < 0. (The entry of LSIF in
   BPO's table 2, `R**2 - 2*R`, has gradient 0 at d = 0, so training would never start; the general formula, here, is `(R**2 - 2/R) / 2` with `R = exp(-beta*d)`.)
 - **f_dpo** is DPO under another divergence than the reverse KL: A of `ukl` is DPO itself, of `is` the forward KL, of `bce` Jensen-Shannon, of `power` the
   alpha divergences of order 1 + k, each up to constants.
