@@ -63,7 +63,7 @@ def test_bad_input(change: dict[str, object], error: type[Exception], message: s
         ({"ref_lm_head_weight": torch.ones(8, 3)}, "must have the vocabulary of lm_head_weight"),
         ({"ref_lm_head_weight": torch.ones(7, 9)}, r"ref_lm_head_weight must be \[V, 3\]"),
         ({"hidden_states": torch.ones(3, 5, 4), "labels": torch.zeros(3, 5).long()}, "ref_hidden_states must be"),
-        ({"beta": 0.3}, "beta=0.3 was given"),
+        ({"power": 0.3}, "power=0.3 was given"),
         ({"hidden_states": [1.0]}, "hidden_states must be a Tensor, got list"),
         ({"ref_hidden_states": [1.0]}, "ref_hidden_states must be a Tensor, got list"),
         ({"labels": [1]}, "labels must be a Tensor, got list"),

@@ -36,18 +36,13 @@ class LossParameters(NamedTuple):
     scale: float = 1.0
     link: str = "imitation"
 
-    @property
-    def divergence(self) -> Divergence:
-        """What it is named after."""
-        return get_divergence(self.loss_type)
-
     def floor_of_P(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """P of a separable loss at r = 0, its least value; []."""
         return self.term("P", torch.full((), -math.inf, dtype=dtype, device=device))
 
     def term(self, name: str, u: Tensor) -> Tensor:
         """One of the divergence's functions at `u`."""
-        return self.divergence.term(name, u, self.parameter)
+        return get_divergence(self.loss_type).term(name, u, self.parameter)
 
 
 class SequenceOptions(NamedTuple):

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid  # exact everywhere; softplus turns linear above 20
 
 from dil_kernels.losses.options import LossParameters
+from dil_kernels.losses.registry import get_divergence
 
 
 def pair_losses(u_w: Tensor, u_l: Tensor, parameters: LossParameters) -> Tensor:
     """Loss of each pair from its log ratios, [B] each."""
-    p, divergence = parameters, parameters.divergence
+    p, divergence = parameters, get_divergence(parameters.loss_type)
     if divergence.separable and p.link == "imitation":
         return _SeparablePairs.apply(u_w, u_l, p)
     w, l = (soft_bound(u, p.max_log_ratio) for u in (u_w, u_l))
@@ -124,7 +125,7 @@ def _overflowed(positive: Tensor, negative: Tensor) -> Tensor:  # e^positive - e
 
 
 def _log_term(name: str, u: Tensor, p: LossParameters, weight: float) -> Tensor:
-    if getattr(p.divergence, name) is None:  # not known, so that the loss is taken as +inf
+    if getattr(get_divergence(p.loss_type), name) is None:  # not known, so that the loss is taken as +inf
         return torch.full_like(u, math.nan)
     if weight == 0.0:
         return torch.full_like(u, -math.inf)
@@ -134,7 +135,7 @@ def _log_term(name: str, u: Tensor, p: LossParameters, weight: float) -> Tensor:
 def _weighted(name: str, v: Tensor, p: LossParameters, weight: float) -> Tensor:
     """``weight P(v)`` or ``weight P'(v)``, finite also where only P is not."""
     term = p.term(name, v)
-    if getattr(p.divergence, f"log_{name}") is None:
+    if getattr(get_divergence(p.loss_type), f"log_{name}") is None:
         return weight * term
     return torch.where(term.isposinf(), _log_term(f"log_{name}", v, p, weight).exp(), weight * term)
 
