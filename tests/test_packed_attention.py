@@ -138,6 +138,12 @@ def eager() -> nn.Module:
     return make_model(attn_implementation="eager")
 
 
+def tempered() -> nn.Module:
+    model = make_model()
+    model.config.attn_temperature_tuning = True  # as Llama 4's
+    return model
+
+
 def without_weights() -> nn.Module:
     with torch.device("meta"):
         return LlamaForCausalLM(make_model().config)
@@ -148,6 +154,7 @@ REFUSED = {
     shifted: "Shifted computes other logits for a sequence in a row with others",
     recurrent: "MambaForCausalLM lets a sequence depend on the one before it",
     eager: "LlamaForCausalLM attends with 'eager'",
+    tempered: "LlamaForCausalLM scales its attention by the place in the row",
     without_weights: "LlamaForCausalLM does not have its weights whole",
 }
 

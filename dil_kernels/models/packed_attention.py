@@ -194,6 +194,8 @@ def packing_problem(model: nn.Module) -> str | None:
     name = type(model).__name__
     if not weights_are_whole(model):
         return f"{name} does not have its weights whole at construction, so that packing could not be checked"
+    if scales_by_place(model):
+        return f"{name} scales its attention by the place in the row (attn_temperature_tuning)"
     try:
         with evaluating(model), torch.enable_grad():
             problem = _measured_problem(model, name)
@@ -202,6 +204,11 @@ def packing_problem(model: nn.Module) -> str | None:
     if problem is None and attention_of(model) == "eager":
         problem = f"{name} attends with 'eager', which forms the scores of all pairs of tokens of a row"
     return problem
+
+
+def scales_by_place(model: Any) -> bool:
+    """Whether attention depends on where in its row a token is, from some thousand tokens on, as Llama 4's does."""
+    return bool(getattr(model.config.get_text_config(), "attn_temperature_tuning", False))
 
 
 def weights_are_whole(model: nn.Module) -> bool:

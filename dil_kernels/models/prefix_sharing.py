@@ -24,6 +24,7 @@ from dil_kernels.models.packed_attention import (
     coarsest_rounding,
     embeddings_as_leaves,
     packed_attention,
+    scales_by_place,
     segments_of_row,
     weights_are_whole,
 )
@@ -95,7 +96,7 @@ def sharing_problem(model: Any) -> str | None:
         return f"{name} attends with {attention!r}, and prefixes are shared in transformers' 'sdpa' interface only"
     if getattr(model.config, "output_router_logits", False):
         return f"{name} adds a loss of its router, in which the tokens of a shared prompt would count once"
-    if getattr(model.config.get_text_config(), "attn_temperature_tuning", False):
+    if scales_by_place(model):
         return f"{name} scales its attention by the place in the row (attn_temperature_tuning)"
     try:
         if keep_lengths_apart(model):
