@@ -198,7 +198,7 @@ An option that a loss does not use is an error.
 
 Terms are computed in fp64 and returned in the precision of the log-probs. What overflows is an infinity of the right
 sign, never NaN: where `-A(w)` and `P` overflow against each other, an infinite log ratio outweighs a finite one, and else
-their logarithms are compared. (Only `dpo` of two log ratios that are the same infinity is NaN.) The gradient of an
+their logarithms are compared. (Only `dpo` and the links of pairs may be NaN, of two log ratios that are the same infinity.) The gradient of an
 overflowed term is the infinity of its sign; a gradient that is multiplied by 0 (a weight, a saturated bound, an upstream
 gradient of 0) is 0. A batch whose losses overflow in both directions has the loss +inf. NaN log-probs give NaN.
 

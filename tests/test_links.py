@@ -18,8 +18,9 @@ from test_scalar_losses import GENERATORS, SEPARABLE, in_cpp, in_torch, sigmoid
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dil_kernels import dil_loss, fused_dil_loss, unpaired_dil_loss
-from dil_kernels.losses import LossOptions, LossParameters
+from dil_kernels import Divergence, dil_loss, fused_dil_loss, register_divergence, unpaired_dil_loss
+from dil_kernels.losses import LossOptions, LossParameters, Parameter
+from dil_kernels.losses.registry import _REGISTRY
 
 mp.dps = 50
 POWERS = (-1.0, -0.5, 0.0, 0.5, 2.0)
@@ -134,7 +135,7 @@ def test_what_the_literature_says_of_the_links() -> None:
     torch.testing.assert_close(loss, (-(1 + k) * d).exp() / (s * (1 + k)) - ((k * d).exp() - 1) / (s * k))  # SBA
     torch.testing.assert_close(grad[1], 0.3 / s * ((-(1 + k) * d).exp() + (k * d).exp()))
     torch.testing.assert_close(grad[0], -grad[1])
-    # With scale 4 every loss starts as DPO does. The entry of LSIF in circulation, R^2 - 2R, would not start at all.
+    # With scale 4 a loss of A'(0) = 1 starts as DPO does. The LSIF in circulation, R^2 - 2R, would not start at all.
     start = torch.zeros(2, 1, dtype=torch.float64)
     _, of_dpo = losses_and_gradients(start, loss_type="dpo", beta=0.1)
     for loss_type in ("lsif", "ukl", "power"):
@@ -204,6 +205,7 @@ def test_gradcheck(loss_type: str, link: str) -> None:
     inputs = [torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64, requires_grad=True) for _ in range(2)]
     inputs[1] = (inputs[1] * 0.7 - 0.4).detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda w, l: pair_losses(w, l, p), inputs)
+    assert torch.autograd.gradgradcheck(lambda w, l: pair_losses(w, l, p), inputs)
 
 
 REFUSED = [
@@ -231,6 +233,24 @@ REFUSED = [
 def test_options_that_a_link_does_not_use_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         LossOptions(**options)
+
+
+def test_a_beta_of_the_losses_own_stays_its_own() -> None:
+    own = Divergence(
+        name="scaled_ukl",
+        source="this test",
+        A=lambda u, beta: beta * u,
+        P=lambda u, beta: beta * u.exp(),
+        parameter=Parameter(name="beta", default=0.1, minimum=0.0, exclusive=True),
+    )
+    register_divergence(own)
+    try:
+        p = LossOptions(loss_type="scaled_ukl", beta=0.5)
+        assert (p.parameters.parameter, p.parameters.beta, p.factor) == (0.5, 1.0, 1.0)
+        with pytest.raises(ValueError, match="loss_type='scaled_ukl' has a beta of its own"):
+            LossOptions(loss_type="scaled_ukl", link="f_dpo")
+    finally:
+        del _REGISTRY["scaled_ukl"]
 
 
 def test_unpaired_responses_have_no_other_link() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from plain_training import RELATIVE
 from tiny_model import make_model
 from torch import Tensor, nn
@@ -144,6 +145,21 @@ def tempered() -> nn.Module:
     return model
 
 
+class BlockIndexer(nn.Module):
+    """Stands for what chooses the tokens that sparse attention sees: all of them in a row as short as the check's."""
+
+
+def sparse() -> nn.Module:
+    model = make_model()
+    model.model.layers[0].self_attn.indexer = BlockIndexer()
+    return model
+
+
+def invoked() -> nn.Module:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[7])
+    return get_peft_model(make_model(), config)
+
+
 def without_weights() -> nn.Module:
     with torch.device("meta"):
         return LlamaForCausalLM(make_model().config)
@@ -155,6 +171,8 @@ REFUSED = {
     recurrent: "MambaForCausalLM lets a sequence depend on the one before it",
     eager: "LlamaForCausalLM attends with 'eager'",
     tempered: "LlamaForCausalLM scales its attention by the place in the row",
+    sparse: r"LlamaForCausalLM selects the tokens that it attends to \(BlockIndexer\)",
+    invoked: "an adapter of PeftModelForCausalLM begins where its row has tokens last",
     without_weights: "LlamaForCausalLM does not have its weights whole",
 }
 

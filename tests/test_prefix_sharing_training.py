@@ -256,6 +256,8 @@ def test_what_cannot_share_prefixes_is_refused_by_the_trainer(tmp_path: Path) ->
         DILConfig(str(tmp_path), prefix_sharing=True, torch_compile=True)
     with pytest.raises(ValueError, match="pad_to_multiple_of=8 was given, but prefix_sharing=True pads nothing"):
         DILConfig(str(tmp_path), prefix_sharing=True, pad_to_multiple_of=8, use_cpu=True)
+    with pytest.raises(ValueError, match="with prefix_sharing=True its noise goes by the length of the joined row"):
+        DILConfig(str(tmp_path), prefix_sharing=True, neftune_noise_alpha=5.0, use_cpu=True)
 
 
 def test_the_row_is_as_short_as_the_prompts_are_shared(tmp_path: Path) -> None:

@@ -148,6 +148,11 @@ def test_large_log_ratios_are_those_whose_gradient_squared_overflows() -> None:
             else:
                 assert coefficient(limit - 0.02) ** 2 < largest < coefficient(limit + 0.02) ** 2
     assert safe_log_ratios({"loss_type": "lsif", "max_log_ratio": 20.0}) == [math.inf] * 4
+    plain = safe_log_ratios({"loss_type": "lsif"})
+    slow = safe_log_ratios({"loss_type": "lsif", "beta": 0.1})
+    assert slow[2] == pytest.approx(10 * plain[2], rel=0.1)  # a log ratio counts a tenth
+    both = safe_log_ratios({"loss_type": "lsif", "link": "ratio", "beta": 1.0})
+    assert both[1] == both[2] < plain[2]  # of two log ratios that are as far apart as each from 0
 
 
 @pytest.mark.parametrize(

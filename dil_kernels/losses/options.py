@@ -84,7 +84,8 @@ class LossOptions:
         beta: factor of the log ratios, of their difference, or of that of A: 1 if not given with "imitation", 0.1 with
             the other links and "dpo".
         offset: added to beta u, one number or one for chosen and one for rejected responses; "imitation" only.
-        scale: what the loss is divided by, "ratio" only; 4 gives any loss the gradient of "dpo" where d = 0.
+        scale: what the loss is divided by, "ratio" only; 4 gives "lsif", "ukl", "power" and "is" the gradient of "dpo"
+            where d = 0.
         power: exponent of "power" (default 0.5): 1 is "lsif", 0 "ukl", -1 "is", up to constants; an error with any
             other loss.
         alpha: share of the chosen responses in the reference expectation, for separable losses; 0 is the paper.
@@ -121,6 +122,11 @@ class LossOptions:
                 f"link={self.link!r} was given, but loss_type={self.loss_type!r} is not separable; leave it 'imitation'"
             )
         own = divergence.parameter
+        if self.link != "imitation" and own is not None and own.name == "beta":
+            raise ValueError(
+                f"link={self.link!r} was given, but loss_type={self.loss_type!r} has a beta of its own; leave it "
+                "'imitation'"
+            )
         if self.power is not None and (own is None or own.name != "power"):
             raise ValueError(
                 f"power={self.power} was given, but loss_type={self.loss_type!r} has no power; leave it out"
@@ -134,9 +140,9 @@ class LossOptions:
         check_number("alpha", self.alpha)
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        for name in ("max_log_ratio", "scale"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
+        if self.max_log_ratio is not None:
+            check_positive("max_log_ratio", self.max_log_ratio)
+        check_positive("scale", self.scale)
         for offset in self._offsets:
             check_number("offset", offset)
             if not -math.inf < offset < math.inf:
@@ -203,7 +209,10 @@ class LossOptions:
 
     @property
     def factor(self) -> float:
-        """beta, given or not."""
+        """What multiplies the log ratios: beta, given or not."""
+        own = self.divergence.parameter
+        if self.separable and own is not None and own.name == "beta":
+            return 1.0
         if self.beta is not None:
             return float(self.beta)
         return 1.0 if self.separable else PAIR_BETA
@@ -215,7 +224,6 @@ class LossOptions:
         if own is not None:
             given = getattr(self, own.name)
             value = float(own.default if given is None else given)
-        affine = self.divergence.separable and (own is None or own.name != "beta")
         chosen_offset, rejected_offset = self._offsets
         return LossParameters(
             loss_type=self.divergence.name,
@@ -224,7 +232,7 @@ class LossOptions:
             max_log_ratio=float(self.max_log_ratio or 0.0),
             chosen_weight=float(self.chosen_weight),
             rejected_weight=float(self.rejected_weight),
-            beta=self.factor if affine else 1.0,
+            beta=self.factor if self.divergence.separable else 1.0,
             chosen_offset=float(chosen_offset),
             rejected_offset=float(rejected_offset),
             scale=float(self.scale),

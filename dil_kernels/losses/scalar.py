@@ -176,6 +176,14 @@ def _pair(u_w: Tensor, u_l: Tensor, p: LossParameters) -> Tensor:
     return torch.where(loss.isnan() & ~u_w.isnan() & ~u_l.isnan(), signed, loss)
 
 
+def _contrast(u_w: Tensor, u_l: Tensor, p: LossParameters) -> Tensor:
+    """``beta (A(u_w) - A(u_l))``; A increases: where it overflows for both, the larger log ratio has the larger one."""
+    A_w, A_l = p.term("A", u_w), p.term("A", u_l)
+    sign = torch.where(u_w == u_l, 0.0, torch.where(u_w > u_l, math.inf, -math.inf))
+    both = A_w.isinf() & (A_w == A_l) & u_w.isfinite() & u_l.isfinite()
+    return torch.where(both, sign, p.beta * (A_w - A_l))
+
+
 class _SeparablePairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u_w: Tensor, u_l: Tensor, parameters: LossParameters) -> Tensor:
@@ -211,20 +219,15 @@ class _SeparableContrast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u_w: Tensor, u_l: Tensor, parameters: LossParameters) -> Tensor:
-        p, (A_w, A_l) = parameters, (parameters.term("A", u) for u in (u_w, u_l))
-        # A increases: where it overflows for both, the larger log ratio has the larger one.
-        sign = torch.where(u_w == u_l, 0.0, torch.where(u_w > u_l, math.inf, -math.inf))
-        both = A_w.isinf() & (A_w == A_l) & u_w.isfinite() & u_l.isfinite()
-        margin = torch.where(both, sign, p.beta * (A_w - A_l))
-        ctx.save_for_backward(u_w, u_l, margin)
-        ctx.parameters = p
-        return -logsigmoid(margin)
+        ctx.save_for_backward(u_w, u_l)
+        ctx.parameters = parameters
+        return -logsigmoid(_contrast(u_w, u_l, parameters))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        u_w, u_l, margin = ctx.saved_tensors
+        u_w, u_l = ctx.saved_tensors
         p = ctx.parameters
-        push = p.beta * (-margin).sigmoid() * grad
+        push = p.beta * (-_contrast(u_w, u_l, p)).sigmoid() * grad
         return -_scaled(p.term("dA", u_w), push), _scaled(p.term("dA", u_l), push), None
 
 

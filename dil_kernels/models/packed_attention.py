@@ -108,7 +108,7 @@ def _packed_sdpa_mask(
     """A mask as transformers asks for it; a `PackedMask` for a row of several sequences."""
     device = kwargs["device"] if "device" in kwargs else kwargs["cache_position"].device
     segments = segments_of_row.get()
-    if segments is not None:
+    if segments is not None and sum(segments.lengths) == kv_length:  # an interrupt may have left those of another row
         if kwargs.get("use_vmap"):
             raise NotImplementedError("its attention masks are not those of positions alone")
         return _mask_of_segments(mask_function, segments, device)
@@ -118,6 +118,10 @@ def _packed_sdpa_mask(
     if found is not None:
         return found
     return sdpa_mask(kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, _packed_sdpa_attention)
+AttentionMaskInterface.register(NAME, _packed_sdpa_mask)
 
 
 def _take_apart(mask_function: Callable[..., Tensor], num_tokens: int, device: torch.device) -> PackedMask | None:
@@ -178,8 +182,6 @@ def attention_of(model: Any) -> str:
 
 
 def _set_attention(model: Any, attention: str) -> None:
-    AttentionInterface.register(NAME, _packed_sdpa_attention)
-    AttentionMaskInterface.register(NAME, _packed_sdpa_mask)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation(attention)
 
@@ -194,8 +196,9 @@ def packing_problem(model: nn.Module) -> str | None:
     name = type(model).__name__
     if not weights_are_whole(model):
         return f"{name} does not have its weights whole at construction, so that packing could not be checked"
-    if scales_by_place(model):
-        return f"{name} scales its attention by the place in the row (attn_temperature_tuning)"
+    known = known_problem(model)
+    if known is not None:
+        return known
     try:
         with evaluating(model), torch.enable_grad():
             problem = _measured_problem(model, name)
@@ -206,9 +209,18 @@ def packing_problem(model: nn.Module) -> str | None:
     return problem
 
 
-def scales_by_place(model: Any) -> bool:
-    """Whether attention depends on where in its row a token is, from some thousand tokens on, as Llama 4's does."""
-    return bool(getattr(model.config.get_text_config(), "attn_temperature_tuning", False))
+def known_problem(model: Any) -> str | None:
+    """What goes by the whole row, but shows in none as short as those of the checks; None if nothing does."""
+    name = type(model).__name__
+    if getattr(model.config.get_text_config(), "attn_temperature_tuning", False):  # Llama 4, from 8,192 tokens on
+        return f"{name} scales its attention by the place in the row (attn_temperature_tuning)"
+    indexer = next((type(m).__name__ for m in model.modules() if type(m).__name__.endswith("Indexer")), None)
+    if indexer is not None:  # sparse attention, from more tokens on than it selects
+        return f"{name} selects the tokens that it attends to ({indexer})"
+    for adapter in getattr(model, "peft_config", {}).values():
+        if getattr(adapter, "alora_invocation_tokens", None):
+            return f"an adapter of {name} begins where its row has tokens last (alora_invocation_tokens)"
+    return None
 
 
 def weights_are_whole(model: nn.Module) -> bool:

@@ -23,8 +23,8 @@ from dil_kernels.models.packed_attention import (
     attention_of,
     coarsest_rounding,
     embeddings_as_leaves,
+    known_problem,
     packed_attention,
-    scales_by_place,
     segments_of_row,
     weights_are_whole,
 )
@@ -96,8 +96,9 @@ def sharing_problem(model: Any) -> str | None:
         return f"{name} attends with {attention!r}, and prefixes are shared in transformers' 'sdpa' interface only"
     if getattr(model.config, "output_router_logits", False):
         return f"{name} adds a loss of its router, in which the tokens of a shared prompt would count once"
-    if scales_by_place(model):
-        return f"{name} scales its attention by the place in the row (attn_temperature_tuning)"
+    known = known_problem(model)
+    if known is not None:
+        return known
     try:
         if keep_lengths_apart(model):
             return f"the rotary embedding of {name} goes by the length of a sequence, and a shared prompt is in several"

@@ -172,6 +172,11 @@ class DILConfig(FusedLossFields, TrainingArguments):
             raise ValueError(f"{option}=True was given, but with torch_compile=True every batch would be compiled")
         if self.pad_to_multiple_of is not None:
             raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} was given, but {option}=True pads nothing")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} was given, but with {option}=True its noise goes by "
+                "the length of the joined row"
+            )
 
     def _check_reference(self) -> None:
         if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:

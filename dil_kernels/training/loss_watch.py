@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels.functional import DILOutput, dil_loss
+from dil_kernels.losses import LossOptions
 from dil_kernels.training.checkpoints import where_to_resume
 
 Gather = Callable[[Tensor], Tensor]
@@ -152,12 +153,15 @@ def safe_log_ratios(loss_options: Mapping[str, Any]) -> list[float]:
     Args:
         loss_options: keywords of `dil_loss`; a bounded gradient has the limit inf.
     """
-    u = torch.arange(-8900, 8901, dtype=torch.float64) / 100  # beyond 88.7, exp(u) is infinite in fp32
+    link = loss_options.get("link", "imitation")
+    farthest = max(1.0, 1.0 / LossOptions(**loss_options).factor)
+    u = torch.arange(-8900, 8901, dtype=torch.float64) / 100 * farthest  # beyond 88.7, exp(beta u) is infinite in fp32
     zeros = torch.zeros_like(u)
     limits = []
     for side in range(len(SIDES)):
         ratios = u.clone().requires_grad_()
-        u_w, u_l = (ratios, zeros) if side == 0 else (zeros, ratios)
+        other = -u if link == "ratio" else zeros  # only their difference counts: at its largest
+        u_w, u_l = (ratios, other) if side == 0 else (other, ratios)
         losses, _, _ = dil_loss(u_w, u_l, zeros, zeros, backend="eager", **loss_options)
         (gradient,) = torch.autograd.grad(losses.sum(), ratios)
         unsafe = ~(gradient.abs() <= LARGEST_COEFFICIENT)
