@@ -122,14 +122,15 @@ def share_prefixes(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
     num_unscored = sum(map(len, prefixes))
     ends = [*itertools.accumulate(map(len, segments), initial=num_unscored)][1:]
     labels = [x for segment in segments for x in (IGNORE_INDEX, *segment[1:])[: len(segment)]]
+    positions = [start + index for start, _, part in parts for index in range(len(part))]
     row = SharedPrefixes(
-        input_ids=torch.tensor([[x for *_, part in parts for x in part]]),
-        position_ids=torch.tensor([[start + index for start, _, part in parts for index in range(len(part))]]),
+        input_ids=torch.tensor([[x for *_, part in parts for x in part]], dtype=torch.int64),
+        position_ids=torch.tensor([positions], dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32),
         stretch_lengths=[len(part) for *_, part in parts if part],
         stretch_prefixes=[place for _, place, part in parts if part],
     )
-    return row, torch.tensor([[IGNORE_INDEX] * num_unscored + labels])
+    return row, torch.tensor([[IGNORE_INDEX] * num_unscored + labels], dtype=torch.int64)
 
 
 def _responses_of(pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
