@@ -83,7 +83,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gptj": {**GPT2, "rotary_dim": 4},
     "granite": {"logits_scaling": 2.0, "attention_multiplier": 0.3},
-    "llama4_text": {"attention_chunk_size": 8, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 48, **EXPERTS},
+    "llama4_text": {
+        "attention_chunk_size": 8,
+        "attn_temperature_tuning": False,  # goes by the place in the row: refused when packed
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 48,
+        **EXPERTS,
+    },
     "mamba": {"state_size": 4},
     "mistral": {"sliding_window": 5},
     "mixtral": EXPERTS,
