@@ -261,6 +261,12 @@ def test_unpaired_responses_have_no_other_link() -> None:
 
 def test_beta_has_the_default_of_its_link() -> None:
     assert [LossOptions(link=link).factor for link in ("imitation", "ratio", "f_dpo")] == [1.0, 0.1, 0.1]
+    register_divergence(Divergence(name="difference", source="this test", pair=lambda w, l: (w - l).square()))
+    try:
+        assert LossOptions(loss_type="difference").factor == 1.0
+    finally:
+        del _REGISTRY["difference"]
+    assert (LossOptions(loss_type="dpo").factor, LossOptions(loss_type="dpo", beta=0.3).factor) == (0.1, 0.3)
     for options, own in itertools.product(({}, {"beta": 0.5}), ("lsif", "dpo")):
         p = LossOptions(loss_type=own, **options).parameters
         assert (p.parameter if own == "dpo" else p.beta) == options.get("beta", 0.1 if own == "dpo" else 1.0)

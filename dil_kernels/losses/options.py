@@ -209,13 +209,16 @@ class LossOptions:
 
     @property
     def factor(self) -> float:
-        """What multiplies the log ratios: beta, given or not."""
-        own = self.divergence.parameter
-        if self.separable and own is not None and own.name == "beta":
+        """What multiplies the log ratios or their difference: beta, given or not; 1 where the loss has none."""
+        own, coupled = self.divergence.parameter, not self.divergence.separable
+        has_own = own is not None and own.name == "beta"
+        if has_own != coupled:  # of a meaning of its own, or none
             return 1.0
         if self.beta is not None:
             return float(self.beta)
-        return 1.0 if self.separable else PAIR_BETA
+        if own is not None and coupled:
+            return float(own.default)
+        return 1.0 if self.link == "imitation" else PAIR_BETA
 
     @property
     def parameters(self) -> LossParameters:
