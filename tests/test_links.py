@@ -261,6 +261,12 @@ def test_unpaired_responses_have_no_other_link() -> None:
 
 def test_beta_has_the_default_of_its_link() -> None:
     assert [LossOptions(link=link).factor for link in ("imitation", "ratio", "f_dpo")] == [1.0, 0.1, 0.1]
+    zero = Parameter(name="beta", default=0.0, minimum=-1.0)
+    register_divergence(Divergence(name="shifted", source="this test", pair=lambda w, l, b: w - l + b, parameter=zero))
+    try:
+        assert [LossOptions(loss_type="shifted", beta=b).factor for b in (None, 0.0, -0.5)] == [0.0, 0.0, -0.5]
+    finally:
+        del _REGISTRY["shifted"]
     register_divergence(Divergence(name="difference", source="this test", pair=lambda w, l: (w - l).square()))
     try:
         assert LossOptions(loss_type="difference").factor == 1.0

@@ -90,8 +90,8 @@ def head_logps(
     # torch's pad takes a float, which does not hold every int64.
     unscored = labels.new_full((labels.shape[0], 1), ignore_index)
     targets = torch.cat([labels[:, 1:], unscored], 1) if shift else labels
-    score = _eager_logps if backend == "eager" else _fused_logps
-    logps, stats = score(hidden, weight, bias, labels, targets, options, return_statistics, backend)
+    inputs = (hidden, weight, bias, labels, targets, options, return_statistics)
+    logps, stats = _eager_logps(*inputs) if backend == "eager" else _fused_logps(*inputs, backend)
     if len(shape) == 1:
         logps = logps.squeeze(0)
         stats = None if stats is None else LogitStatistics(*(s.squeeze(0) for s in stats))
@@ -106,7 +106,6 @@ def _eager_logps(
     targets: Tensor,  # [B, T], the label that each position predicts
     options: HeadOptions,
     return_statistics: bool,
-    backend: str,
 ) -> tuple[Tensor, LogitStatistics | None]:
     logits = reference.linear_logits(hidden, weight, bias, labels, options)
     logps, stats = reference.token_logps(logits, labels, options), None

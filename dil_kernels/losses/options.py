@@ -122,7 +122,7 @@ class LossOptions:
                 f"link={self.link!r} was given, but loss_type={self.loss_type!r} is not separable; leave it 'imitation'"
             )
         own = divergence.parameter
-        if self.link != "imitation" and own is not None and own.name == "beta":
+        if self.link != "imitation" and self._has_own_beta:
             raise ValueError(
                 f"link={self.link!r} was given, but loss_type={self.loss_type!r} has a beta of its own; leave it "
                 "'imitation'"
@@ -131,12 +131,14 @@ class LossOptions:
             raise ValueError(
                 f"power={self.power} was given, but loss_type={self.loss_type!r} has no power; leave it out"
             )
-        if self.beta is not None:
-            check_positive("beta", self.beta)
         if own is not None and (value := getattr(self, own.name)) is not None:
             own.check(value)
-        if self.beta is not None and not divergence.separable and (own is None or own.name != "beta"):
-            raise ValueError(f"beta={self.beta} was given, but loss_type={self.loss_type!r} has no beta; leave it out")
+        if self.beta is not None and not self._has_own_beta:
+            if not divergence.separable:
+                raise ValueError(
+                    f"beta={self.beta} was given, but loss_type={self.loss_type!r} has no beta; leave it out"
+                )
+            check_positive("beta", self.beta)
         check_number("alpha", self.alpha)
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
@@ -210,27 +212,37 @@ class LossOptions:
     @property
     def factor(self) -> float:
         """What multiplies the log ratios or their difference: beta, given or not; 1 where the loss has none."""
-        own, coupled = self.divergence.parameter, not self.divergence.separable
-        has_own = own is not None and own.name == "beta"
-        if has_own != coupled:  # of a meaning of its own, or none
+        separable = self.divergence.separable
+        if self._has_own_beta == separable:  # of another meaning, or none
             return 1.0
+        if not separable:
+            return self._own_value
         if self.beta is not None:
             return float(self.beta)
-        if own is not None and coupled:
-            return float(own.default)
         return 1.0 if self.link == "imitation" else PAIR_BETA
+
+    @property
+    def _has_own_beta(self) -> bool:
+        """Whether beta is the loss's own parameter."""
+        own = self.divergence.parameter
+        return own is not None and own.name == "beta"
+
+    @property
+    def _own_value(self) -> float:
+        """The loss's own parameter; 0 where it has none."""
+        own = self.divergence.parameter
+        if own is None:
+            return 0.0
+        given = getattr(self, own.name)
+        return float(own.default if given is None else given)
 
     @property
     def parameters(self) -> LossParameters:
         """For the scalar math."""
-        own, value = self.divergence.parameter, 0.0
-        if own is not None:
-            given = getattr(self, own.name)
-            value = float(own.default if given is None else given)
         chosen_offset, rejected_offset = self._offsets
         return LossParameters(
             loss_type=self.divergence.name,
-            parameter=value,
+            parameter=self._own_value,
             alpha=float(self.alpha),
             max_log_ratio=float(self.max_log_ratio or 0.0),
             chosen_weight=float(self.chosen_weight),
