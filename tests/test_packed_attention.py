@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from plain_training import RELATIVE
-from tiny_model import make_model
+from tiny_model import SMALL, make_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -38,16 +38,6 @@ def row_of(lengths: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor], dict[
     return sequences, Packed(torch.cat(sequences, dim=1), positions, boundaries, max(lengths)).model_inputs()
 
 
-SMALL = {
-    "vocab_size": 160,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 3},

@@ -177,40 +177,48 @@ def test_training_on_unpaired_responses_is_that_of_padded_batches(tmp_path: Path
         assert packed["rewards/margins"] == pytest.approx(padded["rewards/margins"], rel=1e-4, abs=1e-5, nan_ok=True)
 
 
-def test_mixed_precision_is_as_near_as_bf16_allows(tmp_path: Path) -> None:
+joined_rows = pytest.mark.parametrize("option", ["padding_free", "prefix_sharing"])
+
+
+@joined_rows
+def test_mixed_precision_is_as_near_as_bf16_allows(tmp_path: Path, option: str) -> None:
     losses = []
-    for free in (False, True):
-        trainer = make_trainer(tmp_path, ref_model=make_model(1), padding_free=free, bf16=True, max_steps=1)
+    for joined in (False, True):
+        trainer = make_trainer(tmp_path, ref_model=make_model(1), **{option: joined}, bf16=True, max_steps=1)
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
-def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
-    whole = resumable_run(tmp_path / "whole", padding_free=True)
+@joined_rows
+def test_a_resumed_run_continues_exactly(tmp_path: Path, option: str) -> None:
+    whole = resumable_run(tmp_path / "whole", **{option: True})
     whole.train()
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "checkpoint-2")
-    resumed = resumable_run(tmp_path, padding_free=True, save_strategy="no")
+    resumed = resumable_run(tmp_path, **{option: True}, save_strategy="no")
     resumed.train(resume_from_checkpoint=True)
     assert_bitwise_equal(trained_weights(resumed), trained_weights(whole))
 
 
 DISTRIBUTED = """
 from tiny_trainer import distributed_run
-distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="gloo", padding_free=True)
+distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="gloo", OPTION=True)
 """
 
 
-def test_two_processes_train_as_one_with_padding(tmp_path: Path) -> None:
-    run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path)
+@joined_rows
+def test_two_processes_train_as_one_with_padding(tmp_path: Path, option: str) -> None:
+    run_on_two_processes(DISTRIBUTED.replace("OPTION", option), tmp_path, tmp_path)
     (tmp_path / "one").mkdir()
     one = distributed_run(tmp_path / "one", per_device_train_batch_size=4)
     assert_trained_as(tmp_path, one)
 
 
-def test_scores_before_and_after_are_those_of_padded_batches(tmp_path: Path) -> None:
+@joined_rows
+def test_scores_before_and_after_are_those_of_padded_batches(tmp_path: Path, option: str) -> None:
     scores = [
-        score_held_out(make_trainer(tmp_path, eval_dataset=make_pairs(5), padding_free=free)) for free in (False, True)
+        score_held_out(make_trainer(tmp_path, eval_dataset=make_pairs(5), **{option: joined}))
+        for joined in (False, True)
     ]
     assert len(scores[0].chosen) == len(scores[0].rejected) == 5
     assert scores[1].chosen == pytest.approx(scores[0].chosen, rel=RELATIVE, abs=0)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_training import RELATIVE
-from tiny_model import make_model
+from tiny_model import SMALL, make_model
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
@@ -29,16 +29,6 @@ from dil_kernels.models.prefix_sharing import install_prefix_sharing, sharing_pr
 ROUNDING = 1e-6  # fp64 models whose norms and rotary embeddings are in fp32, of the largest entry
 Sequences = list[tuple[list[int], list[int]]]
 
-SMALL = {
-    "vocab_size": 160,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}

@@ -15,22 +15,16 @@ from hypothesis import strategies as st
 from plain_training import RELATIVE, GradientRecorder, assert_all_close, plain_gradients, plain_pairs
 from tiny_model import make_model, make_pairs, make_responses
 from tiny_trainer import (
-    assert_bitwise_equal,
-    assert_trained_as,
-    distributed_run,
     make_trainer,
-    resumable_run,
     tokenized,
     trained_weights,
 )
 from torch import Tensor
-from two_processes import run_on_two_processes
 
 from dil_kernels.data.batches import Batch
 from dil_kernels.data.collators import PreferenceCollator, SharedPrefixCollator
 from dil_kernels.models.packed_attention import UnsupportedPackingError
 from dil_kernels.trainer import DILConfig
-from dil_kernels.training.held_out import score_held_out
 from dil_kernels.training.metrics import METRICS
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -202,47 +196,6 @@ def test_training_on_unpaired_responses_is_that_of_padded_batches(tmp_path: Path
     for expected, actual in zip(padded_log, shared_log, strict=True):
         assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-6)
         assert actual["rewards/margins"] == pytest.approx(expected["rewards/margins"], rel=1e-4, abs=1e-5, nan_ok=True)
-
-
-def test_mixed_precision_is_as_near_as_bf16_allows(tmp_path: Path) -> None:
-    losses = []
-    for sharing in (False, True):
-        trainer = make_trainer(tmp_path, ref_model=make_model(1), prefix_sharing=sharing, bf16=True, max_steps=1)
-        trainer.train()
-        losses.append(trainer.state.log_history[0]["loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=0.05)
-
-
-def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
-    whole = resumable_run(tmp_path / "whole", prefix_sharing=True)
-    whole.train()
-    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "checkpoint-2")
-    resumed = resumable_run(tmp_path, prefix_sharing=True, save_strategy="no")
-    resumed.train(resume_from_checkpoint=True)
-    assert_bitwise_equal(trained_weights(resumed), trained_weights(whole))
-
-
-DISTRIBUTED = """
-from tiny_trainer import distributed_run
-distributed_run(Path(sys.argv[1]), per_device_train_batch_size=2, ddp_backend="gloo", prefix_sharing=True)
-"""
-
-
-def test_two_processes_train_as_one_with_padding(tmp_path: Path) -> None:
-    run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path)
-    (tmp_path / "one").mkdir()
-    one = distributed_run(tmp_path / "one", per_device_train_batch_size=4)
-    assert_trained_as(tmp_path, one)
-
-
-def test_scores_before_and_after_are_those_of_padded_batches(tmp_path: Path) -> None:
-    scores = [
-        score_held_out(make_trainer(tmp_path, eval_dataset=make_pairs(5), prefix_sharing=sharing))
-        for sharing in (False, True)
-    ]
-    assert len(scores[0].chosen) == len(scores[0].rejected) == 5
-    assert scores[1].chosen == pytest.approx(scores[0].chosen, rel=RELATIVE, abs=0)
-    assert scores[1].rejected == pytest.approx(scores[0].rejected, rel=RELATIVE, abs=0)
 
 
 def test_what_cannot_share_prefixes_is_refused_by_the_trainer(tmp_path: Path) -> None:

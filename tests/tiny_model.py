@@ -18,6 +18,17 @@ CHAT_TEMPLATE = (
 )
 WORDS = [f"w{i}" for i in range(180)]
 SPECIAL = ["<pad>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+# Of models of any family.
+SMALL = {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
