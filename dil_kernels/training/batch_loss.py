@@ -43,11 +43,12 @@ class BatchLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> DILOutput:
         """The loss of a batch on the device; `model` is the policy as it is wrapped."""
+        options = self.options
         ref_token_logps = ref_logps = None
         if self.reference is not None:
             ref_token_logps = self.reference_token_logps(model, batch)
         else:
-            ref_logps = batch.ref_logps(self.options)
+            ref_logps = batch.ref_logps(options)
         policy_token_logps = self.token_logps(model, batch)
         return loss_of_token_logps(
             policy_token_logps,
@@ -55,7 +56,7 @@ class BatchLoss:
             batch.layout.cu_seqlens,
             ref_token_logps,
             ref_logps,
-            self.options,
+            options,
             is_chosen=batch.is_chosen,
             backend=resolve_backend(self.args.backend, batch.labels.device, policy_token_logps.dtype),
         )
