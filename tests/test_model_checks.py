@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from tiny_model import make_model, make_pairs, make_tokenizer
+from tiny_model import make_model, make_pairs, make_tokenizer, save_model
 from tiny_trainer import make_trainer, tokenized
 
 from dil_kernels.training.model_checks import pad_token_id, position_limit, vocabulary_size
@@ -157,7 +157,6 @@ def test_the_size_of_a_vocabulary_is_the_least() -> None:
 
 LLAMA = {**SIZES, "intermediate_size": 16}
 WRONG_MODELS: dict[str, tuple[Any, str]] = {
-    "name": (lambda: "gpt2", r"got the name 'gpt2': load it with AutoModelForCausalLM.from_pretrained\('gpt2'\)"),
     "path": (lambda: Path("gpt2"), "causal language model, got PosixPath"),
     "encoder and decoder": (
         lambda: transformers.T5ForConditionalGeneration(
@@ -186,6 +185,25 @@ def test_what_is_no_causal_language_model_is_refused(tmp_path: Path, argument: s
     build, problem = WRONG_MODELS[kind]
     with pytest.raises(TypeError, match=f"^{argument} must be .*{problem}"):
         make_trainer(tmp_path, **{argument: build()})
+
+
+def test_models_are_loaded_by_their_names_with_the_tokenizer(tmp_path: Path) -> None:
+    directory = str(save_model(tmp_path / "model", make_model(3).bfloat16()))
+    losses = []
+    for names in (
+        {"model": directory, "ref_model": directory, "processing_class": None},
+        {"model": transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)},
+    ):
+        trainer = make_trainer(tmp_path, **names, train_sampling_strategy="sequential", max_steps=2)
+        assert trainer.model.dtype == torch.float32
+        assert trainer.model.model_tags[:2] == ["dil", "preference-learning"]
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
+    with pytest.raises(OSError, match="no_such_model"):
+        make_trainer(tmp_path, model=str(tmp_path / "no_such_model"), processing_class=make_tokenizer())
+    with pytest.raises(ValueError, match="processing_class must be the tokenizer of the model, got None"):
+        make_trainer(tmp_path, processing_class=None)
 
 
 def test_a_wrong_model_under_an_adapter_is_refused(tmp_path: Path) -> None:

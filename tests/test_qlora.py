@@ -26,13 +26,6 @@ def model_dir(tmp_path: Path) -> Path:
     return save_model(tmp_path / "base", model)
 
 
-@pytest.fixture(autouse=True)
-def same_kernels_in_training_and_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPUs with AVX512-BF16, bitsandbytes repacks weights at the first evaluation and has no gradients after it."""
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-
-
 def load_in_4bit(model_dir: Path) -> Any:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=config)
@@ -76,6 +69,14 @@ def test_four_bits_train_as_the_weights_they_stand_for(tmp_path: Path, model_dir
     assert any(value.abs().max() > 1e-3 for name, value in expected.items() if "lora_B" in name)
     for name, value in expected.items():
         torch.testing.assert_close(quantized.model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_weights_that_were_repacked_are_refused(tmp_path: Path, model_dir: Path) -> None:
+    """As bitsandbytes does it on CPUs with AVX512-BF16, when a layer runs in evaluation mode."""
+    model = load_in_4bit(model_dir)
+    model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(NotImplementedError, match=r"^model has run in evaluation mode, for which bits"):
+        make_trainer(tmp_path, model=model, peft_config=lora_config())
 
 
 def test_dil_train_loads_in_4bit(tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

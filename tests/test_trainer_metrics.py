@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dil_kernels import DILOutput
 from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs
-from dil_kernels.training.metrics import METRICS, batch_metrics, pair_metrics
+from dil_kernels.training.metrics import METRICS, PREDICTIONS, batch_metrics, pair_metrics
 
 
 def test_training_logs_the_mean_over_all_pairs_since_the_last_log(tmp_path: Path) -> None:
@@ -40,6 +40,40 @@ def test_training_logs_the_mean_over_all_pairs_since_the_last_log(tmp_path: Path
     # The loss is that of the optimizer steps, whose last has one pair.
     steps = [truth["loss"][rows].mean().item() for rows in (slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7))]
     assert [log["loss"] for log in logs] == pytest.approx([sum(steps[:2]) / 2, sum(steps[2:]) / 2], rel=RELATIVE)
+
+
+@pytest.mark.parametrize(
+    ("logging", "rows"),
+    [({"logging_steps": 3}, slice(6, 7)), ({"logging_strategy": "no"}, slice(7))],
+    ids=["steps", "no"],
+)
+def test_what_came_after_the_last_log_is_in_the_final_one(tmp_path: Path, logging: dict[str, Any], rows: slice) -> None:
+    policy, ref, pairs = make_model(0), make_model(1), make_pairs(7)
+    options = {"train_sampling_strategy": "sequential", "learning_rate": 0.0, "num_train_epochs": 1, **logging}
+    trainer = make_trainer(tmp_path, model=policy, ref_model=ref, train_dataset=pairs, **options)
+    output = trainer.train()
+    truth = plain_pairs(policy.double(), ref.double(), batch_of(pairs))
+    final = trainer.state.log_history[-1]
+    for metric in set(METRICS) - {"loss"}:
+        assert final[metric] == pytest.approx(truth[metric][rows].mean().item(), rel=RELATIVE), metric
+        assert output.metrics[metric] == final[metric]
+    whole = make_trainer(tmp_path, train_dataset=pairs, num_train_epochs=1, logging_steps=2)
+    whole.train()
+    assert "rewards/margins" not in whole.state.log_history[-1]
+
+
+def test_metrics_of_the_user_see_every_pair(tmp_path: Path) -> None:
+    pairs, seen = make_pairs(7, seed=9), []
+
+    def compute_metrics(result: Any) -> dict[str, float]:
+        seen.append(result)
+        return {"margin": float((result.predictions[:, 0] - result.predictions[:, 1]).mean())}
+
+    trainer = make_trainer(tmp_path, eval_dataset=pairs, compute_metrics=compute_metrics)
+    metrics = trainer.evaluate()
+    assert metrics["eval_margin"] == pytest.approx(metrics["eval_logps/chosen"] - metrics["eval_logps/rejected"])
+    assert seen[0].predictions.shape == (7, len(PREDICTIONS))
+    assert seen[0].label_ids.tolist() == [*range(1, 8)]
 
 
 @pytest.mark.parametrize("precompute", [False, True], ids=["frozen copy", "precomputed"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_model import make_model, make_pairs, make_tokenizer
 from tiny_trainer import make_trainer
-from transformers import TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, TrainingArguments
 
 from dil_kernels.trainer import DILConfig, DILTrainer
 
@@ -122,6 +122,18 @@ def with_router(model: Any) -> Any:
 def test_a_loss_that_would_be_another_one_is_refused(tmp_path: Path, options: dict[str, Any], problem: str) -> None:
     with pytest.raises(NotImplementedError, match=problem):
         make_trainer(tmp_path, **options)
+
+
+def test_a_router_loss_that_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 288}
+    make_trainer(tmp_path, model=MixtralForCausalLM(MixtralConfig(**sizes, router_aux_loss_coef=0.0)))
+    assert "router_aux_loss_coef" not in caplog.text
+    make_trainer(tmp_path, model=MixtralForCausalLM(MixtralConfig(**sizes, router_aux_loss_coef=0.02)))
+    assert (
+        "MixtralForCausalLM can balance its experts by a loss of their router (router_aux_loss_coef=0.02)"
+        in caplog.text
+    )
 
 
 def test_logits_of_more_positions_than_the_batch_has_are_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def make_trainer(output_dir: Path, **options: Any) -> DILTrainer:
             "train_dataset",
             "eval_dataset",
             "data_collator",
+            "compute_metrics",
             "callbacks",
             "optimizers",
             "peft_config",

@@ -133,11 +133,12 @@ def _results(trainer: Any, notes: CardNotes, has_plot: bool) -> str:
         head, *rows = notes.results.rows()
         parts.append(_table([head, *rows]))
         parts.append("Log-probs in nats, over the scored tokens of the responses.")
-    history = trainer.state.log_history
-    logged: list[tuple[str, str, dict[str, Any]]] = [
-        ("training", "", next((log for log in reversed(history) if "loss" in log), {})),
-        ("held out", "eval_", next((log for log in reversed(history) if "eval_loss" in log), {})),
-    ]
+
+    def last_log(*names: str) -> dict[str, Any]:
+        history = trainer.state.log_history
+        return next((log for name in names for log in reversed(history) if name in log), {})
+
+    logged = [("training", "", last_log("loss", "train_loss")), ("held out", "eval_", last_log("eval_loss"))]
     names = [
         name
         for name in dict.fromkeys(key.removeprefix(prefix) for _, prefix, log in logged for key in log)

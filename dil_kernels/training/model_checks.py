@@ -31,13 +31,8 @@ def check_causal_lm(model: Any, name: str) -> None:
         name: of the argument.
 
     Raises:
-        TypeError: a name, an encoder-decoder, a masked language model, a classifier, or a model without a head.
+        TypeError: an encoder-decoder, a masked language model, a classifier, or a model without a head.
     """
-    if isinstance(model, str):
-        raise TypeError(
-            f"{name} must be a model, got the name {model!r}: load it with "
-            f"AutoModelForCausalLM.from_pretrained({model!r})"
-        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} must be a causal language model, got {type(model).__name__}")
     base: Any = model.get_base_model() if has_adapters(model) else model  # type: ignore[operator]
@@ -55,6 +50,29 @@ def check_causal_lm(model: Any, name: str) -> None:
             f"{name} must be a causal language model, as AutoModelForCausalLM loads it, got {type(base).__name__}, "
             f"{problem}"
         )
+
+
+def keep_gradients_of_4_bits(model: nn.Module, name: str) -> None:
+    """Stop bitsandbytes from repacking weights in 4 bits, from which no gradient comes back.
+
+    On CPUs with AVX512-BF16 it does so for good when a layer first runs in evaluation mode, as for the reference.
+
+    Args:
+        model: changed in place, where it has such layers.
+        name: of the argument.
+
+    Raises:
+        NotImplementedError: it has run so already.
+    """
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise NotImplementedError(
+                f"{name} has run in evaluation mode, for which bitsandbytes repacked its weights in 4 bits on this "
+                "CPU: no gradient would come back through them. Load it again, and make the trainer before it is called"
+            )
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def check_rows(model: Any) -> None:

@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from dil_kernels.data.collators import PackedCollator, SharedPrefixCollator
 from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.models.packed_attention import UnsupportedPackingError, install_packed_attention
 from dil_kernels.models.prefix_sharing import install_prefix_sharing
+from dil_kernels.training.model_checks import check_causal_lm, keep_gradients_of_4_bits
+
+logger = logging.getLogger(__name__)
+
+
+def causal_lm(model: Any, name: str) -> Any:
+    """A model to train or to refer to, loaded with weights in fp32 if it is given by its name.
+
+    Args:
+        model: or its name; None for no reference.
+        name: of the argument.
+
+    Raises:
+        OSError: there is no model of this name.
+        TypeError: it is no causal language model.
+        NotImplementedError: its weights take no gradients.
+    """
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if model is not None or name == "model":
+        check_causal_lm(model, name)
+        keep_gradients_of_4_bits(model, name)
+    return model
+
+
+def tokenizer_of(model: Any, tokenizer: Any) -> Any:
+    """The tokenizer that was given, or that of the model if this was given by its name.
+
+    Raises:
+        OSError: there is none of this name.
+        ValueError: neither was given.
+    """
+    if tokenizer is None and not isinstance(model, str):
+        raise ValueError("processing_class must be the tokenizer of the model, got None")
+    return AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
 
 
 def refuse_inexact_setups(trainer: Trainer) -> None:
@@ -41,13 +78,27 @@ def refuse_inexact_setups(trainer: Trainer) -> None:
             "accelerator_config with dispatch_batches or split_batches cuts batches apart, in which the rejected "
             "responses follow the chosen ones; leave both out: every process loads batches of its own"
         )
-    if getattr(getattr(trainer.model, "config", None), "output_router_logits", False):
+    _refuse_router_loss(trainer.model, tell=trainer.is_world_process_zero())
+    if getattr(accelerator, "parallelism_config", None) is not None:
+        raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
+
+
+def _refuse_router_loss(model: Any, *, tell: bool) -> None:
+    """Refuse a model whose config asks for the loss of its router; of other mixtures of experts, say it is left out."""
+    config = model.config.get_text_config() if hasattr(getattr(model, "config", None), "get_text_config") else None
+    if getattr(config, "output_router_logits", False):
         raise NotImplementedError(
             "model.config.output_router_logits is true, but DILTrainer adds no router_aux_loss to its loss: set it to "
             "False, or take the trainer of dil_kernels.integrations.trl, which adds it"
         )
-    if getattr(accelerator, "parallelism_config", None) is not None:
-        raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    if tell and coefficient and hasattr(config, "output_router_logits"):
+        logger.warning(
+            "%s can balance its experts by a loss of their router (router_aux_loss_coef=%g), which DILTrainer does not "
+            "add; the trainer of dil_kernels.integrations.trl does",
+            type(model).__name__,
+            coefficient,
+        )
 
 
 def install_fused_heads(models: Sequence[nn.Module], wanted: bool | None, *, tell: bool) -> bool:

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 try:
     import datasets
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, TrainOutput
 except ImportError as error:
     raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
@@ -40,14 +40,21 @@ from dil_kernels.training.config import DILConfig
 from dil_kernels.training.generations import SampleGenerations
 from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs
 from dil_kernels.training.metrics import batch_means, batch_metrics, predictions, zero_sums
-from dil_kernels.training.model_card import CardNotes, write_model_card
-from dil_kernels.training.model_checks import check_causal_lm, check_rows, pad_token_id, vocabulary_size
+from dil_kernels.training.model_card import TAGS, CardNotes, write_model_card
+from dil_kernels.training.model_checks import check_rows, pad_token_id, vocabulary_size
 from dil_kernels.training.offloading import OffloadedActivations
 from dil_kernels.training.precompute import has_reference, precompute_reference, trainer_ref_cache
 from dil_kernels.training.prepare import prepare_dataset
 from dil_kernels.training.reference_policy import ReferencePolicy
 from dil_kernels.training.reference_sync import ReferenceSync
-from dil_kernels.training.set_up import disable_dropout, install_fused_heads, join_rows, refuse_inexact_setups
+from dil_kernels.training.set_up import (
+    causal_lm,
+    disable_dropout,
+    install_fused_heads,
+    join_rows,
+    refuse_inexact_setups,
+    tokenizer_of,
+)
 from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
 from dil_kernels.training.start import (
     RECORD_NAME,
@@ -84,17 +91,21 @@ class DILTrainer(Trainer):
     out, as a `DataReport`.
 
     Args:
-        model: the policy, a causal language model or a `PeftModel`; it is trained in place.
-        ref_model: the reference; None for the policy as it is now. Of it a frozen copy is kept; of a `PeftModel`, a
-            copy of the adapter, or nothing where the adapter is new, and of `args.ref_adapter_name` nothing either.
-            With precomputed log-probs no reference is kept. Resuming from a checkpoint does not change the reference.
+        model: the policy, a causal language model or a `PeftModel`, which is trained in place; or its name on the hub,
+            or its directory, from which it is loaded with weights in fp32.
+        ref_model: the reference, likewise; None for the policy as it is now. Of it a frozen copy is kept; of a
+            `PeftModel`, a copy of the adapter, or nothing where the adapter is new, and of `args.ref_adapter_name`
+            nothing either. With precomputed log-probs no reference is kept. Resuming does not change the reference.
         args: the options.
         train_dataset: pairs in any form that `dil_kernels.data.load_preference_pairs` accepts, or tokenised ones; not
             a stream. Where precomputed reference log-probs are used, columns of them (ref_chosen_logps and
             ref_rejected_logps, or ref_logps: sums over the tokens of a response) stay as they are.
         eval_dataset: likewise, one data set or several by name.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer; that of the model if this is given by name.
         data_collator: makes batches as `PreferenceCollator` does; that one if None.
+        compute_metrics: as of `transformers.Trainer`: takes an `EvalPrediction`, whose predictions [pairs, 6] are
+            the columns `dil_kernels.training.metrics.PREDICTIONS`, and whose label_ids [pairs] are the places of the
+            rows in the data set, from 1 (0 where data that came tokenised do not say them).
         callbacks, optimizers: as of `transformers.Trainer`.
         peft_config: a `peft.PeftConfig`; the model gets this adapter, which alone is trained.
 
@@ -110,13 +121,14 @@ class DILTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
-        ref_model: nn.Module | None = None,
+        model: Any,  # nn.Module or its name
+        ref_model: Any = None,
         args: DILConfig | None = None,
         train_dataset: datasets.Dataset | None = None,
         eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: Any = None,
@@ -124,13 +136,10 @@ class DILTrainer(Trainer):
         args = DILConfig("dil_output") if args is None else args
         if not isinstance(args, DILConfig):
             raise TypeError(f"args must be a DILConfig, got {type(args).__name__}")
+        processing_class = tokenizer_of(model, processing_class)
+        model, ref_model = causal_lm(model, "model"), causal_lm(ref_model, "ref_model")
         if ref_model is model:
             raise ValueError("ref_model is the model that training changes; leave it out for a frozen copy")
-        if processing_class is None:
-            raise ValueError("processing_class must be the tokenizer of the model, got None")
-        check_causal_lm(model, "model")
-        if ref_model is not None:
-            check_causal_lm(ref_model, "ref_model")
         if data_collator is not None and args.pad_to_multiple_of is not None:
             raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} was given, but data_collator pads")
         self.data_report: dict[str, DataReport] = {}
@@ -146,6 +155,7 @@ class DILTrainer(Trainer):
             eval_dataset=prepare(eval_dataset, name="eval"),
             data_collator=data_collator or PreferenceCollator(pad, args.pad_to_multiple_of or 1),
             processing_class=processing_class,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -153,6 +163,8 @@ class DILTrainer(Trainer):
         keep_outputs_exact(self.accelerator)
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
         self.model_accepts_loss_kwargs = True
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags([*TAGS])
         if args.disable_dropout:
             disable_dropout(model)
         reference = ReferencePolicy(
@@ -296,9 +308,9 @@ class DILTrainer(Trainer):
             warning = self._log_ratios.warning(self.accelerator.gather)
             if warning is not None and self.is_world_process_zero():
                 logger.warning(warning)
-        if "loss" in logs:
             sums = self.accelerator.reduce(self._train_sums, reduction="sum")
-            logs |= {name: value for name, value in batch_means(sums).items() if name != "loss"}
+            if "loss" in logs or sums.any():  # at the end, where steps have come since the last log
+                logs |= {name: value for name, value in batch_means(sums).items() if name != "loss"}
             self._train_sums = zero_sums(self.args.device)
         super().log(logs, start_time)
 
@@ -365,11 +377,15 @@ class DILTrainer(Trainer):
         inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, None]:
-        """The mean loss of a batch and, unless only the loss is asked for, `metrics.PREDICTIONS` of its pairs."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The mean loss of a batch and, unless only the loss is asked for, what `compute_metrics` gets of its pairs."""
         batch = Batch.of(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             output = self.batch_loss(model, batch)
         metrics = batch_metrics(output, batch.is_chosen is not None)
         self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
-        return output.share(output.counts), None if prediction_loss_only else predictions(output), None
+        loss = output.share(output.counts)
+        if prediction_loss_only:
+            return loss, None, None
+        rows = torch.zeros_like(output.chosen_lengths, dtype=torch.int64) if batch.rows is None else batch.rows
+        return loss, predictions(output), rows
