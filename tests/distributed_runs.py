@@ -134,8 +134,30 @@ def half_precision(folder: Path) -> DILTrainer:
     return trainer
 
 
+def shared_prefixes(folder: Path) -> DILTrainer:
+    """Each prompt once, batches filled by tokens: 5 of them an epoch, so that one of two processes has one less."""
+    accumulated = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    options = {"prefix_sharing": True, "max_tokens_per_batch": 64, "gradient_accumulation_steps": accumulated}
+    options |= {"train_sampling_strategy": "random", "data_seed": 5}
+    trainer = trainer_of(folder, make_model, lambda: make_model(1), **options)
+    assert len(trainer.get_train_dataloader()) == (5 if accumulated == 4 else 3)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    return trainer
+
+
 RUNS = {
-    run.__name__: run for run in (reference_given, resumed, precomputed, new_adapter, trained_adapter, half_precision)
+    run.__name__: run
+    for run in (
+        reference_given,
+        resumed,
+        precomputed,
+        new_adapter,
+        trained_adapter,
+        half_precision,
+        shared_prefixes,
+    )
 }
 
 

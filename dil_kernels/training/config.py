@@ -46,8 +46,8 @@ class DILConfig(FusedLossFields, TrainingArguments):
     precompute_ref_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of a batch when they are precomputed; per_device_train_batch_size and "
-            "per_device_eval_batch_size if not given."
+            "help": "Rows of a batch when they are precomputed; max_tokens_per_batch, or else "
+            "per_device_train_batch_size and per_device_eval_batch_size, if not given."
         },
     )
     sync_ref_model: bool = field(
@@ -88,6 +88,14 @@ class DILConfig(FusedLossFields, TrainingArguments):
         metadata={
             "help": "Compute each prompt of a batch once for all responses to it, without padding; an error where the "
             "model would not give each response what it gives it alone."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill batches with as many rows as make at most this many tokens, in place of "
+            "per_device_train_batch_size and per_device_eval_batch_size; with padding_free or prefix_sharing, whose "
+            "tokens are counted as they are computed."
         },
     )
     pad_to_multiple_of: int | None = field(
@@ -155,6 +163,8 @@ class DILConfig(FusedLossFields, TrainingArguments):
         for option in ("prefix_sharing", "padding_free"):
             if getattr(self, option):
                 self._check_joined_rows(option)
+        if self.max_tokens_per_batch is not None:
+            self._check_filling()
         if self.activation_offloading and self.device.type != "cuda":
             raise ValueError(f"activation_offloading=True was given, but activations are on the {self.device.type}")
         if self.activation_offloading and self.torch_compile:
@@ -177,6 +187,21 @@ class DILConfig(FusedLossFields, TrainingArguments):
                 f"neftune_noise_alpha={self.neftune_noise_alpha} was given, but with {option}=True its noise goes by "
                 "the length of the joined row"
             )
+
+    def _check_filling(self) -> None:
+        given = f"max_tokens_per_batch={self.max_tokens_per_batch} was given, but"
+        if not (self.prefix_sharing or self.padding_free):
+            raise ValueError(f"{given} rows are padded: give padding_free=True or prefix_sharing=True, too")
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if getattr(self, "group_by_length", False):  # of older transformers
+            strategy = "group_by_length"
+        if strategy not in ("random", "sequential"):
+            raise ValueError(f"{given} {strategy} chooses the rows of a batch by their number")
+        by_rows = ("dataloader_drop_last", "auto_find_batch_size", "batch_eval_metrics", "include_for_metrics")
+        refused = [option for option in by_rows if getattr(self, option)]
+        refused += [] if self.eval_do_concat_batches else ["eval_do_concat_batches"]
+        for option in refused:
+            raise ValueError(f"{given} {option}={getattr(self, option)} goes by the number of rows in a batch")
 
     def _check_reference(self) -> None:
         if self.precompute_ref_batch_size is not None and not self.precompute_ref_log_probs:

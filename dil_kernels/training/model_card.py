@@ -184,6 +184,9 @@ def _training(trainer: Any) -> str:
     args, state = trainer.args, trainer.state
     processes = trainer.accelerator.num_processes
     batch = args.per_device_train_batch_size, args.gradient_accumulation_steps, processes
+    unit = ""
+    if args.max_tokens_per_batch is not None:
+        batch, unit = (args.max_tokens_per_batch, *batch[1:]), " tokens at most"
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     options = ", ".join(
         f"{name}={value}"
@@ -199,7 +202,7 @@ def _training(trainer: Any) -> str:
         ("lengths", f"{args.max_length} tokens, prompt {args.max_prompt_length}, {args.truncation_mode}"),
         (
             "global batch",
-            f"{batch[0] * batch[1] * batch[2]} = {batch[0]} x {batch[1]} accumulated x {batch[2]} "
+            f"{batch[0] * batch[1] * batch[2]}{unit} = {batch[0]} x {batch[1]} accumulated x {batch[2]} "
             + ("process" if batch[2] == 1 else "processes"),
         ),
         ("steps, epochs", f"{state.global_step}, {state.epoch or 0:.4g}"),

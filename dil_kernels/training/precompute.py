@@ -10,22 +10,21 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 from transformers.utils.logging import tqdm
 
 from dil_kernels.data.batches import Batch
+from dil_kernels.data.token_batches import Shares
 from dil_kernels.data.token_columns import REF_COLUMNS, UNPAIRED_REF_COLUMNS
+from dil_kernels.data.token_counts import response_id_columns, token_counts
 from dil_kernels.training.ref_cache import (
     ReferenceCache,
     default_ref_cache_dir,
     model_fingerprint,
-    response_id_columns,
-    token_counts,
 )
+from dil_kernels.training.token_loader import batches_in_order, in_order_of_rows, loader_of
 
 NO_CACHE = "none"
 
@@ -83,11 +82,14 @@ def trainer_ref_cache(trainer: Any, model: nn.Module) -> ReferenceCache | str:
 def precompute_reference(trainer: Any, token_logps: Callable[[Batch], Tensor], cache: ReferenceCache | str) -> None:
     """Add the reference log-probs to the data sets of a `DILTrainer`; see `ReferencePass`."""
     args = trainer.args
-    collator, progress = trainer.data_collator, not args.disable_tqdm
-    reference = ReferencePass(trainer.accelerator, collator, token_logps, cache, progress)
-    rows = args.precompute_ref_batch_size
-    trainer.train_dataset = reference.add(trainer.train_dataset, rows or args.per_device_train_batch_size)
-    trainer.eval_dataset = reference.add(trainer.eval_dataset, rows or args.per_device_eval_batch_size)
+    sizes = args.per_device_train_batch_size, args.per_device_eval_batch_size
+    if args.precompute_ref_batch_size is not None:
+        sizes = (args.precompute_ref_batch_size,) * 2
+    elif args.max_tokens_per_batch is not None:
+        sizes = None, None
+    reference = ReferencePass(trainer, token_logps, cache)
+    trainer.train_dataset = reference.add(trainer.train_dataset, sizes[0])
+    trainer.eval_dataset = reference.add(trainer.eval_dataset, sizes[1])
 
 
 @dataclass(frozen=True)
@@ -95,29 +97,29 @@ class ReferencePass:
     """Adds the log-probs of one reference to data sets.
 
     Attributes:
-        accelerator: of the trainer; every process takes a share of the rows.
-        data_collator: of the trainer.
+        trainer: a `DILTrainer`; every process takes a share of the rows.
         token_logps: those of a batch, as the kernels return them.
         cache: of the reference, on the main process; or why there is none.
-        progress: show a bar.
     """
 
-    accelerator: Accelerator
-    data_collator: Any
+    trainer: Any
     token_logps: Callable[[Batch], Tensor]
     cache: ReferenceCache | str
-    progress: bool
 
-    def add(self, dataset: Any, batch_size: int) -> Any:
+    def add(self, dataset: Any, batch_size: int | None) -> Any:
         """The data set with ref_chosen_logps and ref_rejected_logps (unpaired, ref_logps), fp32 sums over tokens.
 
         One that has them is returned as it is; of several by name, each is added to.
+
+        Args:
+            dataset: tokenised; or several; or None.
+            batch_size: rows of a batch; None to fill batches by tokens.
         """
         if isinstance(dataset, dict):
             return {name: self.add(part, batch_size) for name, part in dataset.items()}
         if dataset is None or has_reference(dataset):
             return dataset
-        is_main = self.accelerator.is_main_process
+        is_main = self.trainer.accelerator.is_main_process
         entry = self.cache.entry(dataset) if is_main and isinstance(self.cache, ReferenceCache) else None
         found = [None if entry is None else entry.load()]
         values = broadcast_object_list(found)[0]
@@ -134,21 +136,25 @@ class ReferencePass:
             dataset = dataset.add_column(column, values[:, index])
         return dataset
 
-    def _compute(self, dataset: datasets.Dataset, batch_size: int) -> NDArray[np.float32]:
-        """The sums, [rows, responses of a row] fp32.
-
-        The longest rows come first: batches of like lengths waste no padding, and memory that is short is so at once.
-        """
-        responses = response_id_columns(dataset)
-        longest = np.max([token_counts(dataset, name) for name in responses], axis=0)
-        order = np.argsort(-(token_counts(dataset, "prompt_ids") + longest), kind="stable")
-        rows: Any = Subset(dataset, order.tolist())
-        loader = self.accelerator.prepare(DataLoader(rows, batch_size=batch_size, collate_fn=self.data_collator))
+    def _compute(self, dataset: datasets.Dataset, batch_size: int | None) -> NDArray[np.float32]:
+        """The sums, [rows, responses of a row] fp32."""
+        accelerator, responses = self.trainer.accelerator, len(ref_columns(dataset))
+        if batch_size is None:
+            batches = batches_in_order(dataset, self.trainer.args)
+        else:
+            batches = _longest_first(dataset, batch_size)
+        shares = Shares(batches, accelerator.num_processes)
+        loader = loader_of(self.trainer, dataset, shares.of(accelerator.process_index))  # the last row is any filler
         sums = []
-        for inputs in tqdm(loader, desc="Reference log-probs", disable=not self.progress):
+        for inputs in tqdm(loader, desc="Reference log-probs", disable=self.trainer.args.disable_tqdm):
             batch = Batch.of(inputs)
-            sides = torch.stack(batch.sums(self.token_logps(batch)).chunk(len(responses)), dim=1)
-            sums.append(self.accelerator.gather_for_metrics(sides).float().cpu())
-        values = np.empty((len(dataset), len(responses)), np.float32)
-        values[order] = torch.cat(sums).numpy()
-        return values
+            sides = torch.stack(batch.sums(self.token_logps(batch)).chunk(responses), dim=1)
+            sums.append(accelerator.gather(accelerator.pad_across_processes(sides)).float().cpu())
+        return in_order_of_rows(torch.cat(sums).numpy(), shares)
+
+
+def _longest_first(dataset: datasets.Dataset, batch_size: int) -> list[list[int]]:
+    """Batches of like lengths, which waste no padding; memory that is short is so at once."""
+    longest = np.max([token_counts(dataset, name) for name in response_id_columns(dataset)], axis=0)
+    order = np.argsort(-(token_counts(dataset, "prompt_ids") + longest), kind="stable").tolist()
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -14,6 +14,7 @@ from dil_kernels.losses import LossOptions
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.model_checks import Models, check_fits
 from dil_kernels.training.precompute import has_reference
+from dil_kernels.training.token_loader import refuse_long_rows
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ def prepare_dataset(
 
     Raises:
         TypeError: it is a stream, or no data set, or several to train on.
-        ValueError: its responses are unpaired, and the loss needs pairs; or a model has no room for its tokens.
+        ValueError: its responses are unpaired, and the loss needs pairs; or a model or a batch has no room for its
+            tokens.
         PreferenceDataError: a broken pair.
     """
     if dataset is None:
@@ -73,7 +75,9 @@ def prepare_dataset(
     tokenised = any(set(columns) <= set(dataset.column_names) for columns in (TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS))
     if not tokenised:
         dataset = _tokenize(dataset, tokenizer, args, name, reports)
-    elif dataset.format["type"] == "custom":
+    if args.max_tokens_per_batch is not None:
+        refuse_long_rows(dataset, args, name)
+    if tokenised and dataset.format["type"] == "custom":
         return dataset
     dataset = dataset.with_format(None)
     check_fits(dataset, name, models, tokenizer, args.pad_to_multiple_of)

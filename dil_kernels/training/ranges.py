@@ -90,6 +90,7 @@ RANGES = {
     "llm_int8_threshold": NOT_NEGATIVE,
     "test_split_size": POSITIVE,
     "precompute_ref_batch_size": Range(1, 2**31),
+    "max_tokens_per_batch": COUNT,
     "pad_to_multiple_of": Range(1, 2**15),
     "ref_model_mixup_alpha": Range(0, 1, above=True),
     "ref_model_sync_steps": COUNT,

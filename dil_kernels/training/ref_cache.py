@@ -20,8 +20,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 import transformers
 import xxhash
@@ -32,13 +30,12 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 import dil_kernels
-from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
+from dil_kernels.data.token_counts import response_id_columns, token_counts, token_ids
 from dil_kernels.training.adapters import adapters_in_use
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-ROWS_PER_BATCH = 10_000
 VOLATILE_CONFIG = frozenset({"_name_or_path", "architectures", "transformers_version", "use_cache"})
 
 
@@ -155,11 +152,6 @@ def _versions() -> dict[str, str]:
     return {name: str(package.__version__) for name, package in packages.items()}
 
 
-def response_id_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
-    """The columns of a tokenised data set that hold the responses."""
-    return UNPAIRED_TOKEN_COLUMNS[1:2] if "label" in dataset.column_names else TOKEN_COLUMNS[1:]
-
-
 def dataset_fingerprint(dataset: datasets.Dataset) -> str:
     """A hash of the token ids of every row in order, however the rows are stored.
 
@@ -168,9 +160,9 @@ def dataset_fingerprint(dataset: datasets.Dataset) -> str:
     digest = xxhash.xxh3_128()
     for name in ("prompt_ids", *response_id_columns(dataset)):
         lengths, values = xxhash.xxh3_128(), xxhash.xxh3_128()
-        for column in _arrow_batches(dataset, name):
-            lengths.update(_contiguous(_int64(pc.list_value_length(column))))
-            values.update(_contiguous(_int64(pc.list_flatten(column))))
+        for counts, ids in token_ids(dataset, name):
+            lengths.update(_contiguous(counts))
+            values.update(_contiguous(ids))
         digest.update(f"{name} {lengths.hexdigest()} {values.hexdigest()}\n".encode())
     return digest.hexdigest()
 
@@ -179,25 +171,6 @@ def scored_lengths(dataset: datasets.Dataset) -> NDArray[np.int64]:
     """Scored tokens of every response, [rows, responses of a row]: all, if there is a prompt to predict them from."""
     prompts, *responses = (token_counts(dataset, name) for name in ("prompt_ids", *response_id_columns(dataset)))
     return np.stack([np.where(prompts > 0, counts, np.maximum(counts - 1, 0)) for counts in responses], axis=1)
-
-
-def token_counts(dataset: datasets.Dataset, name: str) -> NDArray[np.int64]:
-    """Tokens of every row of a column, [rows]."""
-    counts = [_int64(pc.list_value_length(column)) for column in _arrow_batches(dataset, name)]
-    return np.concatenate([np.zeros(0, np.int64), *counts])
-
-
-def _arrow_batches(dataset: datasets.Dataset, name: str) -> Iterator[pa.Array]:
-    for batch in dataset.select_columns([name]).with_format("arrow").iter(ROWS_PER_BATCH):
-        column = batch[name].combine_chunks()
-        yield column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-def _int64(values: pa.Array) -> NDArray[np.int64]:
-    if values.null_count:
-        raise ValueError("a tokenised data set must not have missing token ids")
-    array: NDArray[np.int64] = values.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    return array
 
 
 def model_fingerprint(module: nn.Module) -> str:

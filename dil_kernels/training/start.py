@@ -72,8 +72,12 @@ def refuse_no_step(trainer: Any) -> None:
 
 def options_record(args: Any) -> dict[str, Any]:
     """The options of a `DILConfig` that decide what is learned, as JSON has them."""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     options = {name: value for name, value in args.to_dict().items() if not FREE.fullmatch(name)}
+    batch = args.gradient_accumulation_steps * args.world_size
+    if args.max_tokens_per_batch is None:
+        batch *= args.per_device_train_batch_size
+    else:
+        options["prefix_sharing"] = args.prefix_sharing  # by which the tokens of a row are counted
     return _as_json({**options, "global batch": batch})
 
 

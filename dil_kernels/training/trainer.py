@@ -64,13 +64,14 @@ from dil_kernels.training.start import (
     refuse_no_step,
     run_record,
 )
+from dil_kernels.training.token_loader import FilledByTokens
 
 __all__ = ["DILConfig", "DILTrainer", "disable_dropout", "last_complete_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
 
-class DILTrainer(Trainer):
+class DILTrainer(FilledByTokens):
     """Trains a causal language model on preference pairs by Direct Imitation Learning (arXiv 2503.05079).
 
     The loss is the mean over the pairs whose responses both have a scored token, over all micro-batches and processes
@@ -383,9 +384,11 @@ class DILTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             output = self.batch_loss(model, batch)
         metrics = batch_metrics(output, batch.is_chosen is not None)
+        if self.args.max_tokens_per_batch is not None:  # processes have batches of other numbers of rows
+            metrics = metrics.sum(0, keepdim=True)
         self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
         loss = output.share(output.counts)
         if prediction_loss_only:
             return loss, None, None
         rows = torch.zeros_like(output.chosen_lengths, dtype=torch.int64) if batch.rows is None else batch.rows
-        return loss, predictions(output), rows
+        return loss, self.pad_rows(predictions(output)), self.pad_rows(rows)
