@@ -277,7 +277,7 @@ REFUSED: dict[Callable[[], nn.Module], str] = {
     shifted: "Shifted computes other logits for responses that share their prompt",
     detached: "Detached computes other gradients for responses that share their prompt",
     recurrent: "MambaForCausalLM attends with 'eager'",
-    eager: "LlamaForCausalLM attends with 'eager', and prefixes are shared in transformers' 'sdpa' interface only",
+    eager: "LlamaForCausalLM attends with 'eager', and prefixes are shared by 'sdpa' and FlashAttention only",
     by_length: "the rotary embedding of LlamaForCausalLM .*goes by the l",
     with_router_loss: "Qwen3MoeForCausalLM adds a loss of its router",
     tempered: "Llama4ForCausalLM scales its attention by the place in the row",

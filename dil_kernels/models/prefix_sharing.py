@@ -28,6 +28,7 @@ from dil_kernels.models.packed_attention import (
     segments_of_row,
     weights_are_whole,
 )
+from dil_kernels.models.prefix_sharing_flash import flash_inputs, is_flash, keys_repeat, let_keys_repeat
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
 
 __all__ = ["install_prefix_sharing", "sharing_problem"]
@@ -36,7 +37,7 @@ PROBE_PROMPTS, PROBE_RESPONSES = (5, 5, 3), (4, 2, 3)  # tokens; the first two s
 
 
 def install_prefix_sharing(*models: nn.Module) -> None:
-    """Prepare causal language models that attend with "sdpa" for `SharedPrefixes` rows.
+    """Prepare causal language models that attend with "sdpa" or FlashAttention for `SharedPrefixes` rows.
 
     Packed rows, padded batches and generation stay as they are.
 
@@ -46,6 +47,8 @@ def install_prefix_sharing(*models: nn.Module) -> None:
     Raises:
         UnsupportedPackingError: one of them does not compute on such a row what it computes on the sequences.
     """
+    for attention in filter(is_flash, map(attention_of, models)):
+        let_keys_repeat(attention)
     with packed_attention(*models):
         handles = [handle for model in models for handle in _hook(model)]
         for problem in filter(None, map(sharing_problem, models)):
@@ -69,10 +72,15 @@ def _body(model: Any) -> nn.Module:
     return body
 
 
-def _take_segments(_body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    segments = kwargs.get("attention_mask")
-    segments_of_row.set(segments if isinstance(segments, Segments) else None)
-    if isinstance(segments, Segments):
+def _take_segments(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    segments, attention = kwargs.get("attention_mask"), attention_of(body)
+    segments_of_row.set(None)
+    if isinstance(segments, Segments) and is_flash(attention):
+        if not keys_repeat(attention):
+            raise RuntimeError(f"{attention!r} was loaded again after install_prefix_sharing; install it again")
+        kwargs |= {"attention_mask": None, **flash_inputs(segments, kwargs["position_ids"].device)}
+    elif isinstance(segments, Segments):
+        segments_of_row.set(segments)
         # With a mask, transformers asks for that of the layer, whatever the positions are.
         kwargs["attention_mask"] = torch.ones_like(kwargs["position_ids"])
     return args, kwargs
@@ -91,9 +99,9 @@ def sharing_problem(model: Any) -> str | None:
     name = type(model).__name__
     if not weights_are_whole(model):
         return f"{name} does not have its weights whole at construction, so that sharing prefixes could not be checked"
-    if attention_of(model) != NAME:
-        attention = attention_of(model)
-        return f"{name} attends with {attention!r}, and prefixes are shared in transformers' 'sdpa' interface only"
+    attention = attention_of(model)
+    if attention != NAME and not is_flash(attention):
+        return f"{name} attends with {attention!r}, and prefixes are shared by 'sdpa' and FlashAttention only"
     if getattr(model.config, "output_router_logits", False):
         return f"{name} adds a loss of its router, in which the tokens of a shared prompt would count once"
     known = known_problem(model)
