@@ -98,6 +98,26 @@ def test_the_statistics_are_those_of_trl(tmp_path: Path) -> None:
         assert expected.keys() <= actual.keys()
 
 
+@pytest.mark.parametrize("logging", [{"logging_steps": 2}, {"logging_strategy": "no"}], ids=["steps", "no"])
+def test_what_came_after_the_last_log_is_in_the_final_one(tmp_path: Path, logging: dict[str, Any]) -> None:
+    def final(**options: Any) -> dict[str, float]:
+        trainer = make_trainer(tmp_path, per_device_train_batch_size=2, max_steps=3, **logging, **options)
+        output = trainer.train()
+        assert output.metrics["rewards/margins"] == trainer.state.log_history[-1]["rewards/margins"]
+        return trainer.state.log_history[-1]
+
+    ours = final(loss_type="dpo", average_log_prob=False)
+    theirs = final(trainer_class=trl.DPOTrainer, config_class=trl.DPOConfig)
+    assert ours.keys() == theirs.keys()
+    # Of several batches TRL has the mean of their means, which differs where these are over tokens.
+    means_of_means = {"entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"}
+    compared = (
+        {*METRICS, *STATISTICS, "train_loss"} - {"loss"} - (means_of_means if "logging_steps" not in logging else set())
+    )
+    for metric in compared:
+        assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-5), metric
+
+
 def test_what_accumulation_is_compared_with_in_the_readme(tmp_path: Path) -> None:
     """TRL weighs the pair of a micro-batch of one as much as the two of another together."""
     options = {"trainer_class": trl.DPOTrainer, "config_class": trl.DPOConfig, "learning_rate": 1.0}

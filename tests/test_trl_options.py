@@ -20,7 +20,6 @@ OTHER_VALUES = {
     "ld_alpha": 0.5,
     "loss_weights": [2.0],
     "discopop_tau": 0.1,
-    "padding_free": True,
 }
 
 

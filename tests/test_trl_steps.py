@@ -13,10 +13,11 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from plain_training import OPTIONS, RELATIVE, GradientRecorder, assert_all_close, plain_gradients
-from tiny_model import make_model, make_pairs
+from tiny_model import make_model, make_pairs, save_model
 from tiny_trainer import trained_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl_runs import (
     EXACT,
     STATISTICS,
@@ -26,6 +27,7 @@ from trl_runs import (
     logs_of,
     make_trainer,
     near,
+    peft,
     plain_pairs,
 )
 from two_processes import run_on_two_processes
@@ -231,10 +233,60 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     assert "xiao2025connection" in card
 
 
-def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"logging_steps": 1}, {"logging_steps": 9, "save_strategy": "steps", "save_steps": 1}, {"logging_strategy": "no"}],
+    ids=["log", "save", "end"],
+)
+def test_a_loss_that_is_not_finite_stops_training(tmp_path: Path, options: dict[str, Any]) -> None:
     model = make_model(0)
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
-    trainer = make_trainer(tmp_path, model=model, per_device_train_batch_size=2, max_steps=2)
+    trainer = make_trainer(tmp_path, model=model, per_device_train_batch_size=2, max_steps=2, **options)
     with pytest.raises(FloatingPointError, match="the loss of step 1 is not finite"):
         trainer.train()
+    assert trainer.state.global_step == (2 if "logging_strategy" in options else 1)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("saving", [{"save_strategy": "steps", "save_steps": 1}, {}], ids=["save", "end"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, saving: dict[str, Any]) -> None:
+    class Spoil(TrainerCallback):
+        """The loss of the step is finite, its gradient is not."""
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            next(model.parameters()).grad.fill_(torch.inf)
+
+    trainer = make_trainer(tmp_path, arguments={"callbacks": [Spoil()]}, max_steps=1, **saving)
+    with pytest.raises(FloatingPointError, match="the weights are not finite after step 1, whose loss was"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_compiled_model_keeps_its_fused_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def run(**options: Any) -> dict[str, Tensor]:
+        trainer = make_trainer(tmp_path, per_device_train_batch_size=7, max_steps=2, **options)
+        trainer.train()
+        return trained_weights(trainer)
+
+    compiled = run(torch_compile=True, torch_compile_backend="eager", fused_head=True)
+    assert_all_close(compiled, run(), RELATIVE)
+    assert "from logits" not in caplog.text
+
+
+def test_weights_in_4_bits_pass_gradients_on(tmp_path: Path) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes would repack them for the reference, and cut the gradients."""
+    pytest.importorskip("bitsandbytes")
+    base = save_model(tmp_path, make_model(tie_word_embeddings=False, hidden_size=64, intermediate_size=128))
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    recorder = GradientRecorder()
+    trainer = make_trainer(
+        tmp_path,
+        model=AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization),
+        arguments={"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj"]), "callbacks": [recorder]},
+        max_steps=1,
+    )
+    trainer.train()
+    gradients = {name: value for name, value in recorder.steps[0].items() if "lora_B" in name}
+    assert len(gradients) == 2
+    assert all(value.any() for value in gradients.values())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dil_kernels.data.batches import IGNORE_INDEX, SharedPrefixes
+from dil_kernels.data.batches import IGNORE_INDEX, Packed, SharedPrefixes
 from dil_kernels.data.token_columns import GIVEN_REFERENCE, TOKEN_COLUMNS
 
 
@@ -64,20 +64,9 @@ class PackedCollator:
             prompts and on the first token of every sequence), cu_seqlens int32 [2B + 1], max_seqlen and num_scored;
             rows, reference log-probs and is_chosen as in `PreferenceCollator`.
         """
-        sequences = _responses_of(pairs)
-        lengths = [len(prompt) + len(response) for prompt, response in sequences]
-        boundaries = [0, *itertools.accumulate(lengths)]
-        labels = torch.tensor([x for prompt, response in sequences for x in [IGNORE_INDEX] * len(prompt) + response])
-        labels[[start for start in boundaries[:-1] if start < len(labels)]] = IGNORE_INDEX
-        return {
-            "input_ids": torch.tensor([[x for sequence in sequences for part in sequence for x in part]]),
-            "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
-            "labels": labels.unsqueeze(0),
-            "cu_seqlens": torch.tensor(boundaries, dtype=torch.int32),
-            "max_seqlen": max(lengths),
-            "num_scored": int((labels != IGNORE_INDEX).sum()),
-            **_pair_columns(pairs),
-        }
+        row, labels = pack_sequences(_responses_of(pairs))
+        num_scored = int((labels != IGNORE_INDEX).sum())
+        return {**row._asdict(), "labels": labels, "num_scored": num_scored, **_pair_columns(pairs)}
 
 
 class SharedPrefixCollator:
@@ -93,6 +82,28 @@ class SharedPrefixCollator:
         row, labels = share_prefixes(_responses_of(pairs))
         num_scored = int((labels != IGNORE_INDEX).sum())
         return {**row._asdict(), "labels": labels, "num_scored": num_scored, **_pair_columns(pairs)}
+
+
+def pack_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Packed, Tensor]:
+    """Put sequences one after another into one row.
+
+    Args:
+        sequences: token ids of the prompt and of the response of each of S sequences.
+
+    Returns:
+        The row of N tokens, and its labels [1, N]: -100 but on the tokens of responses that do not begin a sequence.
+    """
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    boundaries = [0, *itertools.accumulate(lengths)]
+    labels = torch.tensor([x for prompt, response in sequences for x in (*[IGNORE_INDEX] * len(prompt), *response)])
+    labels[[start for start in boundaries[:-1] if start < len(labels)]] = IGNORE_INDEX
+    row = Packed(
+        input_ids=torch.tensor([[x for sequence in sequences for part in sequence for x in part]]),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
+        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+        max_seqlen=max(lengths),
+    )
+    return row, labels.unsqueeze(0)
 
 
 def share_prefixes(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[SharedPrefixes, Tensor]:

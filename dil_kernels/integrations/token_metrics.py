@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from dil_kernels.data.batches import Batch
 from dil_kernels.functional import DILOutput
 from dil_kernels.functional.logps import LogitStatistics
 from dil_kernels.reference import accumulation_dtype
@@ -15,16 +16,17 @@ from dil_kernels.training.metrics import counted_pairs
 COLUMNS = ("chosen_tokens", "rejected_tokens", "entropy", "chosen_logits", "rejected_logits", "chosen_hits")
 
 
-def token_sums(statistics: LogitStatistics, output: DILOutput) -> Tensor:
+def token_sums(statistics: LogitStatistics, output: DILOutput, batch: Batch) -> Tensor:
     """COLUMNS of every pair [B, len(COLUMNS)], zeros where it does not count.
 
     Args:
-        statistics: [2B, T - 1] each, chosen rows first.
+        statistics: [2B, T - 1] each, or [1, N - 1] of joined rows.
         output: of the same batch.
+        batch: of B pairs.
     """
     dtype = accumulation_dtype(output.losses.device)
     entropy, mean_logit, hits = (
-        values.sum(1, dtype=dtype).chunk(2)
+        batch.sums(batch.of_rows(values)).chunk(2)
         for values in (statistics.entropy, statistics.mean_logit, statistics.top1_hit)
     )
     columns = (

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,41 +25,23 @@ except ImportError as error:
     raise ImportError(f"this DILTrainer needs the extra [trl]: pip install 'dil-kernels[trl]' ({error})") from error
 
 from dil_kernels.backends import resolve_backend
-from dil_kernels.data.batches import IGNORE_INDEX
+from dil_kernels.data.batches import Batch
 from dil_kernels.functional import DILOutput
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_sums
 from dil_kernels.integrations.trl_config import DILConfig
+from dil_kernels.integrations.trl_models import ScoredModels
+from dil_kernels.integrations.trl_rows import RowCollator, batch_of, model_inputs, num_tokens
 from dil_kernels.losses import FusedLossOptions
-from dil_kernels.models.fused_head import UnsupportedHeadError, install_fused_head
-from dil_kernels.models.rotary_lengths import keep_lengths_apart
 from dil_kernels.models.scoring import Scores, score
 from dil_kernels.reference import accumulation_dtype
+from dil_kernels.training.checkpoints import check_weights
 from dil_kernels.training.loss_watch import NonFinitePairs
 from dil_kernels.training.metrics import METRICS, counted_pairs, means, pair_metrics
-from dil_kernels.training.model_checks import check_rows
+from dil_kernels.training.set_up import install_joined_rows, joined_rows_of, refuse_split_batches
+from dil_kernels.training.sharding import keep_outputs_exact
 
 __all__ = ["DILConfig", "DILTrainer"]
-
-logger = logging.getLogger(__name__)
-
-NOT_FOR_THE_MODEL = frozenset({"completion_mask", "num_scored", "ref_chosen_logps", "ref_rejected_logps"})
-
-
-@dataclass
-class CountingCollator:
-    """Another collator whose batches also say num_scored, so that the fused head need not ask the device.
-
-    Attributes:
-        collate: makes batches as TRL's collators do.
-    """
-
-    collate: Any
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch of TRL, and num_scored: how many tokens of its responses are scored."""
-        batch: dict[str, Any] = self.collate(examples)
-        return {**batch, "num_scored": int(batch["completion_mask"][:, 1:].sum())}
 
 
 class DILTrainer(DPOTrainer):
@@ -71,8 +51,15 @@ class DILTrainer(DPOTrainer):
     of an optimizer step together. TRL averages the means of micro-batches instead, which weighs a pair by how many
     others happened to be beside it.
 
-    Metrics have TRL's names and are means over pairs, in training since the last log, in evaluation over the data set;
-    they stay on the device until they are logged. rewards/* are log ratios, times beta.
+    Metrics have TRL's names, in training of the steps since the last log - of those after it in the final entry -, in
+    evaluation of the data set; they stay on the device until they are logged. They are means over pairs, entropy,
+    logits/* and mean_token_accuracy over tokens. rewards/* are log ratios, times beta.
+
+    A loss that is not finite, or a weight that training left so, ends training with a `FloatingPointError`: at the
+    next log, before the next checkpoint or at the end.
+
+    With `padding_free` or `prefix_sharing` the sequences of TRL's batches are joined to one row; of batches whose
+    logits are asked for (`compute_metrics`, `predict`) they are not.
 
     Args:
         model, ref_model: as of `trl.DPOTrainer`.
@@ -81,6 +68,7 @@ class DILTrainer(DPOTrainer):
 
     Raises:
         TypeError: args are not a `DILConfig`.
+        UnsupportedPackingError: a model does not keep the sequences of a row apart.
         NotImplementedError: a set-up in which the loss would not be exact.
     """
 
@@ -113,16 +101,12 @@ class DILTrainer(DPOTrainer):
         args = DILConfig("dil_output") if args is None else args
         if not isinstance(args, DILConfig):
             raise TypeError(f"args must be a dil_kernels.integrations.trl.DILConfig, got {type(args).__name__}")
-        self._fused_heads: dict[nn.Module, bool] = {}
-        super().__init__(model, ref_model, args, *rest, **kwargs)
-        if self.args.n_gpu > 1:
-            raise NotImplementedError(
-                f"{self.args.n_gpu} GPUs in one process would split a batch across its pairs; use torchrun, or make "
-                "one GPU visible with CUDA_VISIBLE_DEVICES"
-            )
-        if getattr(self.accelerator, "parallelism_config", None) is not None:
-            raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or context parallelism")
-        self.data_collator = CountingCollator(self.data_collator)
+        self._joined_rows = joined_rows_of(args)
+        padding_free, args.padding_free = args.padding_free, False  # TRL would say that it has none
+        try:
+            super().__init__(model, ref_model, args, *rest, **kwargs)
+        finally:
+            args.padding_free = padding_free
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
         self.model_accepts_loss_kwargs = True
         self.loss_options = FusedLossOptions(
@@ -130,17 +114,77 @@ class DILTrainer(DPOTrainer):
         )
         self.beta = self.loss_options.factor
         self._has_router = getattr(self, "aux_loss_enabled", False)  # a mixture of experts, in TRL 1.8 or later
+        if self._has_router and self._joined_rows == "prefix_sharing":
+            raise NotImplementedError(
+                "prefix_sharing=True was given, but the router's loss would count the tokens of a shared prompt once; "
+                "leave it out with router_aux_loss_coef=0, or take padding_free=True"
+            )
         self._train_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._start_record()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As of `transformers.Trainer`; FSDP2 returns log-probs as exact as they are."""
+        super().create_accelerator_and_postprocess()
+        keep_outputs_exact(self.accelerator)
+
+    @property
+    def ref_model(self) -> Any:
+        """The reference, where it has weights of its own, as TRL wrapped it."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        # TRL sets it, whatever it is, before it wraps models and precomputes log-probs.
+        self._ref_model = model
+        if not hasattr(self, "_models"):
+            self._set_up()
+
+    def _set_up(self) -> None:
+        """Prepare the models and the collator, while the models are whole."""
+        refuse_split_batches(self)
+        self._models = ScoredModels(self.args, self.accelerator)
+        models = {"model": self.model, "ref_model": self.ref_model}
+        models = {name: each for name, each in models.items() if each is not None}
+        for name, each in models.items():
+            self._models.prepare(each, name)
+        install_joined_rows([*models.values()], self._joined_rows, self.accelerator)
+        self.data_collator = RowCollator(self.data_collator, self._joined_rows)
+
+    @contextlib.contextmanager
+    def _padded_rows(self) -> Iterator[None]:
+        """For loaders of batches whose logits are asked for."""
+        collator = self.data_collator
+        if isinstance(collator, RowCollator):
+            self.data_collator = RowCollator(collator.collate)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As of `transformers.Trainer`."""
+        with contextlib.nullcontext() if self.compute_metrics is None else self._padded_rows():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As of `transformers.Trainer`."""
+        with self._padded_rows():
+            return super().get_test_dataloader(*args, **kwargs)
 
     def _start_record(self) -> None:
         self._train_sums, self._eval_sums = self._no_sums(), self._no_sums()
         self._non_finite = NonFinitePairs(self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `transformers.Trainer.train`."""
+        """Train; see `transformers.Trainer.train`.
+
+        Raises:
+            FloatingPointError: a loss, or a weight that training left, is not finite.
+        """
         self._start_record()
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        check_weights(self.model, self.state.global_step, self.accelerator.gather)
+        return output
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -149,8 +193,7 @@ class DILTrainer(DPOTrainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         num_pairs = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
-            scored = batch["completion_mask"][:, 1:].any(1)
-            num_pairs += torch.logical_and(*scored.chunk(2)).sum().to(device)
+            num_pairs += batch_of(batch).scored_counts()[0].to(device)
         return batches, self.accelerator.reduce(num_pairs, reduction="sum")
 
     def compute_loss(
@@ -171,22 +214,22 @@ class DILTrainer(DPOTrainer):
         Returns:
             The loss []. Its sum over the micro-batches, averaged over the processes, is the mean over the pairs.
         """
-        labels = _labels(inputs)
+        batch = batch_of(inputs)
         with_router = {"output_router_logits": True} if self._has_router else {}
-        policy = self._score(model, inputs, labels, return_statistics=True, keep_logits=return_outputs, **with_router)
+        policy = self._score(model, inputs, batch, return_statistics=True, keep_logits=return_outputs, **with_router)
         ref_token_logps = ref_logps = None
         if self.precompute_ref_logps:
-            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+            ref_logps = batch.ref_logps(self.loss_options)
         else:
-            ref_token_logps = self._score_reference(None, inputs, labels)
+            ref_token_logps = self._score_reference(None, inputs, batch)
         output = loss_of_token_logps(
-            policy.token_logps,
-            labels,
-            None,
+            batch.of_rows(policy.token_logps),
+            batch.labels,
+            batch.layout.cu_seqlens,
             ref_token_logps,
             ref_logps,
             self.loss_options,
-            backend=resolve_backend(self.args.backend, labels.device, policy.token_logps.dtype),
+            backend=resolve_backend(self.args.backend, batch.labels.device, policy.token_logps.dtype),
         )
         if num_items_in_batch is None:
             loss = output.loss / counted_pairs(output).sum().clamp(min=1)
@@ -196,79 +239,51 @@ class DILTrainer(DPOTrainer):
         if self._has_router:
             num_batches = self.current_gradient_accumulation_steps if self.model.training else 1
             loss = loss + self.router_aux_loss_coef * policy.outputs.aux_loss / num_batches
-        self._record(inputs, policy, output)
+        self._record(batch, policy, output)
         return (loss, policy.outputs) if return_outputs else loss
 
     def _score(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        labels: Tensor,
+        batch: Batch,
         *,
         return_statistics: bool = False,
         keep_logits: bool = False,
         **kwargs: Any,
     ) -> Scores:
-        """The log-probs of the labels [2B, T] of a batch, and what else is asked for."""
-        model_inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        """The log-probs of the labels of a batch, as its rows lie, and what else is asked for."""
         return score(
             model,
-            {**model_inputs, "use_cache": False, **kwargs},
-            labels,
-            fused_head=self._has_fused_head(model),
+            {**model_inputs(inputs, batch), **kwargs},
+            batch.row_labels,
+            fused_head=self._models.has_fused_head(model),
             backend=self.args.backend,
             stash_bytes=self.args.stash_bytes,
-            max_scored_tokens=inputs.get("num_scored"),
+            max_scored_tokens=batch.num_scored,
             return_statistics=return_statistics,
             keep_logits=keep_logits,
-            virtual_tokens=_adds_virtual_tokens(self.accelerator.unwrap_model(model)),
+            virtual_tokens=self._models.adds_virtual_tokens(model),
         )
 
-    def _has_fused_head(self, model: nn.Module) -> bool:
-        """Whether the model scores labels without logits; teaches it on the first call, if it can.
-
-        That call also makes it take each sequence by its own length, and checks that it does.
-        """
-        model = self.accelerator.unwrap_model(model)
-        if model not in self._fused_heads:
-            keep_lengths_apart(model)
-            check_rows(model)
-            problem = self._fused_head_problem(model)
-            if problem is not None and self.args.fused_head:
-                raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")
-            if problem is not None and self.args.fused_head is None:
-                logger.warning("log-probs are taken from logits, since %s", problem)
-            self._fused_heads[model] = problem is None
-        return self._fused_heads[model]
-
-    def _fused_head_problem(self, model: Any) -> str | None:
-        """Why the model does not score labels without logits; None if it does."""
-        if self.args.fused_head is False:
-            return "fused_head=False was given"
-        if _adds_virtual_tokens(model):
-            return "prompt tuning adds virtual tokens, which have no label"
-        try:
-            install_fused_head(model)
-        except UnsupportedHeadError as error:
-            return str(error)
-        return None
-
-    def _score_reference(self, model: nn.Module | None, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    def _score_reference(self, model: nn.Module | None, inputs: dict[str, Any], batch: Batch) -> Tensor:
         """Log-probs of the labels under the reference: `model`, or the one that the trainer holds."""
         adapter: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            policy = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is None and is_peft_model(self._models.unwrapped(self.model)):
+            policy = self._models.unwrapped(self.model)
             # The adapters off give a new adapter's reference; TRL keeps a copy of one that was loaded.
             adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
         if model is None:
             model = self.model if self.ref_model is None else self.ref_model
+        # FSDP2 computes in the precision of its own policy instead.
+        autocast = contextlib.nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             adapter,
-            self.accelerator.autocast(),
+            autocast,
         ):
-            return self._score(model, inputs, labels).token_logps
+            return batch.of_rows(self._score(model, inputs, batch).token_logps)
 
     def compute_ref_log_probs(self, *args: Any) -> tuple[Tensor, Tensor]:
         """Summed log-probs [B] of chosen and rejected responses under the reference, for TRL's precomputation.
@@ -277,8 +292,9 @@ class DILTrainer(DPOTrainer):
             args: (model, inputs), in TRL before 1.9 only (inputs,).
         """
         *model, inputs = args
-        logps = self._score_reference(model[0] if model else None, inputs, _labels(inputs))
-        chosen, rejected = logps.sum(1).chunk(2)
+        batch = batch_of(inputs)
+        logps = batch.sums(self._score_reference(model[0] if model else None, inputs, batch))
+        chosen, rejected = logps.float().chunk(2)
         return chosen, rejected
 
     def _no_sums(self) -> Tensor:
@@ -286,16 +302,16 @@ class DILTrainer(DPOTrainer):
         size = len(METRICS) + 1 + len(COLUMNS) + 1
         return torch.zeros(size, dtype=accumulation_dtype(self.args.device), device=self.args.device)
 
-    def _record(self, inputs: dict[str, Any], policy: Scores, output: DILOutput) -> None:
+    def _record(self, batch: Batch, policy: Scores, output: DILOutput) -> None:
         """Add a micro-batch to what is logged next; nothing waits for the device."""
         assert policy.statistics is not None
         rewards = {name: self.beta * getattr(output, name) for name in ("chosen_rewards", "rejected_rewards")}
         pairs = pair_metrics(output._replace(**rewards))
         aux_loss = pairs[:, -1:] * (policy.outputs.aux_loss.detach() if self._has_router else 0.0)
-        sums = torch.cat([pairs, token_sums(policy.statistics, output), aux_loss], dim=1)
+        sums = torch.cat([pairs, token_sums(policy.statistics, output, batch), aux_loss], dim=1)
         if self.model.training:
             self._train_sums += sums.sum(0)
-            self._train_tokens += inputs["attention_mask"].sum()
+            self._train_tokens += num_tokens(batch)
             self._non_finite.add(output, None, self.state.global_step + 1)
         else:
             self._eval_sums += self.accelerator.gather_for_metrics(sums).sum(0)
@@ -312,15 +328,18 @@ class DILTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, in training with the means of the metrics since the last log, which waits for the device."""
-        if "loss" in logs:
+        if self.is_in_train:
             self._non_finite.check(self.accelerator.gather, self.args.output_dir)
-            metrics = self._means(self.accelerator.reduce(self._train_sums, reduction="sum"))
-            logs |= {name: value for name, value in metrics.items() if name != "loss"}
+        if "loss" in logs or "train_loss" in logs:  # in training, and at its end
+            sums = self.accelerator.reduce(self._train_sums, reduction="sum")
+            if "loss" in logs or sums.any():  # at the end, where steps have come since the last log
+                logs |= {name: value for name, value in self._means(sums).items() if name != "loss"}
             self._train_sums = self._no_sums()
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._non_finite.check(self.accelerator.gather, self.args.output_dir)
+        check_weights(model, self.state.global_step, self.accelerator.gather)
         super()._save_checkpoint(model, trial)
 
     def evaluation_loop(
@@ -337,13 +356,3 @@ class DILTrainer(DPOTrainer):
         metrics = self._means(self._eval_sums)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
-
-
-def _adds_virtual_tokens(model: Any) -> bool:
-    """Whether the forward puts tokens of its own before the inputs."""
-    return is_peft_model(model) and model.active_peft_config.is_prompt_learning
-
-
-def _labels(inputs: dict[str, Any]) -> Tensor:  # [2B, T]
-    labels: Tensor = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
-    return labels

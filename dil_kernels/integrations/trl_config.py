@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from dil_kernels.backends import BACKENDS
 from dil_kernels.checks import check_choice
 from dil_kernels.losses import LossOptions
+from dil_kernels.training.config import check_joined_rows
 from dil_kernels.training.loss_fields import FusedLossFields
 
 if Version(trl.__version__) < Version("1.0.0"):
@@ -28,7 +29,6 @@ UNUSED_OPTIONS = (
     "ld_alpha",
     "loss_weights",
     "discopop_tau",
-    "padding_free",
 )
 NAMES_IN_TRL = {
     "sigmoid": "loss_type='dpo'",
@@ -52,6 +52,14 @@ class DILConfig(FusedLossFields, DPOConfig):
         },
     )
 
+    prefix_sharing: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute each prompt of a batch once for all responses to it, without padding; an error where the "
+            "model would not give each response what it gives it alone."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()  # makes a list of loss_type
         self._check()
@@ -68,7 +76,7 @@ class DILConfig(FusedLossFields, DPOConfig):
             TypeError: an option that is not of this class.
             ValueError: an option that the loss does not use, as at construction.
         """
-        names = {option.name for option in dataclasses.fields(FusedLossFields)}
+        names = {option.name for option in dataclasses.fields(FusedLossFields)} | {"prefix_sharing"}
         if unknown := options.keys() - names:
             raise TypeError(f"options of the DPOConfig itself, or unknown ones: {', '.join(sorted(unknown))}")
         new = cls.__new__(cls)  # what is computed at construction, as the device is, comes along
@@ -93,6 +101,7 @@ class DILConfig(FusedLossFields, DPOConfig):
         if loss_type == "dpo" and self.beta is None:
             self.beta = DPOConfig.__dataclass_fields__["beta"].default
         LossOptions(**self.loss_options())
+        check_joined_rows(self)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         options = self.__dataclass_fields__
         for name in UNUSED_OPTIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -13,6 +14,7 @@ from dil_kernels.losses import LossOptions
 from dil_kernels.training.loss_fields import FusedLossFields
 from dil_kernels.training.ranges import check_numbers
 
+JOINED_ROWS = ("prefix_sharing", "padding_free")  # the options, the one that implies the other first
 SYNC_DEFAULTS = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 
 
@@ -160,9 +162,7 @@ class DILConfig(FusedLossFields, TrainingArguments):
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.label_smoothing_factor:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} was given, but no DIL loss has one")
-        for option in ("prefix_sharing", "padding_free"):
-            if getattr(self, option):
-                self._check_joined_rows(option)
+        check_joined_rows(self)
         if self.max_tokens_per_batch is not None:
             self._check_filling()
         if self.activation_offloading and self.device.type != "cuda":
@@ -176,17 +176,6 @@ class DILConfig(FusedLossFields, TrainingArguments):
             self.max_prompt_length = _resolve_prompt_length(self.max_length, self.max_prompt_length)
         elif self.max_prompt_length is not None:
             raise ValueError(f"max_prompt_length={self.max_prompt_length} was given, but max_length=None cuts nothing")
-
-    def _check_joined_rows(self, option: str) -> None:
-        if self.torch_compile:
-            raise ValueError(f"{option}=True was given, but with torch_compile=True every batch would be compiled")
-        if self.pad_to_multiple_of is not None:
-            raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} was given, but {option}=True pads nothing")
-        if self.neftune_noise_alpha is not None:
-            raise ValueError(
-                f"neftune_noise_alpha={self.neftune_noise_alpha} was given, but with {option}=True its noise goes by "
-                "the length of the joined row"
-            )
 
     def _check_filling(self) -> None:
         given = f"max_tokens_per_batch={self.max_tokens_per_batch} was given, but"
@@ -223,6 +212,26 @@ class DILConfig(FusedLossFields, TrainingArguments):
         if self.max_prompt_length is not None:
             raise ValueError(
                 f"max_prompt_length={self.max_prompt_length} was given, but truncation_mode='drop' cuts no prompt"
+            )
+
+
+def check_joined_rows(args: Any) -> None:
+    """Refuse what goes by padded rows beside an option of JOINED_ROWS.
+
+    Raises:
+        ValueError: names both.
+    """
+    for option in JOINED_ROWS:
+        if not getattr(args, option):
+            continue
+        if args.torch_compile:
+            raise ValueError(f"{option}=True was given, but with torch_compile=True every batch would be compiled")
+        if args.pad_to_multiple_of is not None:
+            raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} was given, but {option}=True pads nothing")
+        if args.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={args.neftune_noise_alpha} was given, but with {option}=True its noise goes by "
+                "the length of the joined row"
             )
 
 

@@ -15,6 +15,7 @@ from dil_kernels.data.collators import PackedCollator, SharedPrefixCollator
 from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.models.packed_attention import UnsupportedPackingError, install_packed_attention
 from dil_kernels.models.prefix_sharing import install_prefix_sharing
+from dil_kernels.training.config import JOINED_ROWS
 from dil_kernels.training.model_checks import check_causal_lm, keep_gradients_of_4_bits
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,19 @@ def refuse_inexact_setups(trainer: Trainer) -> None:
     Raises:
         NotImplementedError: the message is the reason.
     """
+    refuse_split_batches(trainer)
+    accelerator: Any = trainer.accelerator
+    if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
+        raise NotImplementedError("FSDP 1 is not supported; set fsdp_version: 2 in the config of accelerate")
+    _refuse_router_loss(trainer.model, tell=trainer.is_world_process_zero())
+
+
+def refuse_split_batches(trainer: Trainer) -> None:
+    """Refuse set-ups that take a batch apart, or processes that do not know of each other.
+
+    Raises:
+        NotImplementedError: the message is the reason.
+    """
     accelerator: Any = trainer.accelerator
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes < launched:
@@ -70,15 +84,12 @@ def refuse_inexact_setups(trainer: Trainer) -> None:
             f"{trainer.args.n_gpu} GPUs in one process would split a batch across its pairs; use torchrun, or make "
             "one GPU visible with CUDA_VISIBLE_DEVICES"
         )
-    if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
-        raise NotImplementedError("FSDP 1 is not supported; set fsdp_version: 2 in the config of accelerate")
     loading: Any = trainer.args.accelerator_config
     if loading.dispatch_batches or loading.split_batches:
         raise NotImplementedError(
             "accelerator_config with dispatch_batches or split_batches cuts batches apart, in which the rejected "
             "responses follow the chosen ones; leave both out: every process loads batches of its own"
         )
-    _refuse_router_loss(trainer.model, tell=trainer.is_world_process_zero())
     if getattr(accelerator, "parallelism_config", None) is not None:
         raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
 
@@ -141,16 +152,36 @@ def join_rows(trainer: Any, data_collator: Any, models: Sequence[nn.Module]) -> 
         UnsupportedPackingError: they do not.
         ValueError: there is a data collator.
     """
-    sharing = trainer.args.prefix_sharing
-    option = "prefix_sharing" if sharing else "padding_free"
+    option = joined_rows_of(trainer.args)
     if data_collator is not None:
         raise ValueError(f"{option}=True makes the rows of batches itself; give no data_collator, or {option}=False")
+    install_joined_rows(models, option, trainer.accelerator)
+    trainer.data_collator = SharedPrefixCollator() if option == "prefix_sharing" else PackedCollator()
+
+
+def joined_rows_of(args: Any) -> str | None:
+    """The option that joins the sequences of a batch to one row, prefix_sharing or padding_free; None if neither."""
+    return next((option for option in JOINED_ROWS if getattr(args, option)), None)
+
+
+def install_joined_rows(models: Sequence[nn.Module], option: str | None, accelerator: Any) -> None:
+    """Prepare models for batches in one row, if they compute the same on it.
+
+    Args:
+        models: not yet wrapped.
+        option: as of `joined_rows_of`; None for nothing.
+        accelerator: of the trainer.
+
+    Raises:
+        UnsupportedPackingError: they do not.
+    """
+    if option is None:
+        return
     try:
-        with trainer.accelerator.autocast():
-            (install_prefix_sharing if sharing else install_packed_attention)(*models)
+        with accelerator.autocast():
+            (install_prefix_sharing if option == "prefix_sharing" else install_packed_attention)(*models)
     except UnsupportedPackingError as error:
         raise UnsupportedPackingError(f"{option}=True was given, but {error}") from error
-    trainer.data_collator = SharedPrefixCollator() if sharing else PackedCollator()
 
 
 def disable_dropout(model: nn.Module) -> None:
