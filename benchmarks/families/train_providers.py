@@ -117,10 +117,10 @@ def _ours(inputs: Inputs, folder: str, **options: Any) -> Any:
     return _make_trainer(DILTrainer, DILConfig, inputs, folder, loss_type="dpo", average_log_prob=False, **options)
 
 
-def _ours_on_trl(inputs: Inputs, folder: str) -> Any:
+def _ours_on_trl(inputs: Inputs, folder: str, **options: Any) -> Any:
     from dil_kernels.integrations.trl import DILConfig, DILTrainer
 
-    return _make_trainer(DILTrainer, DILConfig, inputs, folder, loss_type="dpo", average_log_prob=False)
+    return _make_trainer(DILTrainer, DILConfig, inputs, folder, loss_type="dpo", average_log_prob=False, **options)
 
 
 def _trl(inputs: Inputs, folder: str, **options: Any) -> Any:
@@ -192,12 +192,19 @@ PROVIDERS = {
             functools.partial(_ours, fused_head=False),
             version=_ours_version,
         ),
-        _provider(
-            f"{OURS}-trl",
-            "dil_kernels.integrations.trl.DILTrainer",
-            _ours_on_trl,
-            version=lambda: f"{_ours_version()}, {peer_version('trl')()}",
-            problem=_trl_problem,
+        *(
+            _provider(
+                f"{OURS}-trl{suffix}",
+                f"dil_kernels.integrations.trl.DILTrainer{''.join(f', {option}=True' for option in options)}",
+                functools.partial(_ours_on_trl, **options),
+                version=lambda: f"{_ours_version()}, {peer_version('trl')()}",
+                problem=_trl_problem,
+            )
+            for suffix, options in {
+                "": {},
+                "-packed": {"padding_free": True},
+                "-shared": {"prefix_sharing": True},
+            }.items()
         ),
         Provider(BASELINE, "one forward, fp32 log_softmax of all logits, by hand", lambda: authors_step),
         _provider("trl", "trl.DPOTrainer", _trl, version=peer_version("trl"), problem=_trl_problem),
