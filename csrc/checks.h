@@ -89,7 +89,7 @@ inline LossOptions loss_options(
     const std::string& loss_type, const LossParameters& parameters, bool average, bool interleaved, bool mean,
     const SequenceLayout& layout) {
   const Divergence divergence = divergence_by_name(loss_type);
-  STD_TORCH_CHECK(!layout.is_chosen || divergence != Divergence::Dpo, "loss_type dpo needs pairs");
+  STD_TORCH_CHECK(!layout.is_chosen || is_separable(divergence), "loss_type ", loss_type, " needs pairs");
   STD_TORCH_CHECK(!layout.is_chosen || parameters.link == Link::Imitation, "only the imitation link does without pairs");
   return {divergence, parameters, average, interleaved, mean};
 }

@@ -1,7 +1,7 @@
 // Scalar math of every density-ratio loss, for host and device, in fp64. No torch, no allocation.
 //
 // u is the log ratio log pi_theta/pi_ref. A separable loss is A(u) = h'(e^u) and P(u) = e^u h'(e^u) - h(e^u) of a convex
-// generator h, with P'(u) = e^u A'(u); a coupled one is a pair loss. DIL_DIVERGENCES is the one list;
+// generator h, with P'(u) = e^u A'(u), or any A and P; a coupled one is a pair loss. DIL_DIVERGENCES is the one list;
 // dil_kernels/losses/built_in.py is its twin in torch, and the tests compare the two.
 //
 // What overflows is an infinity of the right sign, never a NaN: of two terms that overflow against each other, that of an
@@ -22,12 +22,13 @@ namespace dil {
 enum class Link : int { Imitation, Ratio, FDpo };
 
 struct LossParameters {
-  double parameter;        // beta of dpo, power of power; 0 where the loss has none
+  double beta;             // the loss's own, or the factor of u, of the difference of two, or of that of A
+  double power;            // the loss's own; 0 where it has none
+  double label_smoothing;  // likewise
   double alpha;            // share of the chosen responses in the reference expectation
   double max_log_ratio;    // soft bound on u; 0 for none
   double chosen_weight;    // of the chosen term of a separable loss
   double rejected_weight;  // likewise
-  double beta;             // factor of u, of the difference of two, or of that of A
   double chosen_offset;    // added to beta u
   double rejected_offset;  // likewise
   double scale;            // what a loss under the ratio link is divided by
@@ -87,8 +88,8 @@ DIL_HD double soft_bound_slope(double u, double M) { return M == 0.0 ? 1.0 : tan
 struct View {
   double v, slope;
 };
-DIL_HD View view(double u, double offset, const LossParameters& o) {
-  return {o.beta * soft_bound(u, o.max_log_ratio) + offset, o.beta * soft_bound_slope(u, o.max_log_ratio)};
+DIL_HD View view(double u, double beta, double offset, double M) {
+  return {beta * soft_bound(u, M) + offset, beta * soft_bound_slope(u, M)};
 }
 
 // A gradient through a bound or a weight; 0 where that is 0, however large the gradient.
@@ -99,6 +100,13 @@ DIL_HD double scaled(double grad, double by) { return by == 0.0 ? 0.0 : grad * b
 template <class D>
 struct Separable {
   static constexpr bool separable = true;
+
+  // What A and P take beside v, and the factor of u: the loss's own parameter, and beta where it is not that.
+  static DIL_HD double own(const LossParameters& o) { return o.power; }
+  static DIL_HD double factor(const LossParameters& o) { return o.beta; }
+  static DIL_HD View view_of(double u, double offset, const LossParameters& o) {
+    return view(u, D::factor(o), offset, o.max_log_ratio);
+  }
 
   // log A, log P and log P' where these may overflow.
   static DIL_HD double log_A(double, double) { return -INFINITY; }
@@ -116,8 +124,8 @@ struct Separable {
   }
 
   static DIL_HD Term chosen(double u, const LossParameters& o) {
-    const double p = o.parameter;
-    const auto [v, slope] = view(u, o.chosen_offset, o);
+    const double p = D::own(o);
+    const auto [v, slope] = view_of(u, o.chosen_offset, o);
     Term out{-D::A(v, p), -D::dA(v, p)};
     if (o.alpha != 0.0) {
       out.loss += weighted_P(v, p, o.alpha);
@@ -131,8 +139,8 @@ struct Separable {
   static DIL_HD Term rejected(double u, const LossParameters& o) {
     const double weight = o.rejected_weight * (1.0 - o.alpha);
     if (weight == 0.0) return {0.0, 0.0};
-    const double p = o.parameter;
-    const auto [v, slope] = view(u, o.rejected_offset, o);
+    const double p = D::own(o);
+    const auto [v, slope] = view_of(u, o.rejected_offset, o);
     return {weighted_P(v, p, weight), scaled(weighted_dP(v, p, weight), slope)};
   }
 
@@ -140,7 +148,7 @@ struct Separable {
     const Term w = chosen(u_w, o), l = rejected(u_l, o);
     double loss = w.loss + l.loss;
     if (is_nan(loss) && !is_nan(u_w) && !is_nan(u_l)) {
-      const double p = o.parameter, v_w = view(u_w, o.chosen_offset, o).v, v_l = view(u_l, o.rejected_offset, o).v;
+      const double p = D::own(o), v_w = view_of(u_w, o.chosen_offset, o).v, v_l = view_of(u_l, o.rejected_offset, o).v;
       const bool w_infinite = fabs(v_w) == INFINITY, l_infinite = fabs(v_l) == INFINITY;
       const double positive = log_add(
           log_weighted(o.chosen_weight * o.alpha, D::log_P(v_w, p)),
@@ -154,7 +162,7 @@ struct Separable {
   // The loss of two responses whose log ratios are beta d and -beta d: P(-beta d) - A(beta d), d = u_w - u_l.
   static DIL_HD PairLoss ratio(double u_w, double u_l, const LossParameters& o) {
     const double x = o.beta * (soft_bound(u_w, o.max_log_ratio) - soft_bound(u_l, o.max_log_ratio));
-    const LossParameters plain{o.parameter, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, Link::Imitation};
+    const LossParameters plain{1.0, o.power, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, Link::Imitation};
     const PairLoss out = imitation(x, -x, plain);
     const double push = o.beta * (out.grad_l - out.grad_w) / o.scale;
     return {
@@ -164,7 +172,7 @@ struct Separable {
 
   // softplus(-beta (A(u_w) - A(u_l))). A increases: where it overflows for both, the larger log ratio has the larger one.
   static DIL_HD PairLoss contrast(double u_w, double u_l, const LossParameters& o) {
-    const double p = o.parameter, v_w = soft_bound(u_w, o.max_log_ratio), v_l = soft_bound(u_l, o.max_log_ratio);
+    const double p = D::own(o), v_w = soft_bound(u_w, o.max_log_ratio), v_l = soft_bound(u_l, o.max_log_ratio);
     const double A_w = D::A(v_w, p), A_l = D::A(v_l, p);
     double margin = o.beta * (A_w - A_l);
     if (fabs(A_w) == INFINITY && A_w == A_l && fabs(v_w) != INFINITY && fabs(v_l) != INFINITY) {
@@ -247,21 +255,118 @@ struct Brier : Separable<Brier> {
   static DIL_HD double dP(double u, double) { return 2.0 * sigmoid(u) * sigmoid(u) * sigmoid(-u); }
 };
 
-// Not separable; DIL eq. 27
-struct Dpo {
-  static constexpr const char* name = "dpo";
+// No Bregman divergence: (v - 1 / (2 beta))^2 of the chosen, (v + 1 / (2 beta))^2 of the rejected; SPPO eq. 4.7
+struct SppoHard : Separable<SppoHard> {
+  static constexpr const char* name = "sppo_hard";
+  static DIL_HD double own(const LossParameters& o) { return o.beta; }
+  static DIL_HD double factor(const LossParameters&) { return 1.0; }
+  static DIL_HD double A(double u, double beta) { return -(u - 0.5 / beta) * (u - 0.5 / beta); }
+  static DIL_HD double P(double u, double beta) { return (u + 0.5 / beta) * (u + 0.5 / beta); }
+  static DIL_HD double dA(double u, double beta) { return -2.0 * (u - 0.5 / beta); }
+  static DIL_HD double dP(double u, double beta) { return 2.0 * (u + 0.5 / beta); }
+};
+
+// No Bregman divergence; APO eq. 7
+struct ApoZero : Separable<ApoZero> {
+  static constexpr const char* name = "apo_zero";
+  static DIL_HD double A(double u, double) { return -sigmoid(-u); }
+  static DIL_HD double P(double u, double) { return sigmoid(u); }
+  static DIL_HD double dA(double u, double) { return sigmoid(u) * sigmoid(-u); }
+  static DIL_HD double dP(double u, double) { return sigmoid(u) * sigmoid(-u); }
+};
+
+// A loss D::of(w, l) of both bounded log ratios of a pair.
+template <class D>
+struct Coupled {
   static constexpr bool separable = false;
   static DIL_HD PairLoss pair(double u_w, double u_l, const LossParameters& o) {
-    const double margin = o.parameter * (soft_bound(u_w, o.max_log_ratio) - soft_bound(u_l, o.max_log_ratio));
-    const double g = o.parameter * sigmoid(-margin);
-    return {softplus(-margin), -g * soft_bound_slope(u_w, o.max_log_ratio), g * soft_bound_slope(u_l, o.max_log_ratio)};
+    const double M = o.max_log_ratio;
+    const PairLoss out = D::of(soft_bound(u_w, M), soft_bound(u_l, M), o);
+    return {out.loss, scaled(out.grad_w, soft_bound_slope(u_w, M)), scaled(out.grad_l, soft_bound_slope(u_l, M))};
   }
   // A sequence alone has no loss; the callers refuse to ask for one.
   static DIL_HD Term chosen(double, const LossParameters&) { return {NAN, NAN}; }
   static DIL_HD Term rejected(double, const LossParameters&) { return {NAN, NAN}; }
 };
 
-#define DIL_DIVERGENCES(X) X(Lsif) X(Ukl) X(Bce) X(Power) X(Is) X(Brier) X(Dpo)
+// One of x = beta (w - l) alone, from D::of_difference(x).
+template <class D>
+struct CoupledByDifference : Coupled<D> {
+  static DIL_HD PairLoss of(double w, double l, const LossParameters& o) {
+    const Term t = D::of_difference(o.beta * (w - l), o);
+    return {t.loss, o.beta * t.grad, -o.beta * t.grad};
+  }
+};
+
+// DIL eq. 27; with label_smoothing e conservative: a label is wrong with probability e
+struct Dpo : CoupledByDifference<Dpo> {
+  static constexpr const char* name = "dpo";
+  static DIL_HD Term of_difference(double x, const LossParameters& o) {
+    const double e = o.label_smoothing;
+    return {(1.0 - e) * softplus(-x) + product(e, softplus(x)), e * sigmoid(x) - (1.0 - e) * sigmoid(-x)};
+  }
+};
+
+// Unbiased where a label is wrong with probability label_smoothing; robust DPO
+struct Robust : CoupledByDifference<Robust> {
+  static constexpr const char* name = "robust";
+  static DIL_HD Term of_difference(double x, const LossParameters& o) {
+    const double e = o.label_smoothing, rest = 1.0 - 2.0 * e;
+    return {((1.0 - e) * softplus(-x) - product(e, softplus(x))) / rest, -((1.0 - e) * sigmoid(-x) + e * sigmoid(x)) / rest};
+  }
+};
+
+// SLiC-HF, RSO
+struct Hinge : CoupledByDifference<Hinge> {
+  static constexpr const char* name = "hinge";
+  static DIL_HD Term of_difference(double x, const LossParameters&) {
+    return x >= 1.0 ? Term{0.0, 0.0} : Term{1.0 - x, -1.0};
+  }
+};
+
+// (w - l - 1 / (2 beta))^2; IPO eq. 17
+struct Ipo : CoupledByDifference<Ipo> {
+  static constexpr const char* name = "ipo";
+  static DIL_HD Term of_difference(double x, const LossParameters& o) {
+    const double error = (x - 0.5) / o.beta;
+    return {error * error, 2.0 * error / o.beta};
+  }
+};
+
+// KL(q || p) of q = sigmoid(+-x) and p = (1 - e, e); EXO eq. 16
+struct ExoPair : CoupledByDifference<ExoPair> {
+  static constexpr const char* name = "exo_pair";
+  static DIL_HD Term of_difference(double x, const LossParameters& o) {
+    const double log_p_w = log1p(-o.label_smoothing), log_p_l = log(o.label_smoothing);
+    const double q_w = sigmoid(x), q_l = sigmoid(-x);
+    return {
+        product(q_w, -softplus(-x) - log_p_w) + product(q_l, -softplus(x) - log_p_l),
+        product(q_w * q_l, x - (log_p_w - log_p_l))};
+  }
+};
+
+// sigmoid(beta w) + sigmoid(-beta (w - l)); APO eq. 8
+struct ApoDown : Coupled<ApoDown> {
+  static constexpr const char* name = "apo_down";
+  static DIL_HD PairLoss of(double w, double l, const LossParameters& o) {
+    const double v = o.beta * w, x = o.beta * (w - l), push = o.beta * sigmoid(x) * sigmoid(-x);
+    return {sigmoid(v) + sigmoid(-x), o.beta * sigmoid(v) * sigmoid(-v) - push, push};
+  }
+};
+
+// softplus(l - w) + (w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2; Cal-DPO
+struct CalDpo : Coupled<CalDpo> {
+  static constexpr const char* name = "cal_dpo";
+  static DIL_HD PairLoss of(double w, double l, const LossParameters& o) {
+    const double error_w = w - 0.5 / o.beta, error_l = l + 0.5 / o.beta, push = sigmoid(l - w);
+    return {softplus(l - w) + error_w * error_w + error_l * error_l, 2.0 * error_w - push, 2.0 * error_l + push};
+  }
+};
+
+#define DIL_DIVERGENCES(X)                                                                                            \
+  X(Lsif)                                                                                                             \
+  X(Ukl) X(Bce) X(Power) X(Is) X(Brier) X(SppoHard) X(ApoZero) X(Dpo) X(Robust) X(Hinge) X(Ipo) X(ExoPair) X(ApoDown) \
+      X(CalDpo)
 
 enum class Divergence : int {
 #define DIL_ENUM(D) D,
@@ -269,6 +374,19 @@ enum class Divergence : int {
 #undef DIL_ENUM
       None  // log ratios only: every loss is 0
 };
+
+inline bool is_separable(Divergence divergence) {
+  switch (divergence) {
+#define DIL_CASE(D)   \
+  case Divergence::D: \
+    return D::separable;
+    DIL_DIVERGENCES(DIL_CASE)
+#undef DIL_CASE
+    case Divergence::None:
+      return true;
+  }
+  return false;
+}
 
 DIL_HD PairLoss pair_loss(Divergence divergence, double u_w, double u_l, const LossParameters& o) {
   switch (divergence) {

@@ -56,26 +56,35 @@ py::object divergence_scalars(const std::string& name) {
 
 using Array = py::array_t<double>;
 
-py::tuple divergence_pair(
-    const std::string& name, const Array& u_w, const Array& u_l, double parameter, double alpha, double max_log_ratio,
-    double chosen_weight, double rejected_weight, double beta, double chosen_offset, double rejected_offset, double scale,
-    const std::string& link) {
-  const Divergence divergence = divergence_by_name(name);
-  const LossParameters parameters{parameter, alpha,         max_log_ratio,   chosen_weight, rejected_weight,
-                                  beta,      chosen_offset, rejected_offset, scale,         link_by_name(link)};
+// From a LossParameters of dil_kernels/losses/options.py: loss_type, the numbers, link.
+LossParameters parameters_of(const py::tuple& p) {
+  const auto number = [&](int i) { return p[i].cast<double>(); };
+  return {
+      number(1),
+      number(2),
+      number(3),
+      number(4),
+      number(5),
+      number(6),
+      number(7),
+      number(8),
+      number(9),
+      number(10),
+      link_by_name(p[11].cast<std::string>())};
+}
+
+py::tuple divergence_pair(const py::tuple& p, const Array& u_w, const Array& u_l) {
+  const Divergence divergence = divergence_by_name(p[0].cast<std::string>());
+  const LossParameters parameters = parameters_of(p);
   const auto part = [&](auto member) {
     return py::vectorize([=](double w, double l) { return pair_loss(divergence, w, l, parameters).*member; })(u_w, u_l);
   };
   return py::make_tuple(part(&PairLoss::loss), part(&PairLoss::grad_w), part(&PairLoss::grad_l));
 }
 
-py::tuple divergence_response(
-    const std::string& name, const Array& u, bool is_chosen, double parameter, double alpha, double max_log_ratio,
-    double chosen_weight, double rejected_weight, double beta, double chosen_offset, double rejected_offset, double scale,
-    const std::string& link) {
-  const Divergence divergence = divergence_by_name(name);
-  const LossParameters parameters{parameter, alpha,         max_log_ratio,   chosen_weight, rejected_weight,
-                                  beta,      chosen_offset, rejected_offset, scale,         link_by_name(link)};
+py::tuple divergence_response(const py::tuple& p, const Array& u, bool is_chosen) {
+  const Divergence divergence = divergence_by_name(p[0].cast<std::string>());
+  const LossParameters parameters = parameters_of(p);
   const auto part = [&](auto member) {
     return py::vectorize([=](double v) { return response_loss(divergence, v, is_chosen, parameters).*member; })(u);
   };
@@ -93,14 +102,9 @@ PYBIND11_MODULE(_C, m) {
       "A, P and their derivatives dA, dP of a separable loss as fp64 functions over arrays of log ratios and of the loss's "
       "own parameter (anything where it has none); None if coupled.");
   m.def(
-      "divergence_pair", &divergence_pair, py::arg("name"), py::arg("u_w"), py::arg("u_l"), py::arg("parameter") = 0.0,
-      py::arg("alpha") = 0.0, py::arg("max_log_ratio") = 0.0, py::arg("chosen_weight") = 1.0, py::arg("rejected_weight") = 1.0,
-      py::arg("beta") = 1.0, py::arg("chosen_offset") = 0.0, py::arg("rejected_offset") = 0.0, py::arg("scale") = 1.0,
-      py::arg("link") = "imitation", "Loss, d loss/d u_w and d loss/d u_l of pairs, in fp64 over arrays of log ratios.");
+      "divergence_pair", &divergence_pair, py::arg("parameters"), py::arg("u_w"), py::arg("u_l"),
+      "Loss, d loss/d u_w and d loss/d u_l of pairs, in fp64 over arrays of log ratios; parameters are a LossParameters.");
   m.def(
-      "divergence_response", &divergence_response, py::arg("name"), py::arg("u"), py::arg("is_chosen"),
-      py::arg("parameter") = 0.0, py::arg("alpha") = 0.0, py::arg("max_log_ratio") = 0.0, py::arg("chosen_weight") = 1.0,
-      py::arg("rejected_weight") = 1.0, py::arg("beta") = 1.0, py::arg("chosen_offset") = 0.0, py::arg("rejected_offset") = 0.0,
-      py::arg("scale") = 1.0, py::arg("link") = "imitation",
-      "Loss and d loss/d u of single responses, in fp64 over an array of log ratios.");
+      "divergence_response", &divergence_response, py::arg("parameters"), py::arg("u"), py::arg("is_chosen"),
+      "Loss and d loss/d u of single responses, in fp64 over an array of log ratios; parameters are a LossParameters.");
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dil_kernels.losses import LossParameters, divergence_names, get_divergence
+from dil_kernels.losses import LossOptions, LossParameters, divergence_names, get_divergence
 from dil_kernels.losses.scalar import pair_losses
 
 DOCS = Path(__file__).parent
@@ -24,7 +24,10 @@ CHOSEN, REJECTED = "#1b7837", "#b2182b"
 
 @dataclass(frozen=True)
 class Entry:
-    """What the page says of a loss. Formulas are Python over w (chosen log ratio), l (rejected), u, r and k, beta."""
+    """What the page says of a loss.
+
+    Formulas are Python over w (chosen log ratio), l (rejected), u, r, and k (power), beta and e (label smoothing).
+    """
 
     title: str
     h: str | None
@@ -130,20 +133,135 @@ ENTRIES = {
         family="Squared loss of the classifier sigmoid(u): the triangular (Vincze-Le Cam) divergence in its variational "
         "form.",
     ),
+    "sppo_hard": Entry(
+        title="Self-play preference optimisation, hard labels, `beta`",
+        h=None,
+        A="-(u - 1/(2*beta))**2",
+        P="(u + 1/(2*beta))**2",
+        loss="(w - 1/(2*beta))**2 + (l + 1/(2*beta))**2",
+        grad_w="2 * (w - 1/(2*beta))",
+        grad_l="2 * (l + 1/(2*beta))",
+        bounded="below by 0",
+        use="Each log ratio has a target of its own: 1/(2 beta) for chosen, -1/(2 beta) for rejected responses. Also of "
+        "unpaired data.",
+        hazard="No Bregman divergence: no `alpha`, no other link, no claim on a density ratio. beta is the paper's 1/eta "
+        "and no factor of the log ratios. Gradients grow with the distance from the targets.",
+        family="TRL's `sppo_hard` is of sums.",
+    ),
+    "apo_zero": Entry(
+        title="Anchored preference optimisation, zero",
+        h=None,
+        A="-1 / (1 + exp(u))",
+        P="1 / (1 + exp(-u))",
+        loss="1 / (1 + exp(w)) + 1 / (1 + exp(-l))",
+        grad_w="-exp(w) / (1 + exp(w))**2",
+        grad_l="exp(-l) / (1 + exp(-l))**2",
+        bounded="between 0 and 2, gradients by 1/4",
+        use="Chosen responses that are better than the model: pushes them up and the rejected ones down, each by itself. "
+        "Also of unpaired data.",
+        hazard="No Bregman divergence: no `alpha`, no other link. Its pushes fade on both sides of 0.",
+        family="Absolute error of a classifier of chosen against rejected, where brier has its square and bce its "
+        "logarithm. With `beta` = 0.1 TRL's `apo_zero`, which is of sums.",
+    ),
     "dpo": Entry(
-        title="Direct preference optimisation (contrastive), temperature `beta`",
+        title="Direct preference optimisation (contrastive), temperature `beta`, `label_smoothing` = e",
         h=None,
         A=None,
         P=None,
-        loss="log1p(exp(-beta*(w - l)))",
-        grad_w="-beta / (1 + exp(beta*(w - l)))",
-        grad_l="beta / (1 + exp(beta*(w - l)))",
+        loss="(1 - e)*log1p(exp(-beta*(w - l))) + e*log1p(exp(beta*(w - l)))",
+        grad_w="beta * (e / (1 + exp(-beta*(w - l))) - (1 - e) / (1 + exp(beta*(w - l))))",
+        grad_l="-beta * (e / (1 + exp(-beta*(w - l))) - (1 - e) / (1 + exp(beta*(w - l))))",
         bounded="below by 0, gradients by beta",
         use="The baseline. At beta = 1 it is the paper's CPC estimator with one negative.",
         hazard="Only the difference counts: both log-probs may fall together. Couples the pair, so no unpaired data, "
         "no `alpha`, no weights. For beta other than 1 its optimum is not pi_chosen.",
-        family="InfoNCE with one negative. Others of its kind are written as a pair loss and registered: IPO "
-        "`((w - l) - 1/(2 tau))**2`, hinge (SLiC) `max(0, 1 - beta (w - l))`.",
+        family="InfoNCE with one negative. With `label_smoothing` > 0 conservative DPO (cDPO), whose optimum is finite; "
+        "with `nll_weight` RPO.",
+    ),
+    "robust": Entry(
+        title="Robust DPO, for labels that are wrong with probability `label_smoothing` = e < 1/2",
+        h=None,
+        A=None,
+        P=None,
+        loss="((1 - e)*log1p(exp(-beta*(w - l))) - e*log1p(exp(beta*(w - l)))) / (1 - 2*e)",
+        grad_w="-beta * ((1 - e) / (1 + exp(beta*(w - l))) + e / (1 + exp(-beta*(w - l)))) / (1 - 2*e)",
+        grad_l="beta * ((1 - e) / (1 + exp(beta*(w - l))) + e / (1 + exp(-beta*(w - l)))) / (1 - 2*e)",
+        bounded="only for e = 0, where it is dpo",
+        use="Pairs some of which are labelled the wrong way round, at a known rate: in expectation over the labels it is "
+        "dpo of the right ones.",
+        hazard="For e > 0 the loss falls without end as the margin grows, with a push of at least beta e / (1 - 2 e).",
+        family="dpo with the same `label_smoothing` (cDPO) moves the optimum instead and is bounded.",
+    ),
+    "hinge": Entry(
+        title="Hinge (SLiC), `beta`",
+        h=None,
+        A=None,
+        P=None,
+        loss="max(0, 1 - beta*(w - l))",
+        grad_w="-beta if beta*(w - l) < 1 else 0",
+        grad_l="beta if beta*(w - l) < 1 else 0",
+        bounded="below by 0, gradients by beta",
+        use="Every pair is pushed alike until its margin is 1 / beta, and then let go.",
+        hazard="Has a kink at that margin, and no gradient beyond it. As for dpo, both log-probs may fall together.",
+        family="Sequence likelihood calibration; TRL's `hinge` is of summed log ratios.",
+    ),
+    "ipo": Entry(
+        title="Identity preference optimisation, `beta` (the paper's tau)",
+        h=None,
+        A=None,
+        P=None,
+        loss="(w - l - 1/(2*beta))**2",
+        grad_w="2 * (w - l - 1/(2*beta))",
+        grad_l="-2 * (w - l - 1/(2*beta))",
+        bounded="below by 0",
+        use="A margin of 1/(2 beta) is the target, and a larger one costs: it does not overfit pairs that are told apart.",
+        hazard="Its gradient grows with the distance from the target. On sums the target does not depend on the length; "
+        "averages are what TRL takes, and what is taken here by default.",
+        family="Squared error of the difference; sppo_hard and cal_dpo have targets for each side.",
+    ),
+    "exo_pair": Entry(
+        title="Exact preference optimisation of a pair, `beta`, `label_smoothing` = e",
+        h=None,
+        A=None,
+        P=None,
+        loss="(-log1p(exp(-beta*(w - l))) - log(1 - e)) / (1 + exp(-beta*(w - l))) "
+        "+ (-log1p(exp(beta*(w - l))) - log(e)) / (1 + exp(beta*(w - l)))",
+        grad_w="beta * (beta*(w - l) - log((1 - e)/e)) / ((1 + exp(beta*(w - l))) * (1 + exp(-beta*(w - l))))",
+        grad_l="-beta * (beta*(w - l) - log((1 - e)/e)) / ((1 + exp(beta*(w - l))) * (1 + exp(-beta*(w - l))))",
+        bounded="between 0 and -log(e)",
+        use="The reverse KL from the policy's preference to the label's, (1 - e, e): where dpo covers the modes, this "
+        "seeks one. The optimum is the margin log((1 - e)/e) / beta. Default e = 0.001.",
+        hazard="Not convex in the margin: the push on a pair that is far on the wrong side vanishes.",
+        family="cDPO is the forward KL of the same two distributions, up to a constant. TRL's `exo_pair` is of sums.",
+    ),
+    "apo_down": Entry(
+        title="Anchored preference optimisation, down, `beta`",
+        h=None,
+        A=None,
+        P=None,
+        loss="1 / (1 + exp(-beta*w)) + 1 / (1 + exp(beta*(w - l)))",
+        grad_w="beta * exp(-beta*w) / (1 + exp(-beta*w))**2 "
+        "- beta * exp(-beta*(w - l)) / (1 + exp(-beta*(w - l)))**2",
+        grad_l="beta * exp(-beta*(w - l)) / (1 + exp(-beta*(w - l)))**2",
+        bounded="between 0 and 2, gradients by beta / 4 a term",
+        use="A model that is better than its chosen responses: pushes them down, and the rejected ones further.",
+        hazard="Lowers the likelihood of the chosen responses, by design. apo_zero is for chosen responses that are "
+        "better than the model.",
+        family="TRL's `apo_down` is of sums.",
+    ),
+    "cal_dpo": Entry(
+        title="Calibrated DPO, `beta`",
+        h=None,
+        A=None,
+        P=None,
+        loss="log1p(exp(l - w)) + (w - 1/(2*beta))**2 + (l + 1/(2*beta))**2",
+        grad_w="-1 / (1 + exp(w - l)) + 2 * (w - 1/(2*beta))",
+        grad_l="1 / (1 + exp(w - l)) + 2 * (l + 1/(2*beta))",
+        bounded="below by 0",
+        use="dpo at beta = 1 with a target for each side: beta times the log ratio of the chosen response is 1/2, of the "
+        "rejected one -1/2, so that the chosen likelihood cannot fall with the margin growing.",
+        hazard="beta is in the targets only. Gradients grow with the distance from them.",
+        family="sppo_hard plus dpo at beta = 1.",
     ),
 }  # fmt: skip
 
@@ -157,13 +275,14 @@ divergence with a strictly convex `h(r)`, `r = e^u`, gives `A(u) = h'(e^u)`, `P(
 
     loss = chosen_weight * (-A(w) + alpha * P(w)) + rejected_weight * (1 - alpha) * P(l)
 
-([DIL](https://arxiv.org/abs/2503.05079), eq. 19; constants are dropped). Always `P'(u) = e^u A'(u)`.
+([DIL](https://arxiv.org/abs/2503.05079), eq. 19; constants are dropped). Always `P'(u) = e^u A'(u)`. `sppo_hard` and `apo_zero`
+have the same form with an A and a P of no h (then without `alpha`); the losses from `dpo` on couple the two responses of a pair.
 
 """
 
 LINKS = """## Links
 
-What a separable loss is put to. With `d = w - l`, and A and P of the loss:
+What a Bregman divergence is put to. With `d = w - l`, and A and P of the loss:
 
 | `link` | loss of a pair | d loss / d w, and the opposite in l | `beta` if not given | source |
 |---|---|---|---|---|
@@ -184,21 +303,27 @@ OPTIONS = """## Options
 
 | option | what it does |
 |---|---|
-| `beta` > 0 | Factor of the log ratios: a separable loss sees `v = beta u + offset`, and its gradient is multiplied by beta. TRL's `bco_pair` and `nca_pair` are bce with a beta (and `alpha` = 1/2). Rewards stay u. |
+| `beta` > 0 | Factor of the log ratios: a separable loss sees `v = beta u + offset`, and its gradient is multiplied by beta. TRL's `bco_pair` and `nca_pair` are bce with a beta (and `alpha` = 1/2). `sppo_hard` and the coupled losses have a beta of their own, 0.1 if not given. What `DILOutput` calls rewards stays u; the trainers log beta u. |
+| `label_smoothing` in [0, 1/2) | How likely a label is wrong, of `dpo`, `robust` and `exo_pair`. |
+| `nll_weight` >= 0 | Adds the negative log-likelihood of the chosen response, a mean over its scored tokens, times this to any loss (RPO, [arXiv 2404.19733](https://arxiv.org/abs/2404.19733), with `dpo`). `dil_loss`, which knows no lengths, takes minus the log-prob as given. |
 | `offset` | Added to `beta u`, one number or one for chosen and one for rejected responses: the constant delta of BCO and GSIL. Not of `link`s of pairs. |
 | `alpha` in [0, 1] | Takes the reference expectation over chosen (share alpha) and rejected responses together. 0 is the paper. Where the reference is the mixture of both, alpha = 1/2 is unbiased; 0 is not. Every separable loss then has a finite optimum, `r_w = 1/alpha`, and a chosen term that is bounded below. The gradient of the chosen term is `A'(w) (alpha e^w - 1)`. |
 | `max_log_ratio` = M | Evaluates the loss at `M tanh(u/M)` instead of u; the gradient is multiplied by `1/cosh(u/M)^2`, 0 where the bound has saturated. For sums of log ratios, which overflow otherwise. Rewards and log-probs stay unbounded. Off by default. |
-| `non_negative` = C, 0 < C < 1 | The correction of Kato and Teshima (2021): with `Q = P - P(-inf)`, the loss is `mean[-A(w) + C Q(w)] + max(0, (1 - alpha) mean[Q(l)] + (alpha - C) mean[Q(w)])`. C is below 1 / (largest density ratio). It stops the fit from driving rejected mass to nothing in order to overshoot on the chosen responses of a sample. It couples a batch: **exact only for the responses of one call**, not for a mean over micro-batches or processes, so the trainer does not offer it. Needs `reduction="mean"` and a finite `P(-inf)`: not is, power at -1, or dpo. For alpha >= C it changes nothing. |
+| `non_negative` = C, 0 < C < 1 | The correction of Kato and Teshima (2021): with `Q = P - P(-inf)`, the loss is `mean[-A(w) + C Q(w)] + max(0, (1 - alpha) mean[Q(l)] + (alpha - C) mean[Q(w)])`. C is below 1 / (largest density ratio). It stops the fit from driving rejected mass to nothing in order to overshoot on the chosen responses of a sample. It couples a batch: **exact only for the responses of one call**, not for a mean over micro-batches or processes, so the trainer does not offer it. Needs `reduction="mean"` and a finite `P(-inf)`: not is, power at -1, or what is no Bregman divergence. For alpha >= C it changes nothing. |
 | `chosen_weight`, `rejected_weight` | Factors of the two terms. 0 leaves a term out. |
 | `is_chosen` [S] | Unpaired responses, each chosen or rejected. The mean is that over the chosen ones plus that over the rejected ones. Exact under gradient accumulation and data parallelism through `DILOutput.counts` and `DILOutput.share`. |
 
 An option that a loss does not use is an error.
 
+**Not here.** Losses without a reference (SimPO, CPO, ORPO, SimPER) fit no density ratio; with reference log-probs of 0, `dil_loss` of `dpo` is
+SimPO without its margin, and with `nll_weight` CPO. KTO's baseline couples a batch, as do AOT's sorted log ratios: the mean over an optimizer step would
+then depend on how it is cut into micro-batches.
+
 ## Overflow
 
 Terms are computed in fp64 and returned in the precision of the log-probs. What overflows is an infinity of the right
 sign, never NaN: where `-A(w)` and `P` overflow against each other, an infinite log ratio outweighs a finite one, and else
-their logarithms are compared. (Only `dpo` and the links of pairs may be NaN, of two log ratios that are the same infinity.) The gradient of an
+their logarithms are compared. (Only the losses and links that couple a pair may be NaN, of two log ratios that are the same infinity.) The gradient of an
 overflowed term is the infinity of its sign; a gradient that is multiplied by 0 (a weight, a saturated bound, an upstream
 gradient of 0) is 0. A batch whose losses overflow in both directions has the loss +inf. NaN log-probs give NaN.
 
@@ -213,7 +338,8 @@ fused_dil_loss(logits, labels, ref_logits=ref_logits, loss_type="cubic", alpha=0
 
 `h` is differentiated twice for A, P and their derivatives; A and P give more control over rounding and overflow. Both are
 checked at registration (`P' = e^u A'`, `A' > 0` on a grid). Terms that cancel for large r, as those of bce's h, are not to be
-had from h: registration says from which log ratio on. A loss with a parameter of its own calls it `beta` or `power`. The compiled kernels still sum the log ratios; the loss itself, one
+had from h: registration says from which log ratio on. `parameters=(Parameter(name="beta", default=0.1, minimum=0.0), ...)` declares what the functions take after the log ratios, by the names
+`beta`, `power` and `label_smoothing`; `bregman=False` is for A and P of no h. The compiled kernels still sum the log ratios; the loss itself, one
 number a sequence, runs in torch. `dil-train --import my_losses --loss-type cubic` loads a module that registers one.
 """
 
@@ -263,9 +389,8 @@ def page() -> str:
 
 
 def default_parameters(name: str, **options: float) -> LossParameters:
-    """The loss as it is without options; dpo at beta = 1, where the others stand."""
-    own = get_divergence(name).parameter
-    return LossParameters(name, 0.0 if own is None else 1.0 if name == "dpo" else own.default, **options)
+    """The loss as it is without options; what has a beta at beta = 1, where the others stand."""
+    return LossOptions(loss_type=name, beta=1.0, **options).parameters
 
 
 def curves(name: str, u: torch.Tensor, alpha: float = 0.0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -297,10 +422,10 @@ def draw() -> None:
         for side, color in (("chosen", CHOSEN), ("rejected", REJECTED)):
             for axis, values in zip(axes, plain[side], strict=True):
                 axis.plot(u, values, color=color, label=side)
-        if get_divergence(name).separable:
+        if get_divergence(name).separable and get_divergence(name).bregman:
             for axis, values in zip(axes, curves(name, u, alpha=0.5)["chosen"], strict=True):
                 axis.plot(u, values, color=CHOSEN, linestyle=":", label="chosen, alpha = 1/2")
-        parameter = {"power": ", power = 1/2", "dpo": ", beta = 1"}.get(name, "")
+        parameter = ", power = 1/2" if name == "power" else ", beta = 1" if get_divergence(name).own("beta") else ""
         for axis, what in zip(axes, ("loss - loss at 0", "gradient"), strict=True):
             axis.set(xlabel="log ratio u (the other side at 0)", title=f"{name}{parameter}: {what}")
             low, high = axis.get_ylim()
@@ -313,7 +438,7 @@ def draw() -> None:
         plt.close(figure)
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
-    for name in ENTRIES:
+    for name in (*(name for name in ENTRIES if get_divergence(name).bregman and get_divergence(name).separable), "dpo"):
         for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
             axis.plot(u, curves(name, u)[side][1].abs(), label=name, linestyle="--" if name == "dpo" else "-")
             axis.set(title=f"push on the {side} response", xlabel="its log ratio u (the other side at 0)", ylim=(0, 3))

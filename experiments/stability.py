@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from dil_kernels import dil_loss
-from dil_kernels.losses import divergence_names
 from experiments.tables import RESULTS, mean_and_sd, write_csv
+from experiments.tabular_problem import DIVERGENCES
 
 VOCABULARY = 16
 BATCH_SIZE = 8  # pairs
@@ -103,8 +103,8 @@ class Arm:
 
 
 def arms() -> Iterator[Arm]:
-    """Every registered loss with every bound that it takes."""
-    for loss_type in divergence_names():
+    """Every registered divergence, and dpo, with every bound that it takes."""
+    for loss_type in (*DIVERGENCES, "dpo"):
         for reduction in REDUCTIONS:
             for bound, options in BOUNDS.items():
                 if loss_type == "dpo":

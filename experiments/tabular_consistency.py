@@ -5,12 +5,14 @@
 
 Two ways to draw the rejected response y_l: from pi_ref itself, and from a distribution of its own with
 pi_ref = (chosen + rejected)/2, as when the reference was fine-tuned on both responses. Losses are every registered
-divergence; policies are tables, fitted by Newton's method in fp64.
+divergence and DPO; then each divergence by the links that see the difference of a pair only. Policies are tables,
+fitted by Newton's method in fp64.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dil_kernels.losses import divergence_names
+from dil_kernels.losses import LossOptions
+from dil_kernels.losses.options import LINKS
 from experiments.tables import RESULTS, mean_and_sd, write_csv
 from experiments.tabular_figure import draw
 from experiments.tabular_problem import (
+    DIVERGENCES,
     FROM_REFERENCE,
     FROM_REJECTED,
     SETUPS,
@@ -37,6 +41,7 @@ from experiments.tabular_problem import (
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75)
 BETAS = (0.1, 0.5, 1.0, 2.0)
+LINK_BETAS = (0.5, 1.0)
 ROUTES = ("one-stage", "two-stage")
 
 
@@ -75,19 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_csv(output / "tabular_consistency.csv", population)
     write_csv(output / "tabular_consistency_summary.csv", summary)
     write_csv(output / "tabular_consistency_sampled.csv", sampled)
+    write_csv(output / "tabular_links.csv", link_rows(settings))
     draw(summary, sampled_summary, output / "tabular_consistency.png")
     print(f"results in {output}")
     return 0
 
 
 def losses(setup: str) -> Iterator[Loss]:
-    """Every registered divergence with the options that make sense in a set-up."""
-    for name in divergence_names():
-        if name == "dpo":
-            yield from (Loss(name, beta=beta) for beta in BETAS)
-        else:
-            # Where y_l comes from pi_ref, the rejected responses alone are the reference expectation.
-            yield from (Loss(name, alpha=alpha) for alpha in (ALPHAS if setup == FROM_REJECTED else (0.0,)))
+    """Every registered divergence, and dpo, with the options that make sense in a set-up."""
+    for name in DIVERGENCES:
+        # Where y_l comes from pi_ref, the rejected responses alone are the reference expectation.
+        yield from (Loss(name, alpha=alpha) for alpha in (ALPHAS if setup == FROM_REJECTED else (0.0,)))
+    yield from (Loss("dpo", beta=beta) for beta in BETAS)
 
 
 def population_rows(settings: Settings) -> list[dict[str, Any]]:
@@ -152,6 +156,29 @@ def sampled_rows(settings: Settings) -> list[dict[str, Any]]:
                     | {"tv_to_chosen": distance[seed].mean().item()}
                     for seed in range(settings.seeds)
                 ]
+    return rows
+
+
+def link_rows(settings: Settings) -> list[dict[str, Any]]:
+    """The optimum of every divergence by the links of pairs under the exact distributions, averaged over the seeds.
+
+    There beta s(u) is log(chosen / rejected) up to a constant for each prompt, with s(u) = u for the ratio link and
+    A(u) for f_dpo: `residual` is by how much it is not, in nats.
+    """
+    tables = stack_tables(settings)
+    rows = []
+    for setup, link, name, beta in itertools.product(SETUPS, LINKS[1:], DIVERGENCES, LINK_BETAS):
+        rejected, reference = arrange(tables, setup)
+        solution = solve(Loss(name, beta=beta, link=link), tables.chosen, rejected, reference)
+        u = (solution.policy / reference).log()
+        score = u if link == "ratio" else LossOptions(loss_type=name).parameters.term("A", u)
+        residual = beta * score - (tables.chosen / rejected).log()
+        distance = total_variation(solution.policy, tables.chosen).view(settings.seeds, -1).mean(1)
+        mean, sd = mean_and_sd(distance.tolist())
+        options = {"setup": setup, "link": link, "loss": name, "beta": beta}
+        rows.append(
+            options | {"tv_mean": mean, "tv_sd": sd, "residual": (residual.amax(1) - residual.amin(1)).max().item()}
+        )
     return rows
 
 

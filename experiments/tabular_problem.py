@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels import dil_loss
+from dil_kernels.losses import divergence_names, get_divergence
 
 MIN_PROBABILITY = 0.02  # so that each response is in every large sample
 LONGEST_STEP = 2.0  # nats, in any coordinate
@@ -16,6 +17,7 @@ ROUNDING = 1e-14  # relative, of an expected loss
 DIFFERENCE = 1e-5  # nats, for second derivatives
 FROM_REFERENCE, FROM_REJECTED = "y_l from pi_ref", "y_l rejected"
 SETUPS = (FROM_REFERENCE, FROM_REJECTED)
+DIVERGENCES = tuple(n for n in divergence_names() if get_divergence(n).separable and get_divergence(n).bregman)
 
 Objective = Callable[[Tensor], Tensor]
 
@@ -61,13 +63,15 @@ class Loss:
     loss_type: str
     alpha: float = 0.0
     beta: float | None = None
+    link: str = "imitation"
 
     def expected(self, logratios: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
         """Expected loss [N] over y_w from `chosen` and y_l from `rejected` ([N, V]), at log ratios [N, V]."""
         pairs = torch.broadcast_tensors(logratios[:, :, None], logratios[:, None, :])  # u_w, u_l: [N, V, V]
         u_w, u_l = (side.flatten() for side in pairs)
         zeros = torch.zeros_like(u_w)
-        losses, _, _ = dil_loss(u_w, u_l, zeros, zeros, loss_type=self.loss_type, alpha=self.alpha, beta=self.beta)
+        options = {"loss_type": self.loss_type, "alpha": self.alpha, "beta": self.beta, "link": self.link}
+        losses, _, _ = dil_loss(u_w, u_l, zeros, zeros, **options)
         return (chosen[:, :, None] * rejected[:, None, :] * losses.view_as(pairs[0])).sum((1, 2))
 
 

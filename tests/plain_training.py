@@ -17,11 +17,17 @@ PLAIN_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bce": lambda u_w, u_l: softplus(-u_w) + softplus(u_l),
     "dpo": lambda u_w, u_l: softplus(-0.3 * (u_w - u_l)),
     "bce, alpha 0.5": lambda u_w, u_l: softplus(-u_w) + softplus(u_w) / 2 + softplus(u_l) / 2,
+    "dpo, nll": lambda u_w, u_l: softplus(-0.3 * (u_w - u_l)),
+    "robust": lambda u_w, u_l: (0.9 * softplus(-0.3 * (u_w - u_l)) - 0.1 * softplus(0.3 * (u_w - u_l))) / 0.8,
+    "sppo_hard": lambda u_w, u_l: (u_w - 1.25) ** 2 + (u_l + 1.25) ** 2,
     "power": lambda u_w, u_l: -torch.expm1(0.25 * u_w) / 0.25 + (1.25 * u_l).exp() / 1.25,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.3},
     "bce, alpha 0.5": {"loss_type": "bce", "alpha": 0.5},
+    "dpo, nll": {"loss_type": "dpo", "beta": 0.3, "nll_weight": 0.2},
+    "robust": {"beta": 0.3, "label_smoothing": 0.1},
+    "sppo_hard": {"beta": 0.4},
     "power": {"power": 0.25},
 }
 
@@ -48,11 +54,14 @@ def plain_pairs(
     with torch.no_grad():
         ref_logps, _ = plain_logps(ref, batch)
     u = (logps - ref_logps).sum(1)
-    return plain_metrics(u / mask.sum(1) if average else u, logps.sum(1), name)
+    metrics = plain_metrics(u / mask.sum(1) if average else u, logps.sum(1), name)
+    nll, _ = (-logps.sum(1) / mask.sum(1)).chunk(2)
+    return metrics | {"loss": metrics["loss"] + OPTIONS.get(name, {}).get("nll_weight", 0.0) * nll}
 
 
-def plain_metrics(u: Tensor, logps: Tensor, name: str, beta: float = 1.0) -> dict[str, Tensor]:
+def plain_metrics(u: Tensor, logps: Tensor, name: str) -> dict[str, Tensor]:
     """METRICS of every pair [B] from log ratios and log-probs [2 B] of responses; rewards are beta log ratios."""
+    beta = OPTIONS.get(name, {}).get("beta", 1.0)
     (u_w, u_l), (chosen, rejected) = u.chunk(2), logps.chunk(2)
     return {
         "loss": PLAIN_LOSSES[name](u_w, u_l),

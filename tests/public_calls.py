@@ -23,9 +23,11 @@ WEIGHTS = {"chosen_weight": (1.0, 0.5, 2.0), "rejected_weight": (1.0, 2.0, 0.5)}
 AFFINE = {"beta": (1.0, 0.5, 2.0), "offset": (0.1, -0.2, 0.3)}
 LOSS = WEIGHTS | AFFINE | {"alpha": (0.25, 0.5, 0.75), "max_log_ratio": (3.0, 5.0, 2.0)}
 POWER = LOSS | {"power": (0.5, 1.5, -0.5)}
+NLL = {"nll_weight": (0.1, 0.3, 0.2)}
 NON_NEGATIVE = LOSS | {"non_negative": (0.9, 0.8, 0.7)}
-DPO = {"beta": (0.1, 0.5, 0.2)}
-RATIO = DPO | {"scale": (1.0, 4.0, 2.0)}
+BETA = {"beta": (0.1, 0.5, 0.2)}
+DPO = BETA | NLL | {"label_smoothing": (0.1, 0.2, 0.3)}
+RATIO = BETA | {"scale": (1.0, 4.0, 2.0)}
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,12 @@ def _calls() -> Iterator[Call]:
         for name, loss, options in (
             ("pairs", {"loss_type": "power"}, POWER),
             ("tokens", {"loss_type": "dpo"}, DPO),
-            ("unpaired", unpaired, LOSS),
+            ("unpaired", unpaired, LOSS | NLL),
         ):
             yield Call(function, name, partial(make, reference=name), gradients, loss, how | options)
         inputs = partial(make, packed=True, reference="tokens")
         yield Call(function, "packed", inputs, gradients, packed, how | NON_NEGATIVE)
-        for link, options in (("ratio", RATIO), ("f_dpo", DPO)):
+        for link, options in (("ratio", RATIO), ("f_dpo", BETA)):
             yield Call(function, link, partial(make, reference="tokens"), gradients, {"link": link}, how | options)
     policy, responses = ("policy_chosen_logps", "policy_rejected_logps"), ("policy_logps", "ref_logps", "is_chosen")
     pairs = partial(_vectors, *policy, "ref_chosen_logps", "ref_rejected_logps")
@@ -165,9 +167,9 @@ def _calls() -> Iterator[Call]:
     ):
         fixed = {"loss_type": loss_type, "reduction": reduction}
         yield Call(d.dil_loss, loss_type, lambda n: pairs(size=n), policy, fixed, options)
-    for link, options in (("ratio", RATIO), ("f_dpo", DPO)):
+    for link, options in (("ratio", RATIO), ("f_dpo", BETA)):
         yield Call(d.dil_loss, link, lambda n: pairs(size=n), policy, {"loss_type": "brier", "link": link}, options)
-    for loss_type, reduction, options in (("power", "none", POWER), ("ukl", "mean", NON_NEGATIVE)):
+    for loss_type, reduction, options in (("power", "none", POWER | NLL), ("ukl", "mean", NON_NEGATIVE)):
         fixed = {"loss_type": loss_type, "reduction": reduction}
         make = partial(_vectors, *responses)
         yield Call(d.unpaired_dil_loss, loss_type, lambda n, m=make: m(size=n), responses[:1], fixed, options)

@@ -16,7 +16,7 @@ from dil_kernels.losses import LossParameters, divergence_names, get_divergence
 from dil_kernels.losses.options import LINKS
 
 EMULATION = Path(__file__).parent / "emulation"
-LSIF = LossParameters("lsif", 0.0)
+LSIF = LossParameters("lsif")
 OPS = ("density_ratio_fwd", "density_ratio_bwd")
 
 
@@ -67,7 +67,7 @@ def test_matches_the_cpu_op(emulated, data: st.DataObject) -> None:
     losses = [name for name in divergence_names() if not unpaired or get_divergence(name).separable]
     name, bound = data.draw(st.sampled_from((*losses, "none"))), data.draw(st.sampled_from((0.0, 2.0)))
     link = "imitation" if unpaired else data.draw(st.sampled_from(LINKS))
-    parameters = LossParameters(name, 0.3, 0.25, bound, 1.5, 0.5, 0.8, -0.2, 0.1, 3.0, link)
+    parameters = LossParameters(name, 0.8, 0.3, 0.2, 0.25, bound, 1.5, 0.5, -0.2, 0.1, 3.0, link)
     flags = [data.draw(st.booleans()) for _ in range(3)]
     options = (is_chosen, *parameters, *flags, -1, shift)
     expected = ops.density_ratio_fwd(token_logps, labels, cu_seqlens, *ref, *options)

@@ -11,12 +11,12 @@ from mpmath import mp, mpf
 
 from dil_kernels import _C as compiled
 from dil_kernels import Divergence, register_divergence
-from dil_kernels.losses import divergence_names, get_divergence
+from dil_kernels.losses import LossOptions, divergence_names, get_divergence
 from dil_kernels.losses.registry import _REGISTRY
 
 DOCS = Path(__file__).parents[1] / "docs"
 POINTS = (-2.5, -0.3, 0.4, 1.7)
-FUNCTIONS = {"exp": mp.exp, "log": mp.log, "log1p": mp.log1p}
+FUNCTIONS = {"exp": mp.exp, "log": mp.log, "log1p": mp.log1p, "max": max}
 
 
 @pytest.fixture(scope="module")
@@ -34,37 +34,41 @@ def value(formula: str, **variables: float) -> mpf:
     return mpf(eval(formula, {"__builtins__": {}, **FUNCTIONS}, {k: mpf(v) for k, v in variables.items()}))
 
 
-def own_parameter(name: str) -> float:
-    own = get_divergence(name).parameter
-    return 0.0 if own is None else own.default
-
-
 @pytest.mark.parametrize("name", divergence_names())
 def test_losses_and_gradients(make_losses, name: str) -> None:
-    entry, parameter = make_losses.ENTRIES[name], own_parameter(name)
+    entry, parameters = make_losses.ENTRIES[name], LossOptions(loss_type=name).parameters
+    if get_divergence(name).own("label_smoothing"):
+        parameters = parameters._replace(label_smoothing=0.2)
     for w in POINTS:
         for l in POINTS:
-            variables = {"w": w, "l": l, "k": parameter, "beta": parameter}
-            actual = compiled.divergence_pair(name, w, l, parameter)
+            variables = {"w": w, "l": l, "k": parameters.power, "beta": parameters.beta}
+            variables["e"] = parameters.label_smoothing
+            actual = compiled.divergence_pair(parameters, w, l)
             for computed, formula in zip(actual, (entry.loss, entry.grad_w, entry.grad_l), strict=True):
-                assert float(computed) == pytest.approx(float(value(formula, **variables)), rel=1e-13), formula
+                assert float(computed) == pytest.approx(float(value(formula, **variables)), rel=1e-13, abs=1e-15), (
+                    formula
+                )
 
 
 @pytest.mark.parametrize("name", [name for name in divergence_names() if get_divergence(name).separable])
 def test_generators(make_losses, name: str) -> None:
     """A and P are those of h, up to a constant each."""
-    entry, k = make_losses.ENTRIES[name], own_parameter(name)
+    entry, parameters = make_losses.ENTRIES[name], LossOptions(loss_type=name).parameters
+    k, beta, own = parameters.power, parameters.beta, (*parameters.own(), 0.0)[0]
     scalars = compiled.divergence_scalars(name)
     shifts: dict[str, list[float]] = {"A": [], "P": []}
     for u in POINTS:
         r = mp.exp(u)
-        slope = mp.diff(lambda x: value(entry.h, r=x, k=k), r)
-        by_h = {"A": slope, "P": r * slope - value(entry.h, r=r, k=k)}
+        if entry.h is not None:
+            slope = mp.diff(lambda x: value(entry.h, r=x, k=k), r)
+            by_h = {"A": slope, "P": r * slope - value(entry.h, r=r, k=k)}
         for key, formula in (("A", entry.A), ("P", entry.P)):
-            stated = value(formula, u=u, k=k)
-            assert float(scalars[key](u, k)) == pytest.approx(float(stated), rel=1e-13), formula
-            shifts[key].append(float(by_h[key] - stated))
-    for values in shifts.values():
+            stated = value(formula, u=u, k=k, beta=beta)
+            assert float(scalars[key](u, own)) == pytest.approx(float(stated), rel=1e-13), formula
+            if entry.h is not None:
+                shifts[key].append(float(by_h[key] - stated))
+    assert (entry.h is not None) == get_divergence(name).bregman
+    for values in filter(None, shifts.values()):
         assert max(values) - min(values) < 1e-10
 
 

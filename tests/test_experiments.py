@@ -7,17 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dil_kernels.losses import divergence_names
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import beside_trl, stability, tabular_consistency, training_dynamics
 from experiments.dynamics_runs import ARMS, metrics
-from experiments.tabular_problem import Loss, make_table, sample, solve, total_variation
+from experiments.tabular_problem import DIVERGENCES, Loss, make_table, sample, solve, total_variation
 from experiments.upper_blocks import all_pair_logps, cache_hidden_states, take_upper_blocks
 
 EXACT = 1e-6  # total variation
-SEPARABLE = [name for name in divergence_names() if name != "dpo"]
+SOLVED = (*DIVERGENCES, "dpo")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -35,13 +33,13 @@ def tabular(tmp_path_factory):
 @pytest.fixture(scope="module")
 def population(tabular):
     rows = read_csv(tabular / "tabular_consistency.csv")
-    assert {row["loss"] for row in rows} == set(divergence_names())
+    assert {row["loss"] for row in rows} == set(SOLVED)
     return rows
 
 
 def test_every_divergence_recovers_the_chosen_distribution_where_rejected_samples_come_from_the_reference(population):
     rows = [row for row in population if row["setup"] == "y_l from pi_ref" and row["beta"] in ("", "1")]
-    assert len(rows) == 2 * 2 * len(divergence_names())  # routes, seeds
+    assert len(rows) == 2 * 2 * len(SOLVED)  # routes, seeds
     for row in rows:
         assert float(row["tv_to_chosen"]) < EXACT, row
     for row in rows:
@@ -58,7 +56,7 @@ def test_dpo_recovers_another_distribution_unless_beta_is_1(population):
 
 
 def test_rejected_samples_bias_every_divergence_unless_half_of_the_reference_term_is_chosen(population):
-    rows = [row for row in population if row["setup"] == "y_l rejected" and row["loss"] in SEPARABLE]
+    rows = [row for row in population if row["setup"] == "y_l rejected" and row["loss"] in DIVERGENCES]
     for row in rows:
         if row["alpha"] == "0.5":
             assert float(row["tv_to_chosen"]) < EXACT, row
@@ -82,6 +80,18 @@ def test_two_stages_agree_with_one_only_where_the_ratio_is_normalised(population
             assert float(row["tv_to_formula"]) > 1e-3, row
 
 
+def test_the_links_of_pairs_fit_the_ratio_of_the_data_by_their_own_score(tabular):
+    rows = read_csv(tabular / "tabular_links.csv")
+    assert len(rows) == 2 * 2 * 2 * len(DIVERGENCES)  # set-ups, links, betas
+    onto = ("ukl", "is", "bce")  # A reaches far enough on both sides for every policy of these tables
+    for row in rows:
+        if row["link"] == "ratio" or row["loss"] in onto:
+            assert float(row["residual"]) < EXACT, row
+        recovers = row["setup"] == "y_l from pi_ref" and row["beta"] == "1"
+        recovers &= row["link"] == "ratio" or row["loss"] == "ukl"
+        assert (float(row["tv_mean"]) < EXACT) == recovers, row
+
+
 def test_the_solver_ends_in_a_minimum_of_the_loss_as_written_in_the_paper():
     table = make_table(3, prompts=4, responses=5)
     policy = solve(Loss("lsif"), table.chosen, table.rejected, table.reference).policy
@@ -101,7 +111,7 @@ def test_the_solver_ends_in_a_minimum_of_the_loss_as_written_in_the_paper():
 
 def test_the_error_of_fits_to_samples_falls_with_the_root_of_their_number(tabular):
     rows = read_csv(tabular / "tabular_consistency_sampled.csv")
-    for name in divergence_names():
+    for name in SOLVED:
         of_loss = [row for row in rows if row["loss"] == name]
         assert of_loss
         error = {

@@ -102,14 +102,17 @@ def loss_options(data: st.DataObject, paired: bool) -> dict[str, Any]:
         "reduction": data.draw(st.sampled_from(("mean", "sum", "none"))),
         "max_log_ratio": data.draw(st.sampled_from((None, 0.7, 5.0))),
     }
-    if loss_type == "dpo":
-        return options | {"beta": data.draw(st.sampled_from((None, 0.1, 0.7)))}
-    if loss_type == "power":
-        options["power"] = data.draw(st.sampled_from((None, -0.5, 0.0, 0.9)))
-    options["alpha"] = data.draw(st.sampled_from((0.0, 0.5)))
+    options["nll_weight"] = data.draw(st.sampled_from((0.0, 0.0, 0.4)))
+    divergence = get_divergence(loss_type)
+    values = {"beta": (None, 0.1, 0.7), "power": (None, -0.5, 0.0, 0.9), "label_smoothing": (None, 0.1, 0.3)}
+    options |= {own.name: data.draw(st.sampled_from(values[own.name])) for own in divergence.parameters}
+    if not divergence.separable:
+        return options
+    if divergence.bregman:
+        options["alpha"] = data.draw(st.sampled_from((0.0, 0.5)))
     for weight in ("chosen_weight", "rejected_weight"):
         options[weight] = data.draw(st.sampled_from((1.0, 0.0, 2.5)))
-    if options["reduction"] == "mean" and loss_type != "is":
+    if options["reduction"] == "mean" and divergence.bregman and loss_type != "is":
         options["non_negative"] = data.draw(st.sampled_from((None, 0.2, 0.8)))
     return options
 
@@ -214,7 +217,7 @@ def test_the_loss_is_deterministic_and_in_fp64_inside() -> None:
             ref,
             None,
             None,
-            LossParameters("ukl", 0.0),
+            LossParameters("ukl"),
             options,
             compiled=compiled,
         )

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
 ]
 DEVICE = "cuda"
-LSIF = LossParameters("lsif", 0.0)
+LSIF = LossParameters("lsif")
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mpmath import mp, mpf
 from test_cuda_source import emulated  # noqa: F401  (a fixture)
-from test_scalar_losses import GENERATORS, sigmoid
+from test_scalar_losses import BREGMAN, COUPLED, GENERATORS, SEPARABLE, own, separable_terms
 
 from dil_kernels import _C as compiled
 from dil_kernels import dil_loss, unpaired_dil_loss
@@ -20,7 +20,11 @@ from dil_kernels.losses.scalar import pair_losses
 INF = math.inf
 HUGE = (-INF, -1e300, -800.0, -2.0, 0.0, 3.0, 420.0, 700.0, 800.0, 1e300, INF)
 POWERS = (-1.0, -0.5, 0.0, 1e-9, 0.5, 1.0, 2.0)
-LOSSES = [(name, 0.0) for name in GENERATORS if name != "power"] + [("power", k) for k in POWERS] + [("dpo", 0.3)]
+LOSSES = [LossParameters(name) for name in GENERATORS if name != "power"]
+LOSSES += [LossParameters("power", power=k) for k in POWERS]
+LOSSES += [LossParameters("sppo_hard", 0.3), LossParameters("apo_zero"), LossParameters("dpo", 0.3)]
+LOSSES += [LossParameters(name, 0.3, label_smoothing=0.1) for name in COUPLED]
+every_set = pytest.mark.parametrize("loss", LOSSES, ids=lambda p: f"{p.loss_type} {p.power} {p.label_smoothing}")
 PAIRS = list(itertools.product(HUGE, HUGE))
 U = torch.tensor(PAIRS, dtype=torch.float64).t()  # (2, pairs)
 FAR = mpf("1e320")  # an infinite log ratio: beyond fp64, as its exponential is beyond that of any number of fp64
@@ -38,33 +42,30 @@ def stand_in(u: float) -> mpf:
 
 
 @functools.cache
-def generators(loss_type: str, parameter: float, u: float) -> tuple[mpf, mpf, mpf, mpf]:
+def generators(loss_type: str, parameter: mpf, u: float) -> tuple[mpf, mpf, mpf, mpf]:
     """A, P, A' and P' there."""
-    A, P, dA = GENERATORS[loss_type]
     with mp.workdps(400):  # more than the digits of what stands in for infinity
-        v, k = stand_in(u), mpf(parameter)
-        return A(v, k), P(v, k), dA(v, k), mp.exp(v) * dA(v, k)
+        return separable_terms(loss_type, parameter, stand_in(u))
 
 
 def chosen_truth(u: float, p: LossParameters) -> tuple[mpf, mpf]:
-    A, P, dA, dP = generators(p.loss_type, p.parameter, u)
+    A, P, dA, dP = generators(p.loss_type, own(p), u)
     return p.chosen_weight * (p.alpha * P - A), p.chosen_weight * (p.alpha * dP - dA)
 
 
 def rejected_truth(u: float, p: LossParameters) -> tuple[mpf, mpf]:
-    _, P, _, dP = generators(p.loss_type, p.parameter, u)
+    _, P, _, dP = generators(p.loss_type, own(p), u)
     weight = mpf(p.rejected_weight) * (1 - mpf(p.alpha))
     return weight * P, weight * dP
 
 
 def truth(u_w: float, u_l: float, p: LossParameters) -> tuple[float, float, float]:
-    if p.loss_type == "dpo":
+    if p.loss_type in COUPLED:
+        if math.isinf(u_w) and u_w == u_l:  # no limit: it depends on which is larger
+            return (math.nan, -p.beta, p.beta) if p.loss_type == "hinge" else (math.nan,) * 3
         with mp.workdps(400):
-            margin = mpf(p.parameter) * (stand_in(u_w) - stand_in(u_l))
-            g = mpf(p.parameter) * sigmoid(-margin)
-            if math.isinf(u_w) and u_w == u_l:
-                return (math.nan,) * 3  # no limit: it depends on which is larger
-            return rounded(mp.log1p(mp.exp(-margin))), -rounded(g), rounded(g)
+            loss, grad_w, grad_l = (rounded(sum(x)) for x in COUPLED[p.loss_type](stand_in(u_w), stand_in(u_l), p))
+            return loss, grad_w, grad_l
     (w, grad_w), (l, grad_l) = chosen_truth(u_w, p), rejected_truth(u_l, p)
     loss = rounded(w + l)
     one, other = rounded(w), rounded(l)
@@ -76,19 +77,21 @@ def truth(u_w: float, u_l: float, p: LossParameters) -> tuple[float, float, floa
     return loss, rounded(grad_w), rounded(grad_l)
 
 
-def options(loss_type: str, parameter: float) -> list[LossParameters]:
-    if loss_type == "dpo":
-        return [LossParameters(loss_type, parameter)]
-    combinations = itertools.product((0.0, 0.25, 1.0), (1.0, 0.0, 0.3), (1.0, 0.0, 2.5))
+def options(loss: LossParameters) -> list[LossParameters]:
+    if loss.loss_type in COUPLED:
+        return [loss]
+    alphas = (0.0, 0.25, 1.0) if loss.loss_type in BREGMAN else (0.0,)
+    combinations = itertools.product(alphas, (1.0, 0.0, 0.3), (1.0, 0.0, 2.5))
     return [
-        LossParameters(loss_type, parameter, alpha, 0.0, chosen, rejected) for alpha, chosen, rejected in combinations
+        loss._replace(alpha=alpha, chosen_weight=chosen, rejected_weight=rejected)
+        for alpha, chosen, rejected in combinations
     ]
 
 
-def assert_same(actual: float, expected: float, what: str, eps: float = 1e-12) -> None:
+def assert_same(actual: float, expected: float, what: str, eps: float = 1e-12, floor: float = 1e-45) -> None:
     # The logarithms of what overflows, 700 and more, lose that many units of fp64's last place.
     same = math.isnan(actual) if math.isnan(expected) else actual == expected
-    assert same or abs(actual - expected) <= eps * abs(expected) + 1e-45, f"{what}: {actual}, not {expected}"
+    assert same or abs(actual - expected) <= eps * abs(expected) + floor, f"{what}: {actual}, not {expected}"
 
 
 def in_torch(p: LossParameters) -> list[list[float]]:
@@ -98,25 +101,28 @@ def in_torch(p: LossParameters) -> list[list[float]]:
 
 
 def in_cpp(p: LossParameters) -> list[list[float]]:
-    rest = p[1:]
-    return [x.tolist() for x in compiled.divergence_pair(p.loss_type, U[0].numpy(), U[1].numpy(), *rest)]
+    return [x.tolist() for x in compiled.divergence_pair(p, U[0].numpy(), U[1].numpy())]
 
 
 @pytest.mark.parametrize("implementation", [in_torch, in_cpp])
-@pytest.mark.parametrize(("loss_type", "parameter"), LOSSES)
-def test_pairs(loss_type: str, parameter: float, implementation) -> None:
-    for p in options(loss_type, parameter):
+@every_set
+def test_pairs(loss: LossParameters, implementation) -> None:
+    floor = 1e-16 if loss.loss_type == "apo_down" else 1e-45  # two sigmoids cancel in its gradient
+    for p in options(loss):
         for pair, *found in zip(PAIRS, *implementation(p), strict=True):
             for what, actual, expected in zip(("loss", "d u_w", "d u_l"), found, truth(*pair, p), strict=True):
-                assert_same(actual, expected, f"{what} at {pair}, {p}")
+                assert_same(actual, expected, f"{what} at {pair}, {p}", floor=floor)
 
 
-@pytest.mark.parametrize("loss_type", [name for name in compiled.divergence_names() if name != "dpo"])
+@pytest.mark.parametrize("loss_type", SEPARABLE)
 def test_scalar_functions(loss_type: str) -> None:
-    for k, u in itertools.product(POWERS if loss_type == "power" else (0.0,), HUGE):
-        for name, value in zip(("A", "P", "dA", "dP"), generators(loss_type, k, u), strict=True):
+    values = {"power": POWERS, "sppo_hard": (0.3,)}.get(loss_type, (0.0,))
+    for k, u in itertools.product(values, HUGE):
+        for name, value in zip(("A", "P", "dA", "dP"), generators(loss_type, mpf(k), u), strict=True):
             what = f"{name} of {loss_type} {k} at {u}"
-            in_torch_ = get_divergence(loss_type).term(name, torch.tensor(u, dtype=torch.float64), k).item()
+            divergence = get_divergence(loss_type)
+            own_values = [k] * len(divergence.parameters)
+            in_torch_ = divergence.term(name, torch.tensor(u, dtype=torch.float64), own_values).item()
             assert_same(float(compiled.divergence_scalars(loss_type)[name](u, k)), rounded(value), what)
             assert_same(in_torch_, rounded(value), what)
 
@@ -128,9 +134,8 @@ def as_dtype(x: float, dtype: torch.dtype) -> float:
 def check_op(ops, p: LossParameters, pairs: list[tuple[float, float]], dtype: torch.dtype) -> None:
     """Log ratios come from sums of fp64; losses and gradients are rounded to the dtype."""
     B, u = len(pairs), torch.tensor(pairs, dtype=torch.float64).t().flatten()
-    rest = p[1:]
     _, losses, logratios, _, _, _, coefs = ops.density_ratio_fwd(
-        torch.zeros(2 * B, 1, dtype=dtype), None, None, None, -u, None, p.loss_type, *rest, *(False,) * 3, -1, False
+        torch.zeros(2 * B, 1, dtype=dtype), None, None, None, -u, None, *p, *(False,) * 3, -1, False
     )
     assert torch.equal(logratios, u.to(dtype))
     for pair, *found in zip(pairs, losses.tolist(), coefs[:B].tolist(), coefs[B:].tolist(), strict=True):
@@ -140,15 +145,15 @@ def check_op(ops, p: LossParameters, pairs: list[tuple[float, float]], dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("loss_type", "parameter"), LOSSES)
-def test_the_op(loss_type: str, parameter: float, dtype: torch.dtype) -> None:
-    for p in options(loss_type, parameter):
+@every_set
+def test_the_op(loss: LossParameters, dtype: torch.dtype) -> None:
+    for p in options(loss):
         check_op(torch.ops.dil_kernels, p, PAIRS, dtype)
 
 
-@pytest.mark.parametrize(("loss_type", "parameter"), LOSSES)
-def test_the_cuda_source(emulated, loss_type: str, parameter: float) -> None:  # noqa: F811
-    check_op(emulated, options(loss_type, parameter)[0], [(INF, 700.0), (-800.0, -INF), (INF, INF)], torch.float64)
+@every_set
+def test_the_cuda_source(emulated, loss: LossParameters) -> None:  # noqa: F811
+    check_op(emulated, options(loss)[0], [(INF, 700.0), (-800.0, -INF), (INF, INF)], torch.float64)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])

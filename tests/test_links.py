@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from implementations import Implementation, every_loss
 from mpmath import mp, mpf
-from test_scalar_losses import GENERATORS, SEPARABLE, in_cpp, in_torch, sigmoid
+from test_scalar_losses import BREGMAN, GENERATORS, in_cpp, in_torch, sigmoid
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -29,7 +29,7 @@ POWERS = (-1.0, -0.5, 0.0, 0.5, 2.0)
 def truth(u_w: float, u_l: float, p: LossParameters) -> tuple[mpf, mpf, mpf, mpf]:
     """Loss and gradients, and the largest of the terms that add up to them."""
     A, P, dA = GENERATORS[p.loss_type]
-    k, beta, M = mpf(p.parameter), mpf(p.beta), mpf(p.max_log_ratio)
+    k, beta, M = mpf(p.power), mpf(p.beta), mpf(p.max_log_ratio)
     w, l = (M * mp.tanh(mpf(u) / M) if M else mpf(u) for u in (u_w, u_l))
     slope_w, slope_l = (mp.sech(mpf(u) / M) ** 2 if M else mpf(1) for u in (u_w, u_l))
     if p.link == "ratio":
@@ -53,8 +53,8 @@ def truth(u_w: float, u_l: float, p: LossParameters) -> tuple[mpf, mpf, mpf, mpf
 
 @st.composite
 def parameters(draw: st.DrawFn, link: str) -> LossParameters:
-    loss_type = draw(st.sampled_from(SEPARABLE))
-    p = LossParameters(loss_type, draw(st.sampled_from(POWERS)) if loss_type == "power" else 0.0, link=link)
+    loss_type = draw(st.sampled_from(BREGMAN))
+    p = LossParameters(loss_type, power=draw(st.sampled_from(POWERS)) if loss_type == "power" else 0.0, link=link)
     p = p._replace(
         beta=draw(st.sampled_from((0.05, 0.1, 1.0, 2.5))), max_log_ratio=draw(st.sampled_from((0.0, 0.0, 4.0)))
     )
@@ -96,10 +96,10 @@ def test_links_match_mpmath(link: str, implementation: Any, data: st.DataObject)
 @pytest.mark.parametrize("implementation", [in_torch, in_cpp])
 def test_overflowing_links_are_infinite_of_the_right_sign(implementation: Any) -> None:
     inf = math.inf
-    ratio = LossParameters("lsif", 0.0, link="ratio")
+    ratio = LossParameters("lsif", link="ratio")
     assert implementation(900.0, 0.0, ratio) == (-inf, -inf, inf)  # -A(900) + P(-900)
     assert implementation(-900.0, 0.0, ratio) == (inf, -inf, inf)
-    contrast = LossParameters("lsif", 0.0, link="f_dpo")
+    contrast = LossParameters("lsif", link="f_dpo")
     assert implementation(900.0, 800.0, contrast) == (0.0, 0.0, 0.0)
     assert implementation(800.0, 900.0, contrast) == (inf, -inf, inf)
     assert implementation(900.0, 900.0, contrast)[0] == pytest.approx(math.log(2.0))
@@ -169,6 +169,110 @@ def test_trls_separable_losses_are_settings() -> None:
         assert grad.abs().max() > 0
 
 
+def test_what_the_literature_says_of_coupled_losses() -> None:
+    u = log_ratios()
+    d, beta, e = u[0] - u[1], 0.3, 0.1
+    right, wrong = -logsigmoid(beta * d), -logsigmoid(-beta * d)
+    q = torch.stack([(beta * d).sigmoid(), (-beta * d).sigmoid()])
+    p = torch.tensor([[1 - e], [e]], dtype=torch.float64)
+    dpo: dict[str, Any] = {"loss_type": "dpo", "beta": beta}
+    for options, expected in (
+        (dpo | {"label_smoothing": e}, (1 - e) * right + e * wrong),
+        ({"loss_type": "robust", "beta": beta, "label_smoothing": e}, ((1 - e) * right - e * wrong) / (1 - 2 * e)),
+        ({"loss_type": "exo_pair", "beta": beta, "label_smoothing": e}, (q * (q / p).log()).sum(0)),
+        ({"loss_type": "hinge", "beta": beta}, (1 - beta * d).clamp(min=0)),
+        ({"loss_type": "ipo", "beta": beta}, (d - 1 / (2 * beta)) ** 2),
+        ({"loss_type": "sppo_hard", "beta": beta}, (u[0] - 0.5 / beta) ** 2 + (u[1] + 0.5 / beta) ** 2),
+        ({"loss_type": "apo_zero", "beta": beta}, 1 - (beta * u[0]).sigmoid() + (beta * u[1]).sigmoid()),
+        ({"loss_type": "apo_down", "beta": beta}, (beta * u[0]).sigmoid() + 1 - (beta * d).sigmoid()),
+    ):
+        loss, _ = losses_and_gradients(u, **options)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    same({"loss_type": "robust", "beta": beta}, dpo)
+    calibrated, of_sppo, of_dpo = (
+        losses_and_gradients(u, loss_type=name, beta=b)[0]
+        for name, b in (("cal_dpo", beta), ("sppo_hard", beta), ("dpo", 1.0))
+    )
+    torch.testing.assert_close(calibrated, of_sppo + of_dpo)
+
+
+@every_loss
+@pytest.mark.parametrize("unpaired", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_negative_log_likelihood_is_of_chosen_responses_that_count(
+    impl: Implementation, reduction: str, unpaired: bool
+) -> None:
+    gen = torch.Generator().manual_seed(3)
+    logits, ref = (torch.randn(6, 7, 11, generator=gen).to(impl.device) for _ in range(2))
+    labels = torch.randint(0, 11, (6, 7), generator=gen)
+    labels[:, :3][torch.rand(6, 3, generator=gen) < 0.5] = -100
+    labels[1] = -100  # in pair 1 its chosen response, and a chosen one by itself
+    sides = torch.tensor([True, True, False, True, False, True])
+    options: dict[str, Any] = {"reduction": reduction, "is_chosen": sides.to(impl.device) if unpaired else None}
+    x = logits.requires_grad_()
+    both, plain = (
+        fused_dil_loss(x, labels.to(impl.device), ref_logits=ref, backend=impl.backend, nll_weight=w, **options)
+        for w in (0.4, 0.0)
+    )
+    logps = x.detach().cpu().double().requires_grad_()
+    scored = labels[:, 1:] != -100
+    of_labels = logps[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    nll = -(of_labels * scored).sum(1) / scored.sum(1).clamp(min=1)
+    counted = sides & scored.any(1) if unpaired else torch.tensor([True, False, True])
+    nll = 0.4 * torch.where(counted, nll[: len(counted)], 0.0)
+    expected = {"mean": nll.sum() / counted.sum(), "sum": nll.sum(), "none": nll}[reduction]
+    torch.testing.assert_close((both.loss - plain.loss).cpu().double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((both.losses - plain.losses).cpu().double(), nll, rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(both.loss.sum() - plain.loss.sum(), x)
+    (truth,) = torch.autograd.grad(expected.sum(), logps)
+    torch.testing.assert_close(grad.cpu().double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_likelihood_of_0_beside_a_loss_that_overflows(reduction: str) -> None:
+    """+inf against -inf is +inf, as in every sum of losses."""
+    zero, never = torch.zeros(1, dtype=torch.float64), torch.full((1,), -math.inf, dtype=torch.float64)
+    options: dict[str, Any] = {"loss_type": "is", "chosen_weight": 0.0, "reduction": reduction}  # u_l alone
+    for nll_weight, expected in ((0.0, -math.inf), (0.5, math.inf)):
+        loss, *_ = dil_loss(never, never, zero, zero, nll_weight=nll_weight, **options)
+        assert loss.item() == expected
+    loss, *_ = dil_loss(never, zero.log(), zero, never, nll_weight=0.5, **options)
+    assert loss.isnan()  # of a log ratio that is none
+
+
+def test_terms_of_no_divergence_are_registered_as_such() -> None:
+    options: dict[str, Any] = {
+        "source": "this test",
+        "A": lambda u, beta, label_smoothing: beta * u - label_smoothing * u.square(),
+        "P": lambda u, beta, label_smoothing: beta * u + label_smoothing * u.square(),
+        "parameters": (
+            Parameter(name="beta", default=0.5, minimum=0.0),
+            Parameter(name="label_smoothing", default=0.25, minimum=0.0, below=1.0),
+        ),
+    }
+    with pytest.raises(ValueError, match=r"A'\(u\) must be > 0"):
+        register_divergence(Divergence(name="quadratic", **options))
+    with pytest.raises(ValueError, match="bregman=False, which is of A and P only"):
+        Divergence(name="pairwise", source="", pair=lambda w, l: w - l, bregman=False)
+    with pytest.raises(ValueError, match="dA is not the derivative of A"):
+        register_divergence(Divergence(name="quadratic", **options, dA=lambda u, b, e: u, bregman=False))
+    register_divergence(Divergence(name="quadratic", **options, bregman=False))
+    try:
+        u = log_ratios()
+        for backend in ("auto", "eager"):
+            loss, _ = losses_and_gradients(
+                u, loss_type="quadratic", beta=2.0, label_smoothing=0.5, rejected_weight=3.0, backend=backend
+            )
+            torch.testing.assert_close(loss, -(2 * u[0] - u[0] ** 2 / 2) + 3 * (2 * u[1] + u[1] ** 2 / 2))
+        for refused in ({"alpha": 0.5}, {"link": "ratio"}):
+            with pytest.raises(ValueError, match="loss_type='quadratic' is no Bregman divergence"):
+                LossOptions(loss_type="quadratic", **refused)
+        with pytest.raises(ValueError, match=r"label_smoothing must be a finite number >= 0 and < 1, got 1.0"):
+            LossOptions(loss_type="quadratic", label_smoothing=1.0)
+    finally:
+        del _REGISTRY["quadratic"]
+
+
 @every_loss
 @pytest.mark.parametrize("link", ["imitation", "ratio", "f_dpo"])
 def test_every_way_to_the_loss_agrees(impl: Implementation, link: str) -> None:
@@ -197,9 +301,9 @@ def test_affine_terms_of_unpaired_responses_are_those_of_pairs() -> None:
 
 
 @pytest.mark.parametrize("link", ["imitation", "ratio", "f_dpo"])
-@pytest.mark.parametrize("loss_type", SEPARABLE)
+@pytest.mark.parametrize("loss_type", BREGMAN)
 def test_gradcheck(loss_type: str, link: str) -> None:
-    p = LossParameters(loss_type, 0.5, 0.0, 3.0, beta=0.6, scale=2.0, link=link)
+    p = LossParameters(loss_type, 0.6, 0.5, max_log_ratio=3.0, scale=2.0, link=link)
     from dil_kernels.losses.scalar import pair_losses
 
     inputs = [torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64, requires_grad=True) for _ in range(2)]
@@ -225,6 +329,16 @@ REFUSED = [
     ({"beta": 0.0}, "beta must be a finite number > 0, got 0.0"),
     ({"beta": math.nan}, "beta must be a finite number > 0, got nan"),
     ({"link": "ratio", "scale": -1.0}, "scale must be a finite number > 0, got -1.0"),
+    (
+        {"loss_type": "robust", "label_smoothing": 0.5},
+        "label_smoothing must be a finite number >= 0 and < 0.5, got 0.5",
+    ),
+    ({"loss_type": "exo_pair", "label_smoothing": 0.0}, "label_smoothing must be a finite number > 0 and < 0.5, got 0"),
+    ({"loss_type": "hinge", "label_smoothing": 0.1}, "loss_type='hinge' has no label_smoothing; leave it out"),
+    ({"loss_type": "sppo_hard", "alpha": 0.5}, "loss_type='sppo_hard' is no Bregman divergence; leave it 0"),
+    ({"loss_type": "apo_zero", "link": "f_dpo"}, "loss_type='apo_zero' is no Bregman divergence; leave it 'imitation'"),
+    ({"loss_type": "apo_zero", "non_negative": 0.5, "reduction": "mean"}, "non_negative=0.5 was given, but"),
+    ({"nll_weight": -1.0}, "nll_weight must be a finite number >= 0, got -1.0"),
     ({"link": "ratio", "non_negative": 0.5, "reduction": "mean"}, "non_negative=0.5 was given, but"),
 ]
 
@@ -241,12 +355,11 @@ def test_a_beta_of_the_losses_own_stays_its_own() -> None:
         source="this test",
         A=lambda u, beta: beta * u,
         P=lambda u, beta: beta * u.exp(),
-        parameter=Parameter(name="beta", default=0.1, minimum=0.0, exclusive=True),
+        parameters=(Parameter(name="beta", default=0.1, minimum=0.0, exclusive=True),),
     )
     register_divergence(own)
     try:
-        p = LossOptions(loss_type="scaled_ukl", beta=0.5)
-        assert (p.parameters.parameter, p.parameters.beta, p.factor) == (0.5, 1.0, 1.0)
+        same({"loss_type": "scaled_ukl", "beta": 0.5}, {"loss_type": "ukl"}, 0.5)
         with pytest.raises(ValueError, match="loss_type='scaled_ukl' has a beta of its own"):
             LossOptions(loss_type="scaled_ukl", link="f_dpo")
     finally:
@@ -262,7 +375,9 @@ def test_unpaired_responses_have_no_other_link() -> None:
 def test_beta_has_the_default_of_its_link() -> None:
     assert [LossOptions(link=link).factor for link in ("imitation", "ratio", "f_dpo")] == [1.0, 0.1, 0.1]
     zero = Parameter(name="beta", default=0.0, minimum=-1.0)
-    register_divergence(Divergence(name="shifted", source="this test", pair=lambda w, l, b: w - l + b, parameter=zero))
+    register_divergence(
+        Divergence(name="shifted", source="this test", pair=lambda w, l, b: w - l + b, parameters=(zero,))
+    )
     try:
         assert [LossOptions(loss_type="shifted", beta=b).factor for b in (None, 0.0, -0.5)] == [0.0, 0.0, -0.5]
     finally:
@@ -275,4 +390,4 @@ def test_beta_has_the_default_of_its_link() -> None:
     assert (LossOptions(loss_type="dpo").factor, LossOptions(loss_type="dpo", beta=0.3).factor) == (0.1, 0.3)
     for options, own in itertools.product(({}, {"beta": 0.5}), ("lsif", "dpo")):
         p = LossOptions(loss_type=own, **options).parameters
-        assert (p.parameter if own == "dpo" else p.beta) == options.get("beta", 0.1 if own == "dpo" else 1.0)
+        assert p.beta == options.get("beta", 0.1 if own == "dpo" else 1.0)

@@ -50,7 +50,7 @@ def test_opcheck_density_ratio(impl: Implementation, packed: bool) -> None:
     sides = torch.tensor([True, False, False, True], device=impl.device)
     references = ((torch.randn_like(token_logps), None), (None, torch.randn(4, device=impl.device).double()))
     for ref, is_chosen in itertools.product(references, (None, sides)):
-        parameters = LossParameters("lsif", 0.0, 0.5, 3.0, 1.0, 2.0)
+        parameters = LossParameters("lsif", alpha=0.5, max_log_ratio=3.0, rejected_weight=2.0)
         flags = (True, False, True, -1, True)
         inputs = (token_logps, labels, cu_seqlens, *ref, is_chosen, *parameters, *flags)
         torch.library.opcheck(ops.density_ratio_fwd.default, inputs, test_utils=OPCHECKS)

@@ -36,9 +36,8 @@ def test_every_argument_is_in_some_call(function: Any) -> None:
     tensors = set().union(*(call.make(4) for call in calls))
     assert tensors == parameters_of(function, "Tensor")
     varying = set().union(*(call.varying for call in calls))
-    refused = (
-        {"scale"} if function is dil_kernels.unpaired_dil_loss else set()
-    )  # of links between the responses of a pair
+    # What only losses and links of pairs have.
+    refused = {"scale", "label_smoothing"} if function is dil_kernels.unpaired_dil_loss else set()
     assert varying >= (parameters_of(function, "float") | parameters_of(function, "int")) - refused
 
 

@@ -128,8 +128,8 @@ def test_counting_and_metrics_of_a_micro_batch_never_wait_for_the_device(tmp_pat
     largest = LogRatioRange({"loss_type": "lsif"}, False, torch.device("cpu"))
     batches = iter([batch_of(make_pairs(3))] * 2)
     with NoHostRead():
-        sums = pair_metrics(output).sum(0)
-        batch_metrics(output, unpaired=True)
+        sums = pair_metrics(output, 0.1).sum(0)
+        batch_metrics(output, unpaired=True, beta=0.1)
         found.add(output, torch.tensor([1, 2, 3]), step=1)
         largest.add(output)
         _, counts = trainer.get_batch_samples(batches, 2, torch.device("cpu"))

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"loss_type": "kl"}, "unknown loss_type 'kl'; available: lsif, ukl, bce, power, is, brier, dpo"),
+        ({"loss_type": "kl"}, "unknown loss_type 'kl'; available: lsif, ukl, bce, power, is, brier"),
         ({"scale": 2.0}, "scale=2.0 was given, but link='imitation' has no scale"),
         ({"link": "ratio", "alpha": 0.5}, "alpha=0.5 was given, but link='ratio' has no alpha"),
         ({"loss_type": "dpo", "beta": -1.0}, "beta must be a finite number > 0, got -1.0"),

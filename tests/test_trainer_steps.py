@@ -43,7 +43,7 @@ ON_GPU = pytest.param(
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("average", [True, False], ids=["average", "sum"])
-@pytest.mark.parametrize("name", ["lsif", "ukl", "bce", "dpo", "bce, alpha 0.5"])
+@pytest.mark.parametrize("name", ["lsif", "ukl", "bce", "dpo", "bce, alpha 0.5", "dpo, nll", "robust", "sppo_hard"])
 def test_a_step_is_that_of_plain_pytorch(tmp_path: Path, name: str, average: bool, device: str) -> None:
     policy, ref = make_model(0), make_model(0)
     with torch.no_grad():  # near the reference, so that exp(2 u) of a whole sequence stays finite

@@ -173,7 +173,7 @@ def _reference_loss(token_logps: Tensor, labels: Tensor, ref_token_logps: Tensor
         ref_token_logps,
         None,
         None,
-        LossParameters(LOSS_TYPE, 0.0),
+        LossParameters(LOSS_TYPE),
         SequenceOptions(average=True, interleaved=False, mean=True, ignore_index=IGNORE_INDEX, shift=True),
     )
     return DILOutput(loss, losses, *logps.chunk(2), *logratios.chunk(2), *lengths.chunk(2), counts)

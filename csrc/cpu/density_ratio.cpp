@@ -57,16 +57,17 @@ void forward(const SequenceLayout& layout, const LossOptions& options, const For
 DensityRatioOutputs::Tuple density_ratio_fwd(
     const Tensor& token_logps, const std::optional<Tensor>& labels, const std::optional<Tensor>& cu_seqlens,
     const std::optional<Tensor>& ref_token_logps, const std::optional<Tensor>& ref_logps,
-    const std::optional<Tensor>& is_chosen, const std::string& loss_type, double parameter, double alpha, double max_log_ratio,
-    double chosen_weight, double rejected_weight, double beta, double chosen_offset, double rejected_offset, double scale,
-    const std::string& link, bool average, bool interleaved, bool mean, int64_t ignore_index, bool shift) {
+    const std::optional<Tensor>& is_chosen, const std::string& loss_type, double beta, double power, double label_smoothing,
+    double alpha, double max_log_ratio, double chosen_weight, double rejected_weight, double chosen_offset,
+    double rejected_offset, double scale, const std::string& link, bool average, bool interleaved, bool mean,
+    int64_t ignore_index, bool shift) {
   const SequenceLayout layout = sequence_layout(token_logps, labels, cu_seqlens, is_chosen, ignore_index, shift);
   check_reference(token_logps, ref_token_logps, ref_logps, layout);
   check_boundaries(layout);
   const LossOptions options = loss_options(
       loss_type,
-      {parameter, alpha, max_log_ratio, chosen_weight, rejected_weight, beta, chosen_offset, rejected_offset, scale,
-       link_by_name(link)},
+      {beta, power, label_smoothing, alpha, max_log_ratio, chosen_weight, rejected_weight, chosen_offset, rejected_offset,
+       scale, link_by_name(link)},
       average, interleaved, mean, layout);
   DensityRatioOutputs out(token_logps, layout);
   const auto run = [&](auto zero) {

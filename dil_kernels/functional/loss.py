@@ -20,7 +20,7 @@ from dil_kernels.losses.options import (
     LossOptions,
     SequenceOptions,
 )
-from dil_kernels.losses.scalar import non_negative_loss
+from dil_kernels.losses.scalar import non_negative_loss, total
 from dil_kernels.ops.density_ratio import density_ratio
 from dil_kernels.options import LogitsKeywords, LogitsOptions, ScoringOptions, split, takes
 from dil_kernels.reference import DEFAULTS, accumulation_dtype, split_pairs
@@ -123,7 +123,7 @@ def _loss_of_sums(
     """Losses, reduced as asked, and detached log ratios, from sums [S]."""
     check_choice("backend", backend, ("auto", "eager"))
     every_value = SequenceOptions(False, False, options.reduction != "sum", -100, False)
-    loss, losses, logratios, _, lengths, _ = density_ratio(
+    loss, losses, logratios, logps, lengths, counts = density_ratio(
         policy_logps.unsqueeze(1),
         None,
         None,
@@ -135,6 +135,7 @@ def _loss_of_sums(
         compiled=sums_are_compiled(backend, policy_logps.device),
     )
     loss = _corrected(loss, logratios, lengths, is_chosen, options, interleaved=False)
+    loss, losses = _with_nll(loss, losses, logps, lengths, counts, is_chosen, options, every_value)
     return losses if options.reduction == "none" else loss, logratios.detach()
 
 
@@ -159,6 +160,32 @@ def _corrected(
     else:
         sides = (u, counted & is_chosen, u, counted & ~is_chosen)
     return non_negative_loss(loss, *sides, options.parameters, float(options.non_negative))
+
+
+def _with_nll(
+    loss: Tensor,
+    losses: Tensor,
+    logps: Tensor,
+    lengths: Tensor,
+    counts: Tensor,
+    is_chosen: Tensor | None,
+    options: LossOptions,
+    of_sequences: SequenceOptions,
+) -> tuple[Tensor, Tensor]:
+    """Loss [] and losses [B] or [S], with the weighted negative log-likelihood per token of the chosen responses."""
+    if options.nll_weight == 0.0:
+        return loss, losses
+    if is_chosen is None:
+        counted = torch.logical_and(*split_pairs(lengths > 0, of_sequences.interleaved))
+        logps, lengths = (split_pairs(values, of_sequences.interleaved)[0] for values in (logps, lengths))
+    else:
+        counted = (lengths > 0) & is_chosen
+    wide = logps.to(accumulation_dtype(logps.device))
+    nll = torch.where(counted, options.nll_weight * (-wide / lengths.clamp(min=1)), 0)
+    share = nll.sum() / counts[0].clamp(min=1) if of_sequences.mean else nll.sum()
+    # What is infinite against each other is +inf, as in every sum of losses.
+    both = torch.where(nll.isposinf() & losses.isneginf(), nll, losses + nll)
+    return total(torch.stack([loss.to(wide.dtype), share])).to(loss.dtype), both.to(losses.dtype)
 
 
 @takes(FusedLossOptions, LogitsOptions)
@@ -279,6 +306,7 @@ def loss_of_token_logps(
     )
     interleaved = of_sequences.interleaved
     loss = _corrected(loss, logratios, lengths, is_chosen, options, interleaved=interleaved)
+    loss, losses = _with_nll(loss, losses, logps, lengths, counts, is_chosen, options, of_sequences)
     sides = [_sides(values, is_chosen, interleaved) for values in (logps, logratios, lengths)]
     (chosen_logps, rejected_logps), (chosen_rewards, rejected_rewards), (chosen_lengths, rejected_lengths) = sides
     return DILOutput(

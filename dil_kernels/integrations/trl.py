@@ -110,7 +110,7 @@ class DILTrainer(DPOTrainer):
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
         self.model_accepts_loss_kwargs = True
         self.loss_options = FusedLossOptions(
-            **args.loss_options(), average_log_prob=args.average_log_prob, reduction="sum"
+            **args.loss_options(), average_log_prob=bool(args.average_log_prob), reduction="sum"
         )
         self.beta = self.loss_options.factor
         self._has_router = getattr(self, "aux_loss_enabled", False)  # a mixture of experts, in TRL 1.8 or later
@@ -305,8 +305,7 @@ class DILTrainer(DPOTrainer):
     def _record(self, batch: Batch, policy: Scores, output: DILOutput) -> None:
         """Add a micro-batch to what is logged next; nothing waits for the device."""
         assert policy.statistics is not None
-        rewards = {name: self.beta * getattr(output, name) for name in ("chosen_rewards", "rejected_rewards")}
-        pairs = pair_metrics(output._replace(**rewards))
+        pairs = pair_metrics(output, self.beta)
         aux_loss = pairs[:, -1:] * (policy.outputs.aux_loss.detach() if self._has_router else 0.0)
         sums = torch.cat([pairs, token_sums(policy.statistics, output, batch), aux_loss], dim=1)
         if self.model.training:

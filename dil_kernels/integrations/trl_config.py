@@ -21,7 +21,6 @@ if Version(trl.__version__) < Version("1.0.0"):
 
 # What TRL's losses use and ours do not; anything but the default would be silently ignored.
 UNUSED_OPTIONS = (
-    "label_smoothing",
     "label_smoothing_factor",
     "f_divergence_type",
     "f_alpha_divergence_coef",
@@ -35,6 +34,13 @@ NAMES_IN_TRL = {
     "bco_pair": "loss_type='bce' and TRL's beta=0.1",
     "nca_pair": "loss_type='bce', alpha=0.5 and TRL's beta=0.1",
 }
+# TRL takes these of summed log ratios; here the same name would go with averages, if nothing else is said.
+SUMMED_IN_TRL = ("sppo_hard", "apo_zero", "robust", "hinge", "exo_pair", "apo_down")
+F_DIVERGENCES = {
+    "forward_kl": "loss_type='is', link='f_dpo'",
+    "js_divergence": "loss_type='bce', link='f_dpo'",
+    "alpha_divergence": "loss_type='power', link='f_dpo' and power=f_alpha_divergence_coef - 1",
+}
 
 
 @dataclass
@@ -47,8 +53,13 @@ class DILConfig(FusedLossFields, DPOConfig):
 
     loss_type: list[str] = field(  # type: ignore[assignment]  # TRL has a list
         default_factory=lambda: ["lsif"],
+        metadata={"help": FusedLossFields.__dataclass_fields__["loss_type"].metadata["help"]},
+    )
+    average_log_prob: bool | None = field(  # type: ignore[assignment]
+        default=None,
         metadata={
-            "help": "The density-ratio loss: lsif (the paper's), ukl, bce, power, is, brier, dpo, or a registered one."
+            "help": "Divide each log ratio by the number of scored tokens of its response: yes if not given, which "
+            "losses that TRL sums under the same name do not leave open."
         },
     )
 
@@ -98,8 +109,18 @@ class DILConfig(FusedLossFields, DPOConfig):
             raise ValueError(
                 f"loss_type={loss_type!r} of TRL is here {NAMES_IN_TRL[loss_type]} with average_log_prob=False"
             )
-        if loss_type == "dpo" and self.beta is None:
-            self.beta = DPOConfig.__dataclass_fields__["beta"].default
+        if self.average_log_prob is None and loss_type in SUMMED_IN_TRL:
+            raise ValueError(
+                f"loss_type={loss_type!r} is taken of summed log ratios by TRL: give average_log_prob=False for those, "
+                "or True for averages"
+            )
+        self.average_log_prob = self.average_log_prob is not False
+        divergence = getattr(self, "f_divergence_type", None)
+        if divergence in F_DIVERGENCES:
+            raise ValueError(
+                f"f_divergence_type={divergence!r} of TRL's sigmoid loss is here {F_DIVERGENCES[divergence]}, with "
+                "average_log_prob=False"
+            )
         LossOptions(**self.loss_options())
         check_joined_rows(self)
         check_choice("backend", self.backend, ("auto", *BACKENDS))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid  # exact everywhere; softplus turns linear above 20
 
-from dil_kernels.losses.divergence import Divergence, Parameter
+from dil_kernels.losses.divergence import PAIR_BETA, Divergence, Parameter
 from dil_kernels.losses.registry import register_divergence
 
 
@@ -31,6 +31,39 @@ def _expm1_over(k: float, u: Tensor) -> Tensor:
 def _power_P(u: Tensor, k: float) -> Tensor:
     # The constant makes the loss continuous in k: that of ukl at 0, finite at -1.
     return ((1.0 + k) * u).exp() / (1.0 + k) if k >= 0 else _expm1_over(1.0 + k, u) + (1.0 + k)
+
+
+_BETA = Parameter(name="beta", default=PAIR_BETA, minimum=0.0, exclusive=True)
+_SMOOTHING = Parameter(name="label_smoothing", default=0.0, minimum=0.0, below=0.5)
+_LARGEST_X = 750.0  # e^-x is 0 from here on in fp64
+
+
+def _dpo(u_w: Tensor, u_l: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    x = beta * (u_w - u_l)
+    if label_smoothing == 0:  # 0 times an infinity is not
+        return -logsigmoid(x)
+    return -(1.0 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
+
+
+def _robust(u_w: Tensor, u_l: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    x = beta * (u_w - u_l)
+    if label_smoothing == 0:
+        return -logsigmoid(x)
+    smooth = label_smoothing * logsigmoid(-x) - (1.0 - label_smoothing) * logsigmoid(x)
+    return smooth / (1.0 - 2.0 * label_smoothing)
+
+
+def _exo_pair(u_w: Tensor, u_l: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """``KL(q || p)``, ``q = sigmoid(+-x)``, ``p = (1 - label_smoothing, label_smoothing)``."""
+    x = beta * (u_w - u_l)
+    x = torch.where(x.abs() > _LARGEST_X, x.sign() * _LARGEST_X, x)
+    log_w, log_l = logsigmoid(x), logsigmoid(-x)
+    return log_w.exp() * (log_w - math.log1p(-label_smoothing)) + log_l.exp() * (log_l - math.log(label_smoothing))
+
+
+def _apo_down(u_w: Tensor, u_l: Tensor, beta: float) -> Tensor:
+    # The derivative of logsigmoid is exact, that of sigmoid cancels.
+    return logsigmoid(beta * u_w).exp() + logsigmoid(-beta * (u_w - u_l)).exp()
 
 
 def _builtin(**fields: Any) -> None:
@@ -76,7 +109,7 @@ _builtin(
     log_A=lambda u, k: k * u - math.log(k) if k > 0 else torch.full_like(u, -math.inf),
     log_P=lambda u, k: (1.0 + k) * u - math.log1p(k) if k > -1 else torch.full_like(u, math.inf),
     log_dP=lambda u, k: _product(1.0 + k, u),
-    parameter=Parameter(name="power", default=0.5, minimum=-1.0),
+    parameters=(Parameter(name="power", default=0.5, minimum=-1.0),),
 )
 _builtin(
     name="is",  # h(r) = -log r
@@ -95,8 +128,63 @@ _builtin(
     dP=lambda u: 2.0 * u.sigmoid().square() * (-u).sigmoid(),
 )
 _builtin(
+    name="sppo_hard",
+    source="SPPO (arXiv 2405.00675) eq. 4.7 with the winner's probability 1",
+    A=lambda u, beta: -(u - 0.5 / beta).square(),
+    P=lambda u, beta: (u + 0.5 / beta).square(),
+    dA=lambda u, beta: -2.0 * (u - 0.5 / beta),
+    dP=lambda u, beta: 2.0 * (u + 0.5 / beta),
+    parameters=(_BETA,),
+    bregman=False,
+)
+_builtin(
+    name="apo_zero",
+    source="APO (arXiv 2408.06266) eq. 7",
+    A=lambda u: -(-u).sigmoid(),
+    P=lambda u: u.sigmoid(),
+    dA=lambda u: u.sigmoid() * (-u).sigmoid(),
+    dP=lambda u: u.sigmoid() * (-u).sigmoid(),
+    bregman=False,
+)
+_builtin(
     name="dpo",
-    source="DIL (arXiv 2503.05079) eq. 27; DPO (arXiv 2305.18290) eq. 7",
-    pair=lambda u_w, u_l, beta: -logsigmoid(beta * (u_w - u_l)),
-    parameter=Parameter(name="beta", default=0.1, minimum=0.0, exclusive=True),
+    source="DIL (arXiv 2503.05079) eq. 27; DPO (arXiv 2305.18290) eq. 7; label smoothing: cDPO (E. Mitchell 2023)",
+    pair=_dpo,
+    parameters=(_BETA, _SMOOTHING),
+)
+_builtin(
+    name="robust",
+    source="Robust DPO (arXiv 2403.00409)",
+    pair=_robust,
+    parameters=(_BETA, _SMOOTHING),
+)
+_builtin(
+    name="hinge",
+    source="SLiC-HF (arXiv 2305.10425); RSO (arXiv 2309.06657)",
+    pair=lambda u_w, u_l, beta: (1.0 - beta * (u_w - u_l)).relu(),
+    parameters=(_BETA,),
+)
+_builtin(
+    name="ipo",
+    source="IPO (arXiv 2310.12036) eq. 17",
+    pair=lambda u_w, u_l, beta: ((beta * (u_w - u_l) - 0.5) / beta).square(),
+    parameters=(_BETA,),
+)
+_builtin(
+    name="exo_pair",
+    source="EXO (arXiv 2402.00856) eq. 16",
+    pair=_exo_pair,
+    parameters=(_BETA, Parameter(name="label_smoothing", default=1e-3, minimum=0.0, exclusive=True, below=0.5)),
+)
+_builtin(
+    name="apo_down",
+    source="APO (arXiv 2408.06266) eq. 8",
+    pair=_apo_down,
+    parameters=(_BETA,),
+)
+_builtin(
+    name="cal_dpo",
+    source="Cal-DPO (arXiv 2412.14516)",
+    pair=lambda u_w, u_l, beta: -logsigmoid(u_w - u_l) + (u_w - 0.5 / beta).square() + (u_l + 0.5 / beta).square(),
+    parameters=(_BETA,),
 )

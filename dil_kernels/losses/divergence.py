@@ -6,13 +6,14 @@ eq. 19, with the reference expectation taken as ``alpha`` chosen + ``1 - alpha``
 
     L = chosen_weight [-A(u_w) + alpha P(u_w)] + rejected_weight (1 - alpha) P(u_l)
 
-where ``P'(u) = e^u A'(u)``. `dil_kernels.losses.scalar` combines the terms.
+where ``P'(u) = e^u A'(u)``. Losses of the same form whose A and P are of no such ``h``, and losses that couple the two
+responses of a pair, are described by the same type. `dil_kernels.losses.scalar` combines the terms.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,25 +22,28 @@ from torch import Tensor
 from dil_kernels.checks import check_number
 
 Elementwise = Callable[..., Tensor]
-PARAMETER_NAMES = ("beta", "power")  # the keywords that functions with a loss_type have
+PARAMETER_NAMES = ("beta", "power", "label_smoothing")  # the keywords that functions with a loss_type have
+PAIR_BETA = 0.1  # where a loss of both responses of a pair is given none, as in the literature
 LARGEST_U_OF_H = 300.0  # a loss given by h alone sees ratios from e^-300 to e^300: their squares are finite in fp64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """The own parameter of a loss, a keyword of every function that takes a ``loss_type``.
+    """A parameter of a loss's own, a keyword of every function that takes a ``loss_type``.
 
     Attributes:
-        name: "beta" or "power".
+        name: "beta", "power" or "label_smoothing".
         default: taken where none is given.
         minimum: the least value.
         exclusive: whether `minimum` itself is left out.
+        below: what every value is below.
     """
 
     name: str
     default: float
     minimum: float
     exclusive: bool = False
+    below: float = math.inf
 
     def __post_init__(self) -> None:
         if self.name not in PARAMETER_NAMES:
@@ -48,8 +52,10 @@ class Parameter:
     def check(self, value: float) -> float:
         """The value as a float; a ``ValueError`` if it is out of range, a ``TypeError`` if it is no number."""
         check_number(self.name, value)
-        if not (self.minimum <= value < math.inf) or (self.exclusive and value == self.minimum):
+        if not (self.minimum <= value < self.below) or (self.exclusive and value == self.minimum):
             bound = f"{'>' if self.exclusive else '>='} {self.minimum:g}"
+            if self.below < math.inf:
+                bound += f" and < {self.below:g}"
             raise ValueError(f"{self.name} must be a finite number {bound}, got {value}")
         return float(value)
 
@@ -59,8 +65,8 @@ class Divergence:
     """One loss over the log ratios of chosen and rejected responses.
 
     A separable loss is given by ``A`` and ``P``, or by ``h`` alone, which is then differentiated; a loss that couples
-    the two responses by ``pair`` instead. All are elementwise torch functions of any floating dtype and shape. A loss
-    with a parameter takes its value as the last argument of each.
+    the two responses by ``pair`` instead. All are elementwise torch functions of any floating dtype and shape, and take
+    the values of the loss's own parameters as their last arguments.
 
     Attributes:
         name: the ``loss_type`` by which it is chosen.
@@ -74,7 +80,9 @@ class Divergence:
         log_A, log_P: logarithms of A and P where these overflow; without both, a loss whose terms overflow against each
             other is taken as +inf.
         log_dP: likewise of dP, for a weight that keeps an overflowing gradient finite.
-        parameter: the loss's own parameter, if it has one.
+        parameters: of the loss's own, in the order of those arguments.
+        bregman: whether A and P are of one ``h``. Without, a separable loss has neither `alpha` nor another link, as
+            nothing is known of its terms but that they are smooth.
     """
 
     name: str
@@ -88,13 +96,16 @@ class Divergence:
     log_A: Elementwise | None = None
     log_P: Elementwise | None = None
     log_dP: Elementwise | None = None
-    parameter: Parameter | None = None
+    parameters: tuple[Parameter, ...] = ()
+    bregman: bool = True
 
     def __post_init__(self) -> None:
         if (self.A is None) != (self.P is None) or sum(f is not None for f in (self.A, self.h, self.pair)) != 1:
             raise ValueError(
                 f"divergence {self.name!r} needs either both A and P, or h alone (separable), or pair (coupled)"
             )
+        if not self.bregman and self.A is None:
+            raise ValueError(f"divergence {self.name!r} has bregman=False, which is of A and P only; leave it out")
         unused = ("dA", "dP") if self.h is not None else ("dA", "dP", "log_A", "log_P", "log_dP")
         for name in unused if self.A is None else ():
             if getattr(self, name) is not None:
@@ -113,10 +124,18 @@ class Divergence:
         """Whether each response's gradient depends on that response alone."""
         return self.pair is None
 
-    def term(self, name: str, u: Tensor, parameter: float) -> Tensor:
-        """One of the elementwise functions at `u`, with the parameter if the loss has one."""
+    def own(self, name: str) -> Parameter | None:
+        """The loss's own parameter of that name, if it has one."""
+        return next((parameter for parameter in self.parameters if parameter.name == name), None)
+
+    def defaults(self) -> tuple[float, ...]:
+        """Of the loss's own parameters."""
+        return tuple(parameter.default for parameter in self.parameters)
+
+    def term(self, name: str, u: Tensor, own: Sequence[float]) -> Tensor:
+        """One of the elementwise functions at `u`, given the values of the loss's own parameters."""
         function: Elementwise = getattr(self, name)
-        return function(u) if self.parameter is None else function(u, parameter)
+        return function(u, *own)
 
 
 def _derivative(f: Elementwise) -> Elementwise:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from dil_kernels.checks import check_choice, check_number, check_positive, has_values
-from dil_kernels.losses.divergence import Divergence
+from dil_kernels.losses.divergence import PAIR_BETA, PARAMETER_NAMES, Divergence
 from dil_kernels.losses.registry import get_divergence
 from dil_kernels.options import ScoringOptions
 
 LINKS = ("imitation", "ratio", "f_dpo")
-PAIR_BETA = 0.1  # where a loss of the difference of log ratios is given none, as in the literature
 REDUCTIONS = ("mean", "sum", "none")
 PAIR_LAYOUTS = ("concatenated", "interleaved")
 
@@ -25,12 +24,13 @@ class LossParameters(NamedTuple):
     """Everything beside the log ratios that the loss of a pair depends on, as csrc/divergences.h has it."""
 
     loss_type: str
-    parameter: float  # the loss's own; 0 where it has none
+    beta: float = 1.0  # the loss's own, or the factor of u, of the difference of two, or of that of A
+    power: float = 0.0  # the loss's own; 0 where it has none
+    label_smoothing: float = 0.0  # likewise
     alpha: float = 0.0
     max_log_ratio: float = 0.0  # 0 for no bound
     chosen_weight: float = 1.0
     rejected_weight: float = 1.0
-    beta: float = 1.0
     chosen_offset: float = 0.0
     rejected_offset: float = 0.0
     scale: float = 1.0
@@ -42,7 +42,15 @@ class LossParameters(NamedTuple):
 
     def term(self, name: str, u: Tensor) -> Tensor:
         """One of the divergence's functions at `u`."""
-        return get_divergence(self.loss_type).term(name, u, self.parameter)
+        return get_divergence(self.loss_type).term(name, u, self.own())
+
+    def own(self) -> tuple[float, ...]:
+        """The values of the loss's own parameters."""
+        return tuple(getattr(self, parameter.name) for parameter in get_divergence(self.loss_type).parameters)
+
+    def factor(self) -> float:
+        """Of the log ratios that a separable loss sees."""
+        return self.beta if get_divergence(self.loss_type).own("beta") is None else 1.0
 
 
 class SequenceOptions(NamedTuple):
@@ -64,11 +72,13 @@ class LossKeywords(TypedDict, total=False):
     offset: float | Sequence[float] | None
     scale: float
     power: float | None
+    label_smoothing: float | None
     alpha: float
     max_log_ratio: float | None
     non_negative: float | None
     chosen_weight: float
     rejected_weight: float
+    nll_weight: float
     reduction: str
 
 
@@ -78,22 +88,27 @@ class LossOptions:
 
     Attributes:
         loss_type: a registered name; docs/losses.md describes each.
-        link: how a separable loss is put to work on the log ratios u of a pair, d = u_w - u_l: "imitation"
+        link: how a Bregman divergence is put to work on the log ratios u of a pair, d = u_w - u_l: "imitation"
             (-A(u_w) + P(u_l), DIL), "ratio" (P(-beta d) - A(beta d), BPO, arXiv 2505.19601) or "f_dpo"
             (softplus(-beta (A(u_w) - A(u_l))), arXiv 2309.16240).
         beta: factor of the log ratios, of their difference, or of that of A: 1 if not given with "imitation", 0.1 with
-            the other links and "dpo".
+            the other links and the losses that have a beta of their own.
         offset: added to beta u, one number or one for chosen and one for rejected responses; "imitation" only.
         scale: what the loss is divided by, "ratio" only; 4 gives "lsif", "ukl", "power" and "is" the gradient of "dpo"
             where d = 0.
         power: exponent of "power" (default 0.5): 1 is "lsif", 0 "ukl", -1 "is", up to constants; an error with any
             other loss.
-        alpha: share of the chosen responses in the reference expectation, for separable losses; 0 is the paper.
+        label_smoothing: how likely a label is wrong: "dpo" (0, conservative DPO), "robust" (0) and "exo_pair" (0.001);
+            an error with any other loss.
+        alpha: share of the chosen responses in the reference expectation, for separable Bregman divergences; 0 is the
+            paper.
         max_log_ratio: soft bound M on the log ratios, u -> M tanh(u / M), whose gradient is that of the loss there
             times 1 / cosh(u / M)^2; the rewards stay unbounded. None for no bound.
         non_negative: C of the non-negative correction (`dil_kernels.losses.scalar.non_negative_loss`), which needs
             reduction "mean" and is exact only for the responses of this call; the losses stay uncorrected.
         chosen_weight, rejected_weight: factors of the two terms of a separable loss.
+        nll_weight: of the negative log-likelihood of the chosen response, which is added to any loss: its mean over the
+            scored tokens (RPO, arXiv 2404.19733), or minus the log-prob as it is given to `dil_loss`.
         reduction: "none", "mean" or "sum".
 
     Raises:
@@ -107,38 +122,36 @@ class LossOptions:
     offset: float | Sequence[float] | None = None
     scale: float = 1.0
     power: float | None = None
+    label_smoothing: float | None = None
     alpha: float = 0.0
     max_log_ratio: float | None = None
     non_negative: float | None = None
     chosen_weight: float = 1.0
     rejected_weight: float = 1.0
+    nll_weight: float = 0.0
     reduction: str = "none"
 
     def __post_init__(self) -> None:
         divergence = get_divergence(self.loss_type)
         check_choice("link", self.link, LINKS)
-        if self.link != "imitation" and not divergence.separable:
-            raise ValueError(
-                f"link={self.link!r} was given, but loss_type={self.loss_type!r} is not separable; leave it 'imitation'"
-            )
-        own = divergence.parameter
-        if self.link != "imitation" and self._has_own_beta:
-            raise ValueError(
-                f"link={self.link!r} was given, but loss_type={self.loss_type!r} has a beta of its own; leave it "
-                "'imitation'"
-            )
-        if self.power is not None and (own is None or own.name != "power"):
-            raise ValueError(
-                f"power={self.power} was given, but loss_type={self.loss_type!r} has no power; leave it out"
-            )
-        if own is not None and (value := getattr(self, own.name)) is not None:
-            own.check(value)
-        if self.beta is not None and not self._has_own_beta:
-            if not divergence.separable:
+        if self.link != "imitation":
+            what = _not_bregman(divergence)
+            if divergence.own("beta") is not None and divergence.separable and what is None:
+                what = f"loss_type={self.loss_type!r} has a beta of its own"
+            if what is not None:
+                raise ValueError(f"link={self.link!r} was given, but {what}; leave it 'imitation'")
+        for name in PARAMETER_NAMES:
+            value, own = getattr(self, name), divergence.own(name)
+            if value is None:
+                continue
+            if own is not None:
+                own.check(value)
+            elif name == "beta" and divergence.separable:
+                check_positive("beta", value)
+            else:
                 raise ValueError(
-                    f"beta={self.beta} was given, but loss_type={self.loss_type!r} has no beta; leave it out"
+                    f"{name}={value} was given, but loss_type={self.loss_type!r} has no {name}; leave it out"
                 )
-            check_positive("beta", self.beta)
         check_number("alpha", self.alpha)
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
@@ -149,7 +162,7 @@ class LossOptions:
             check_number("offset", offset)
             if not -math.inf < offset < math.inf:
                 raise ValueError(f"offset must be finite, got {self.offset}")
-        for name in ("chosen_weight", "rejected_weight"):
+        for name in ("chosen_weight", "rejected_weight", "nll_weight"):
             check_number(name, getattr(self, name))
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
@@ -160,22 +173,20 @@ class LossOptions:
 
     def _check_used(self, divergence: Divergence) -> None:
         """What only some links and losses use is left at its default with the others."""
-        of_imitation = {"alpha": 0, "chosen_weight": 1, "rejected_weight": 1, "offset": None}
-        of_links: dict[str, Any] = {"imitation": of_imitation, "ratio": ("scale",)}
-        used = of_links.get(self.link, ()) if divergence.separable else ()
-        for name, unused in (of_imitation | {"scale": 1}).items():
-            value: Any = getattr(self, name)
-            if name not in used and value != unused:
+        defaults: dict[str, Any] = {"alpha": 0, "chosen_weight": 1, "rejected_weight": 1, "offset": None, "scale": 1}
+        used = {"imitation": defaults.keys() - {"scale"}, "ratio": {"scale"}}.get(self.link, set())
+        for name, default in defaults.items():
+            what = _not_bregman(divergence) if name == "alpha" or not divergence.separable else None
+            if what is None and name not in used:
                 what = f"link={self.link!r} has no {name}"
-                if not divergence.separable:
-                    what = f"loss_type={self.loss_type!r} is not separable"
-                raise ValueError(f"{name}={value} was given, but {what}; leave it {unused}")
+            if what is not None and (value := getattr(self, name)) != default:
+                raise ValueError(f"{name}={value} was given, but {what}; leave it {default}")
 
     def _check_non_negative(self, constant: float) -> None:
         check_number("non_negative", constant)
         if not 0.0 < constant < 1.0:
             raise ValueError(f"non_negative must be between 0 and 1 (it is below 1 / sup r), got {constant}")
-        has_floor = self.separable
+        has_floor = self.separable and self.divergence.bregman
         if has_floor:
             floor = self.parameters.floor_of_P(torch.float64, "cpu")
             # A number cannot be read under torch.compile; there such a loss gives a loss that is not finite.
@@ -183,7 +194,7 @@ class LossOptions:
         if not has_floor:
             raise ValueError(
                 f"non_negative={constant} was given, but loss_type={self.loss_type!r} has no non-negative part: it "
-                "needs a separable loss with a finite P(-inf)"
+                "needs a separable Bregman divergence with a finite P(-inf)"
             )
         if self.reduction != "mean":
             raise ValueError(
@@ -211,29 +222,18 @@ class LossOptions:
 
     @property
     def factor(self) -> float:
-        """What multiplies the log ratios or their difference: beta, given or not; 1 where the loss has none."""
-        separable = self.divergence.separable
-        if self._has_own_beta == separable:  # of another meaning, or none
-            return 1.0
-        if not separable:
-            return self._own_value
-        if self.beta is not None:
-            return float(self.beta)
-        return 1.0 if self.link == "imitation" else PAIR_BETA
+        """beta, given or not; 1 where the loss has none. It times a log ratio is the reward of the response."""
+        divergence = self.divergence
+        if divergence.own("beta") is not None or not divergence.separable:
+            return self._own_value("beta", 1.0)
+        return float(self.beta if self.beta is not None else 1.0 if self.link == "imitation" else PAIR_BETA)
 
-    @property
-    def _has_own_beta(self) -> bool:
-        """Whether beta is the loss's own parameter."""
-        own = self.divergence.parameter
-        return own is not None and own.name == "beta"
-
-    @property
-    def _own_value(self) -> float:
-        """The loss's own parameter; 0 where it has none."""
-        own = self.divergence.parameter
+    def _own_value(self, name: str, without: float = 0.0) -> float:
+        """Of the loss's own parameter of that name."""
+        own = self.divergence.own(name)
         if own is None:
-            return 0.0
-        given = getattr(self, own.name)
+            return without
+        given = getattr(self, name)
         return float(own.default if given is None else given)
 
     @property
@@ -242,17 +242,25 @@ class LossOptions:
         chosen_offset, rejected_offset = self._offsets
         return LossParameters(
             loss_type=self.divergence.name,
-            parameter=self._own_value,
+            beta=self.factor,
+            power=self._own_value("power"),
+            label_smoothing=self._own_value("label_smoothing"),
             alpha=float(self.alpha),
             max_log_ratio=float(self.max_log_ratio or 0.0),
             chosen_weight=float(self.chosen_weight),
             rejected_weight=float(self.rejected_weight),
-            beta=self.factor if self.divergence.separable else 1.0,
             chosen_offset=float(chosen_offset),
             rejected_offset=float(rejected_offset),
             scale=float(self.scale),
             link=self.link,
         )
+
+
+def _not_bregman(divergence: Divergence) -> str | None:
+    """Why a loss has no h; None if it has one."""
+    if not divergence.separable:
+        return f"loss_type={divergence.name!r} is not separable"
+    return None if divergence.bregman else f"loss_type={divergence.name!r} is no Bregman divergence"
 
 
 class FusedLossKeywords(LossKeywords, total=False):

@@ -24,12 +24,12 @@ def get_divergence(loss_type: str) -> Divergence:
 def register_divergence(divergence: Divergence) -> Divergence:
     """Make a loss available by name wherever a ``loss_type`` is taken.
 
-    A separable divergence is checked on a grid of log ratios in fp64: ``A'(u) > 0`` (``h`` strictly convex),
+    A separable Bregman divergence is checked on a grid of log ratios in fp64: ``A'(u) > 0`` (``h`` strictly convex),
     ``P'(u) = e^u A'(u)``, ``dA`` and ``dP``, where given, against autograd, and ``log_A``, ``log_P`` and ``log_dP``
     against what they are the logarithms of. Nothing may change its arguments, nor jump on [-8, 8]. The terms of an
     ``h`` may cancel in fp64: a warning names the log ratios where they do not, if those do not cover [-40, 40].
-    A coupled one is checked to be elementwise. The compiled kernels sum log ratios for it; its own math runs in torch
-    on those, a number a sequence.
+    Of A and P with ``bregman=False`` only ``dA`` and ``dP`` are checked; a coupled loss is checked to be elementwise.
+    The compiled kernels sum log ratios for it; its own math runs in torch on those, a number a sequence.
 
     Args:
         divergence: the loss; its name must be new.

@@ -25,10 +25,10 @@ def pair_losses(u_w: Tensor, u_l: Tensor, parameters: LossParameters) -> Tensor:
         return _SeparablePairs.apply(u_w, u_l, p)
     w, l = (soft_bound(u, p.max_log_ratio) for u in (u_w, u_l))
     if divergence.pair is not None:
-        return divergence.pair(w, l) if divergence.parameter is None else divergence.pair(w, l, p.parameter)
+        return divergence.pair(w, l, *p.own())
     if p.link == "ratio":  # the loss of two responses whose log ratios are beta d and -beta d
         x = p.beta * (w - l)
-        return _SeparablePairs.apply(x, -x, LossParameters(p.loss_type, p.parameter)) / p.scale
+        return _SeparablePairs.apply(x, -x, p._replace(beta=1.0, max_log_ratio=0.0, link="imitation")) / p.scale
     return _SeparableContrast.apply(w, l, p)
 
 
@@ -117,7 +117,8 @@ def _soft_bound(u: Tensor, M: float) -> tuple[Tensor, Tensor]:
 def _view(u: Tensor, p: LossParameters, offset: float) -> tuple[Tensor, Tensor]:
     """What a separable loss sees of a log ratio, ``beta bound(u) + offset``, and its slope."""
     v, slope = _soft_bound(u, p.max_log_ratio)
-    return p.beta * v + offset, p.beta * slope
+    factor = p.factor()
+    return factor * v + offset, factor * slope
 
 
 def _overflowed(positive: Tensor, negative: Tensor) -> Tensor:  # e^positive - e^negative where both overflow

@@ -19,10 +19,10 @@ def check_divergence(divergence: Divergence) -> None:
     Raises:
         ValueError: one fails.
     """
-    parameter = 0.0 if divergence.parameter is None else divergence.parameter.default
-    _check_arguments_stay(divergence, parameter)
+    own = divergence.defaults()
+    _check_arguments_stay(divergence, own)
     if divergence.h is not None:
-        low, high = _range_of_generator(divergence, parameter)
+        low, high = _range_of_generator(divergence, own)
         problem = (
             f"divergence {divergence.name!r}: what is derived from h cancels in fp64 outside log ratios of "
             f"[{low:g}, {high:g}]; give A and P instead"
@@ -32,17 +32,16 @@ def check_divergence(divergence: Divergence) -> None:
         if low > -40.0 or high < 40.0:
             warnings.warn(problem, stacklevel=3)
     if divergence.separable:
-        _check_on_grid(divergence, parameter)
-        _check_logarithms(divergence, parameter)
+        _check_on_grid(divergence, own)
+        _check_logarithms(divergence, own)
         for name in ("A", "P") if divergence.h is None else ():
-            _check_no_jump(divergence, name, functools.partial(divergence.term, name, parameter=parameter))
+            _check_no_jump(divergence, name, functools.partial(divergence.term, name, own=own))
     else:
-        _check_pair(divergence, parameter)
+        _check_pair(divergence, own)
 
 
-def _check_arguments_stay(divergence: Divergence, parameter: float) -> None:
+def _check_arguments_stay(divergence: Divergence, own: tuple[float, ...]) -> None:
     """No function of the loss writes to its arguments: they are those of the caller."""
-    own = () if divergence.parameter is None else (parameter,)
     for name in ("h", "pair", "A", "P", "dA", "dP", "log_A", "log_P", "log_dP"):
         function = getattr(divergence, name)
         if function is None:
@@ -75,36 +74,35 @@ def _check_no_jump(divergence: Divergence, what: str, f: Callable[[Tensor], Tens
         raise ValueError(f"divergence {divergence.name!r}: {what} jumps near a log ratio of {at:.3g}")
 
 
-def _check_on_grid(divergence: Divergence, parameter: float) -> None:
+def _check_on_grid(divergence: Divergence, own: tuple[float, ...]) -> None:
     u = torch.linspace(-8.0, 8.0, 65, dtype=torch.float64)
-    dA, dP = divergence.term("dA", u, parameter), divergence.term("dP", u, parameter)
-    if not bool((dA > 0).all()):
+    dA, dP = divergence.term("dA", u, own), divergence.term("dP", u, own)
+    if divergence.bregman and not bool((dA > 0).all()):
         raise ValueError(f"divergence {divergence.name!r}: A'(u) must be > 0 everywhere (h strictly convex)")
-    if not torch.allclose(dP, u.exp() * dA, rtol=1e-6, atol=1e-12):
+    if divergence.bregman and not torch.allclose(dP, u.exp() * dA, rtol=1e-6, atol=1e-12):
         raise ValueError(f"divergence {divergence.name!r} breaks P'(u) = e^u A'(u): A and P do not share one h")
     for name, given in (("A", dA), ("P", dP)):
         with torch.enable_grad():
             x = u.clone().requires_grad_()
-            (grad,) = torch.autograd.grad(divergence.term(name, x, parameter).sum(), x)
+            (grad,) = torch.autograd.grad(divergence.term(name, x, own).sum(), x)
         if not torch.allclose(given, grad, rtol=1e-6, atol=1e-12):
             raise ValueError(f"divergence {divergence.name!r}: d{name} is not the derivative of {name}")
 
 
-def _check_logarithms(divergence: Divergence, parameter: float) -> None:
+def _check_logarithms(divergence: Divergence, own: tuple[float, ...]) -> None:
     u = torch.linspace(-LARGEST_U_OF_H, LARGEST_U_OF_H, 601, dtype=torch.float64)
     for name in ("A", "P", "dP"):
         if getattr(divergence, f"log_{name}") is None:
             continue
-        term = divergence.term(name, u, parameter)
+        term = divergence.term(name, u, own)
         large = (term > 1e30) & term.isfinite()  # smaller ones may differ by a constant that no overflow sees
-        given = divergence.term(f"log_{name}", u, parameter)[large]
+        given = divergence.term(f"log_{name}", u, own)[large]
         if not torch.allclose(given, term[large].log(), rtol=1e-9, atol=1e-6):
             raise ValueError(f"divergence {divergence.name!r}: log_{name} is not the logarithm of {name}")
 
 
-def _check_pair(divergence: Divergence, parameter: float) -> None:
+def _check_pair(divergence: Divergence, own: tuple[float, ...]) -> None:
     assert divergence.pair is not None
-    own = () if divergence.parameter is None else (parameter,)
     u_w, u_l = torch.tensor([[0.5, -1.0], [-0.25, 2.0]], dtype=torch.float64)
     both = divergence.pair(u_w, u_l, *own)
     each = [divergence.pair(u_w[i : i + 1], u_l[i : i + 1], *own) for i in range(2)]
@@ -121,7 +119,7 @@ def _slice_of_pair(pair: Elementwise, own: tuple[float, ...], fixed: float, of_r
     return pair(other, u, *own) if of_rejected else pair(u, other, *own)
 
 
-def _range_of_generator(divergence: Divergence, parameter: float) -> tuple[float, float]:
+def _range_of_generator(divergence: Divergence, own: tuple[float, ...]) -> tuple[float, float]:
     """The log ratios around 0, at most +-40, up to which A and P are the integrals of dA and dP, to 1e-4."""
     step = 0.125
     nodes = 0.5 + 0.5 * torch.tensor([-math.sqrt(0.6), 0.0, math.sqrt(0.6)], dtype=torch.float64)  # Gauss-Legendre
@@ -132,8 +130,8 @@ def _range_of_generator(divergence: Divergence, parameter: float) -> tuple[float
         within = u[:-1, None] + signed * nodes
         good = torch.ones(320, dtype=torch.bool)
         for name in ("A", "P"):
-            integral = signed * (divergence.term(f"d{name}", within, parameter) @ weights).cumsum(0)
-            value = divergence.term(name, u, parameter)
+            integral = signed * (divergence.term(f"d{name}", within, own) @ weights).cumsum(0)
+            value = divergence.term(name, u, own)
             good &= (value[1:] - value[0] - integral).abs() <= 1e-4 * integral.abs().clamp(min=1.0)
         reach.append(float(u[int(good.long().cumprod(0).sum())]))
     return reach[0], reach[1]

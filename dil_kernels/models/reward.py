@@ -40,7 +40,7 @@ def density_ratio_reward_loss(
     """Fit of ``log r`` by the outputs of a reward model (eq. 21): the loss of `dil_loss` with the output as log ratio.
 
     Where the rejected responses are samples of the reference, the minimum is at ``r = pi_chosen / pi_ref`` for every
-    separable divergence.
+    separable Bregman divergence.
 
     Args:
         scores: [2B] fp32 or fp64, of B chosen responses, then of the B rejected (or sampled) ones; [S] with
@@ -51,6 +51,10 @@ def density_ratio_reward_loss(
     Raises:
         ValueError, TypeError: a shape or an option that does not fit.
     """
+    if options.get("nll_weight"):
+        raise ValueError(
+            f"nll_weight={options['nll_weight']} was given, but a reward model has no likelihood; leave it 0"
+        )
     zeros = torch.zeros_like(scores)
     options |= {"loss_type": loss_type, "reduction": reduction}
     if is_chosen is not None:

@@ -14,8 +14,8 @@ class LossFields:
     loss_type: str = field(
         default="lsif",
         metadata={
-            "help": "The density-ratio loss (docs/losses.md): lsif (the paper's default), ukl, bce, power, is, brier, "
-            "dpo, or a registered one."
+            "help": "The loss (docs/losses.md): lsif (the paper's default), ukl, bce, power, is or brier; sppo_hard, "
+            "apo_zero; dpo, robust, hinge, ipo, exo_pair, apo_down or cal_dpo; or a registered one."
         },
     )
     link: str = field(
@@ -28,8 +28,8 @@ class LossFields:
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "Factor of the log ratios, or of their difference in dpo and the links of pairs (if not given, 1 "
-            "and 0.1)."
+            "help": "Factor of the log ratios or of their difference, or what the loss itself calls beta (if not "
+            "given, 1, and 0.1 with the other links and the losses that have one of their own)."
         },
     )
     offset: list[float] | None = field(
@@ -49,6 +49,10 @@ class LossFields:
         default=None,
         metadata={"help": "Exponent of the power loss (0.5 if not given): 1 is lsif, 0 ukl, -1 Itakura-Saito."},
     )
+    label_smoothing: float | None = field(
+        default=None,
+        metadata={"help": "How likely a label is wrong: dpo and robust (0 if not given) and exo_pair (0.001)."},
+    )
     alpha: float = field(
         default=0.0,
         metadata={"help": "Share of the chosen responses in the reference expectation, in [0, 1]; 0 is the paper's."},
@@ -64,6 +68,12 @@ class LossFields:
     rejected_weight: float = field(
         default=1.0,
         metadata={"help": "Factor of the rejected term of a separable loss."},
+    )
+    nll_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Factor of the negative log-likelihood per token of the chosen responses, added to the loss (RPO)."
+        },
     )
 
     def loss_options(self) -> dict[str, Any]:

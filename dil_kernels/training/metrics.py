@@ -36,15 +36,21 @@ def counted_pairs(output: DILOutput) -> Tensor:
     return (output.chosen_lengths > 0) & (output.rejected_lengths > 0)
 
 
-def pair_metrics(output: DILOutput) -> Tensor:
-    """METRICS of every pair and, last, whether it is in the means: [B, len(METRICS) + 1], zeros where it is not."""
+def pair_metrics(output: DILOutput, beta: float) -> Tensor:
+    """METRICS of every pair and, last, whether it is in the means: [B, len(METRICS) + 1], zeros where it is not.
+
+    Args:
+        output: of the pairs.
+        beta: what makes rewards of log ratios; `LossOptions.factor`.
+    """
     counted = counted_pairs(output)
+    chosen_rewards, rejected_rewards = beta * output.chosen_rewards, beta * output.rejected_rewards
     metrics = (
         output.losses,
-        output.chosen_rewards,
-        output.rejected_rewards,
-        output.chosen_rewards - output.rejected_rewards,
-        output.chosen_rewards > output.rejected_rewards,
+        chosen_rewards,
+        rejected_rewards,
+        chosen_rewards - rejected_rewards,
+        chosen_rewards > rejected_rewards,
         output.chosen_logps,
         output.rejected_logps,
         counted,
@@ -64,20 +70,24 @@ def means(sums: Tensor) -> dict[str, float]:
     return {name: total / count if count else math.nan for name, total in zip(METRICS, totals, strict=True)}
 
 
-def side_metrics(output: DILOutput) -> Tensor:
+def side_metrics(output: DILOutput, beta: float) -> Tensor:
     """SIDE_METRICS of unpaired responses: of the chosen ones and whether each counts, then of the rejected ones.
+
+    Args:
+        output, beta: as of `pair_metrics`.
 
     Returns:
         [S, 2 (len(SIDE_METRICS) + 1)], zeros on the other side and where a response has no scored token.
     """
     columns = []
-    for rewards, logps, lengths in (
+    for log_ratios, logps, lengths in (
         (output.chosen_rewards, output.chosen_logps, output.chosen_lengths),
         (output.rejected_rewards, output.rejected_logps, output.rejected_lengths),
     ):
         counted = lengths > 0
         dtype = accumulation_dtype(counted.device)
-        values = torch.stack([value.detach().to(dtype) for value in (output.losses, rewards, logps, counted)], dim=1)
+        metrics = (output.losses, beta * log_ratios, logps, counted)
+        values = torch.stack([value.detach().to(dtype) for value in metrics], dim=1)
         columns.append(torch.where(counted.unsqueeze(1), values, 0))
     return torch.cat(columns, dim=1)
 
@@ -99,11 +109,12 @@ def side_means(sums: Tensor) -> dict[str, float]:
     }
 
 
-def batch_metrics(output: DILOutput, unpaired: bool) -> Tensor:
+def batch_metrics(output: DILOutput, unpaired: bool, beta: float) -> Tensor:
     """`pair_metrics` or `side_metrics` of a batch, beside zeros for the other: [items, len(zero_sums)]."""
     paired = torch.zeros(len(output.losses), len(METRICS) + 1, device=output.losses.device)
     sides = torch.zeros(len(output.losses), 2 * (len(SIDE_METRICS) + 1), device=output.losses.device)
-    return torch.cat([paired, side_metrics(output)] if unpaired else [pair_metrics(output), sides], dim=1)
+    of_batch = [paired, side_metrics(output, beta)] if unpaired else [pair_metrics(output, beta), sides]
+    return torch.cat(of_batch, dim=1)
 
 
 def zero_sums(device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from dil_kernels.losses import LossOptions
 from dil_kernels.training.held_out import BeforeAfter
 from dil_kernels.training.plots import plot_training_curves
 
@@ -26,6 +27,11 @@ ALWAYS_SAID = ("loss_type", "average_log_prob", "max_length", "max_prompt_length
 NOT_THE_RECIPE = re.compile(
     r"output_dir|do_.*|hub_.*|push_to_hub.*|run_name|logging_dir|local_rank|disable_tqdm|dataloader_pin_memory|_.*"
 )
+METHODS = {
+    "imitation": ("Direct Imitation Learning", "2503.05079"),
+    "ratio": ("Bregman Preference Optimization", "2505.19601"),
+    "f_dpo": ("f-DPO", "2309.16240"),
+}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CITATION = """@inproceedings{xiao2025connection,
   title     = {On a Connection Between Imitation Learning and {RLHF}},
@@ -121,10 +127,17 @@ def _introduction(trainer: Any, notes: CardNotes, given: Mapping[str, Any]) -> s
     if base is None and "model" in notes.sources:
         model = f"The local model `{Path(notes.sources['model']).name}`"
     return (
-        f"{model}, trained on preference data by Direct Imitation Learning "
-        f"([arXiv 2503.05079](https://arxiv.org/abs/2503.05079)) with the loss `{trainer.args.loss_type}` and "
+        f"{model}, trained on preference data {_method(LossOptions(**trainer.args.loss_options()))} and "
         f"`dil_kernels` {_version('dil-kernels')}."
     )
+
+
+def _method(loss: LossOptions) -> str:
+    """How a loss puts preference data to work, by its name in the literature."""
+    if not (loss.divergence.separable and loss.divergence.bregman):
+        return f"with the loss `{loss.loss_type}` ({loss.divergence.source})"
+    name, paper = METHODS[loss.link]
+    return f"by {name} ([arXiv {paper}](https://arxiv.org/abs/{paper})) with the loss `{loss.loss_type}`"
 
 
 def _results(trainer: Any, notes: CardNotes, has_plot: bool) -> str:
@@ -149,7 +162,7 @@ def _results(trainer: Any, notes: CardNotes, has_plot: bool) -> str:
         head = ("last logged", *(f"{title}, step {log['step']}" for title, _, log in sides))
         rows = [(f"`{name}`", *(_number(log.get(prefix + name)) for _, prefix, log in sides)) for name in names]
         parts.append(_table([head, *rows]))
-        parts.append("Rewards are log ratios of policy and reference.")
+        parts.append("Rewards are log ratios of policy and reference, times beta.")
     if has_plot:
         parts.append(f"![training curves]({PLOT_NAME})")
     return "\n\n".join(parts) or "Nothing was logged."
@@ -188,10 +201,12 @@ def _training(trainer: Any) -> str:
     if args.max_tokens_per_batch is not None:
         batch, unit = (args.max_tokens_per_batch, *batch[1:]), " tokens at most"
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    # beta is said even if it was not given: it has one default or another.
+    said = args.loss_options() | {"beta": LossOptions(**args.loss_options()).factor}
     options = ", ".join(
         f"{name}={value}"
-        for name, value in args.loss_options().items()
-        if name == "loss_type" or value != defaults[name]
+        for name, value in said.items()
+        if name == "loss_type" or value != (1.0 if name == "beta" else defaults[name])
     )
     # ZeRO-3 keeps the whole size of a parameter beside it.
     parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]

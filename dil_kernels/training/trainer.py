@@ -80,9 +80,9 @@ class DILTrainer(FilledByTokens):
     rejected ones, likewise.
 
     Metrics, in training averaged since the last log and in evaluation over all pairs: loss, rewards/chosen and
-    rewards/rejected (log ratios, per token with `average_log_prob`), rewards/margins, rewards/accuracies, logps/chosen
-    and logps/rejected (sums over tokens). Unpaired responses have loss/chosen and loss/rejected, no accuracies, and
-    margins of means.
+    rewards/rejected (log ratios times the loss's beta, per token with `average_log_prob`), rewards/margins,
+    rewards/accuracies, logps/chosen and logps/rejected (sums over tokens). Unpaired responses have loss/chosen and
+    loss/rejected, no accuracies, and margins of means.
 
     A training loss that is not finite ends training with a `FloatingPointError` that names the step, the rows of the
     data, their log ratios and the last good checkpoint: at the next log, before the next checkpoint or at the end,
@@ -288,10 +288,13 @@ class DILTrainer(FilledByTokens):
             # DDP averages gradients over the processes, but the mean is over the responses of all of them.
             loss = output.share(torch.as_tensor(num_items_in_batch)) * self.accelerator.num_processes
         if model.training:
-            self._train_sums += batch_metrics(output, batch.is_chosen is not None).sum(0)
+            self._train_sums += self._metrics_of(output, batch).sum(0)
             self._non_finite.add(output, batch.rows, self.state.global_step + 1)
             self._log_ratios.add(output)
         return (loss, output) if return_outputs else loss
+
+    def _metrics_of(self, output: DILOutput, batch: Batch) -> Tensor:
+        return batch_metrics(output, batch.is_chosen is not None, self.batch_loss.options.factor)
 
     def _start_record(self) -> None:
         self._train_sums = zero_sums(self.args.device)
@@ -383,7 +386,7 @@ class DILTrainer(FilledByTokens):
         batch = Batch.of(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             output = self.batch_loss(model, batch)
-        metrics = batch_metrics(output, batch.is_chosen is not None)
+        metrics = self._metrics_of(output, batch)
         if self.args.max_tokens_per_batch is not None:  # processes have batches of other numbers of rows
             metrics = metrics.sum(0, keepdim=True)
         self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)

@@ -70,9 +70,9 @@ machines = {
 }
 S = structs(CSRC / "divergences.h", CSRC / "density_ratio.h")
 NAMES = re.findall(
-    r"X\((\w+)\)", re.search(r"#define DIL_DIVERGENCES\(X\) (.*)", (CSRC / "divergences.h").read_text())[1]
+    r"X\((\w+)\)", re.search(r"#define DIL_DIVERGENCES\(X\)((.*\\\n)*.*)", (CSRC / "divergences.h").read_text())[1]
 )
-NAMES = [*(name.lower() for name in NAMES), "none"]
+NAMES = [*(re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower() for name in NAMES), "none"]
 assert set(NAMES) == {*divergence_names(), "none"}
 
 
@@ -158,7 +158,7 @@ def emulated_bwd(run: Launches, *inputs: Any) -> Tensor:
     """The arguments and result of the op density_ratio_bwd."""
     *grads, x, labels, cu, chosen, lengths, counts, coefs, average, interleaved, mean, ignore, shift = inputs
     out = torch.full_like(x, torch.nan)
-    no_loss = LossParameters("none", 0.0)[1:]
+    no_loss = LossParameters("none")[1:]
     parts = [
         layout_of(x, labels, cu, chosen, ignore, shift),
         options_of("none", no_loss, (average, interleaved, mean)),
@@ -204,9 +204,8 @@ def problem(case: int, gen: torch.Generator) -> tuple[Any, ...]:
     x = torch.randn(shape, generator=gen, dtype=dtype) / size
     ref = torch.randn(shape, generator=gen, dtype=dtype) / size if pick((True, False)) else None
     refs = torch.randn(n, generator=gen, dtype=torch.float64) * 3 if ref is None else None
-    own, affine = 0.3 if name in ("power", "dpo") else 0.0, (0.8, -0.2, 0.1, 3.0)
     link = "imitation" if unpaired else pick(LINKS)
-    parameters = (own, 0.25, pick((0.0, 2.0)), 1.5, 0.5, *affine, link)
+    parameters = (0.8, 0.3, 0.2, 0.25, pick((0.0, 2.0)), 1.5, 0.5, -0.2, 0.1, 3.0, link)
     flags = tuple(pick((True, False)) for _ in range(3))
     return x, labels, cu, ref, refs, chosen, name, *parameters, *flags, -1, shift
 
