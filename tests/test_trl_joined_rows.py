@@ -132,6 +132,16 @@ def test_tokens_that_a_collator_leaves_out_are_not_scored(tmp_path: Path, option
     assert_all_close(trained_weights(joined), trained_weights(padded), RELATIVE)
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_streams_and_loaders_in_other_processes_have_joined_rows(tmp_path: Path, option: str) -> None:
+    weights = []
+    for options in ({}, {"train_dataset": make_pairs(7).to_iterable_dataset(), "dataloader_num_workers": 1}):
+        trainer = make_trainer(tmp_path, per_device_train_batch_size=2, max_steps=3, **options, **{option: True})
+        trainer.train()
+        weights.append(trained_weights(trainer))
+    assert_all_close(weights[1], weights[0], EXACT)
+
+
 def mixture() -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -218,10 +218,11 @@ def resumable(output_dir: Path, **options: Any) -> Any:
     )
 
 
-def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
-    whole = resumable(tmp_path)
+@pytest.mark.parametrize("rows", [{}, {"prefix_sharing": True}], ids=["padded", "shared"])
+def test_a_resumed_run_continues_exactly(tmp_path: Path, rows: dict[str, Any]) -> None:
+    whole = resumable(tmp_path, **rows)
     whole.train()
-    resumed = resumable(tmp_path, model=make_model(5))
+    resumed = resumable(tmp_path, model=make_model(5), **rows)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for actual, expected in zip(logs_of(resumed), logs_of(whole), strict=True):
         assert {**actual, "num_tokens": 0} == {**expected, "num_tokens": 0}  # TRL counts them from the resumption
