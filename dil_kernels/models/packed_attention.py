@@ -12,6 +12,7 @@ Whether a model keeps the sequences of a row apart is measured, not looked up: s
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -28,6 +29,15 @@ except ImportError as error:
 
 from dil_kernels.data.batches import Packed, Segments
 from dil_kernels.models.evaluation import evaluating
+from dil_kernels.models.probes import (
+    ROUNDINGS,
+    coarsest_rounding,
+    difference,
+    embeddings_as_leaves,
+    in_fp32,
+    tolerances,
+    weights_are_whole,
+)
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
 
 __all__ = ["UnsupportedPackingError", "install_packed_attention", "packing_problem"]
@@ -36,6 +46,7 @@ segments_of_row: ContextVar[Segments | None] = ContextVar("segments_of_row", def
 
 NAME = "dil_packed_sdpa"  # of the attention, among those of transformers
 PROBE_LENGTHS = (5, 7)
+OWN_CODE = "it attends by code of its own, not through transformers' interface of attention"
 
 
 class UnsupportedPackingError(ValueError):
@@ -65,12 +76,27 @@ def packed_attention(*models: nn.Module) -> Iterator[None]:
     changed = [model for model in models if attention_of(model) == "sdpa"]
     try:
         for model in changed:
+            before = _logits_alone(model)
             _set_attention(model, NAME)
+            after = _logits_alone(model)
+            if before is None or after is None:  # which the caller's check says
+                continue
+            if not difference(after, before) <= ROUNDINGS * coarsest_rounding(model):
+                raise UnsupportedPackingError(
+                    f"{type(model).__name__} computes otherwise where its config does not name 'sdpa'"
+                )
         yield
     except BaseException:
         for model in changed:
             _set_attention(model, "sdpa")
         raise
+
+
+def _logits_alone(model: Any) -> Tensor | None:
+    """Those of two sequences; None where they cannot be computed."""
+    with contextlib.suppress(Exception), evaluating(model):  # whatever a model's own code may raise
+        return _alone(model)["logits"] if weights_are_whole(model) else None
+    return None
 
 
 class PackedMask(NamedTuple):
@@ -199,12 +225,16 @@ def packing_problem(model: nn.Module) -> str | None:
     known = known_problem(model)
     if known is not None:
         return known
+    attention = attention_of(model)
     try:
-        with evaluating(model), torch.enable_grad():
-            problem = _measured_problem(model, name)
+        measured = model if "flash" in attention else in_fp32(model)  # which has no fp32
+        with evaluating(measured), torch.enable_grad():
+            problem = _measured_problem(measured, name)
     except Exception as error:  # whatever a model's own code may raise
         problem = f"{name} cannot run on several sequences in one row: {error}"
-    if problem is None and attention_of(model) == "eager":
+    if problem is not None and attention == "sdpa":
+        problem += f" ({OWN_CODE})"
+    if problem is None and attention == "eager":
         problem = f"{name} attends with 'eager', which forms the scores of all pairs of tokens of a row"
     return problem
 
@@ -223,16 +253,8 @@ def known_problem(model: Any) -> str | None:
     return None
 
 
-def weights_are_whole(model: nn.Module) -> bool:
-    """Whether they are here, and not split over processes."""
-    return not any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 def _measured_problem(model: Any, name: str) -> str | None:
-    V, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
-    ids = (torch.arange(sum(PROBE_LENGTHS), device=device) * V // sum(PROBE_LENGTHS)).unsqueeze(0)
-    positions = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS]).unsqueeze(0)
-    boundaries = torch.tensor([0, *itertools.accumulate(PROBE_LENGTHS)], dtype=torch.int32, device=device)
+    ids, positions, boundaries = _probe(model)
     with embeddings_as_leaves(model) as embedded:
         packed = model(**Packed(ids, positions, boundaries, max(PROBE_LENGTHS)).model_inputs()).logits
     if packed.shape[:2] != ids.shape:
@@ -241,36 +263,24 @@ def _measured_problem(model: Any, name: str) -> str | None:
     of_first, of_second = (part.count_nonzero().item() for part in gradient.split(PROBE_LENGTHS, dim=1))
     if of_first or not of_second:
         return f"{name} lets a sequence depend on the one before it in its row"
-    with torch.no_grad():
-        alone = [model(input_ids=part, use_cache=False).logits for part in ids.split(PROBE_LENGTHS, dim=1)]
-    expected = torch.cat(alone, dim=1).float()
-    error = (packed.detach().float() - expected).abs().max() / expected.abs().max()
-    if not error <= coarsest_rounding(model) ** 0.5:
+    truth = _alone(model)
+    error, allowed = difference(packed, truth["logits"]), tolerances(model, truth, functools.partial(_alone, model))
+    if not error <= allowed["logits"]:
         return f"{name} computes other logits for a sequence in a row with others (relative difference {error:.1e})"
     return None
 
 
-@contextlib.contextmanager
-def embeddings_as_leaves(model: Any) -> Iterator[list[Tensor]]:
-    """Collect the input embeddings of each call, for gradients with respect to them."""
-    embedded: list[Tensor] = []
-
-    def as_leaf(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    handle = model.get_input_embeddings().register_forward_hook(as_leaf)
-    try:
-        yield embedded
-    finally:
-        handle.remove()
+def _probe(model: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, positions and boundaries of a row of two sequences."""
+    V, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
+    ids = (torch.arange(sum(PROBE_LENGTHS), device=device) * V // sum(PROBE_LENGTHS)).unsqueeze(0)
+    positions = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS]).unsqueeze(0)
+    return ids, positions, torch.tensor([0, *itertools.accumulate(PROBE_LENGTHS)], dtype=torch.int32, device=device)
 
 
-def coarsest_rounding(model: nn.Module) -> float:
-    """Of the dtypes that the model computes in; norms and rotary embeddings are in fp32 where the rest is in fp64."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
-    dtypes.add(torch.float32)
-    device_type = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device_type):
-        dtypes.add(torch.get_autocast_dtype(device_type))
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
+@torch.no_grad()
+def _alone(model: Any, rounded: float = 0.0, trial: int = 0) -> dict[str, Tensor]:
+    """The logits of each of the sequences alone, one after another, with embeddings that are rounded."""
+    with embeddings_as_leaves(model, rounded, trial):
+        parts = [model(input_ids=part, use_cache=False).logits for part in _probe(model)[0].split(PROBE_LENGTHS, dim=1)]
+    return {"logits": torch.cat(parts, dim=1)}

@@ -19,6 +19,7 @@ from dil_kernels.data.batches import Batch
 from dil_kernels.data.token_batches import Shares
 from dil_kernels.data.token_columns import REF_COLUMNS, UNPAIRED_REF_COLUMNS
 from dil_kernels.data.token_counts import response_id_columns, token_counts
+from dil_kernels.models.probes import matmul_precision
 from dil_kernels.training.ref_cache import (
     ReferenceCache,
     default_ref_cache_dir,
@@ -67,7 +68,7 @@ def trainer_ref_cache(trainer: Any, model: nn.Module) -> ReferenceCache | str:
         "fused_head": trainer.uses_fused_head,
         "device": args.device.type,
         "backend": args.backend,
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": matmul_precision(args.device.type),
         "adapter": args.ref_adapter_name,
         **({"lengths": "kept apart"} if trainer.lengths_kept_apart else {}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from dil_kernels.data.collators import PackedCollator, SharedPrefixCollator
 from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
-from dil_kernels.models.packed_attention import UnsupportedPackingError, install_packed_attention
+from dil_kernels.models.packed_attention import UnsupportedPackingError, attention_of, install_packed_attention
 from dil_kernels.models.prefix_sharing import install_prefix_sharing
 from dil_kernels.training.config import JOINED_ROWS
 from dil_kernels.training.model_checks import check_causal_lm, keep_gradients_of_4_bits
@@ -177,8 +178,10 @@ def install_joined_rows(models: Sequence[nn.Module], option: str | None, acceler
     """
     if option is None:
         return
+    # FlashAttention has no fp32, in which all else is checked most closely.
+    flash = any("flash" in attention_of(model) for model in models)
     try:
-        with accelerator.autocast():
+        with accelerator.autocast() if flash else contextlib.nullcontext():
             (install_prefix_sharing if option == "prefix_sharing" else install_packed_attention)(*models)
     except UnsupportedPackingError as error:
         raise UnsupportedPackingError(f"{option}=True was given, but {error}") from error
