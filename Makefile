@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help install quickstart test test-oldest test-newest lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
+.PHONY: help install quickstart test test-oldest test-newest trainers lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
 
 help:
 	@echo "make quickstart   train SmolLM2-135M with the fused DIL loss and show what it learned"
 	@echo "make test         the whole test suite; says what could not run here and why"
 	@echo "make test-oldest  the core tests with the oldest torch, triton, transformers and Python that the package admits"
 	@echo "make test-newest  the same with the newest ones"
+	@echo "make trainers     the adapters inside ms-swift, LLaMA-Factory, axolotl and OpenRLHF, by their own commands on the CPU"
 	@echo "make bench        the CPU benchmarks, into benchmarks/results/"
 	@echo "make gpu-check    on an NVIDIA GPU: the GPU tests"
 	@echo "make gpu-sanitize on an NVIDIA GPU: every kernel on small cases under compute-sanitizer"
@@ -68,6 +69,25 @@ test-oldest test-newest: test-%: $(VENV)/.installed-dev
 	TORCH_CUDA_ARCH_LIST=9.0 $(VENV)-$*/bin/pytest -n 2 $(CORE_TESTS) $($*_TESTS) $(ARGS)
 	$(VENV)-$*/bin/pytest tests/test_stable_abi.py --other-torch $(call TORCH_OF,$(BIN)/..)
 	$(BIN)/pytest tests/test_stable_abi.py --other-torch $(call TORCH_OF,$(VENV)-$*)
+
+# Each in an environment of its own, one after another (`make trainer-swift` runs one), of all that ran with it and nothing more.
+swift_PACKAGE := ms-swift==4.6.0
+llamafactory_PACKAGE := llamafactory==0.9.5
+axolotl_PACKAGE := axolotl==0.21.0
+openrlhf_PACKAGE := openrlhf==0.11.2
+axolotl_PYTHON = $(call python_or_ours,python3.12)
+TRAINERS := swift llamafactory axolotl openrlhf
+trainers:
+	for trainer in $(TRAINERS); do $(MAKE) --no-print-directory trainer-$$trainer || exit 1; done
+trainer-%:
+	$(or $($*_PYTHON),$(PYTHON)) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q --no-deps torch==2.13.0 triton==3.7.1
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q filelock fsspec jinja2 networkx packaging sympy \
+	  typing-extensions "setuptools>=77" wheel pybind11 ninja
+	$(VENV)-$*/bin/python tests/versions/stub_cuda.py
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -r tests/trainers/$*.txt $($*_PACKAGE)
+	DIL_KERNELS_BUILD=cpu $(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps .
+	cd tests/trainers && $(abspath $(VENV)-$*)/bin/python check_$*.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -132,4 +152,4 @@ env: install
 	$(BIN)/dil-env
 
 clean:
-	rm -rf build *.egg-info $(VENV)-oldest $(VENV)-newest $(VENV)/.installed $(VENV)/.installed-dev dil_kernels/*.so dil_kernels/_build_report.py
+	rm -rf build *.egg-info $(VENV)-oldest $(VENV)-newest $(addprefix $(VENV)-,$(TRAINERS)) $(VENV)/.installed $(VENV)/.installed-dev dil_kernels/*.so dil_kernels/_build_report.py
