@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from fused_head_models import RELATIVE, V, assert_close, assert_same, batch, fused, largest, make, own, with_lora
 from peft import LoraConfig
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from dil_kernels.models.fused_head import fused_head_problem, install_fused_head
+from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
 
 
 def test_config_that_changes_later_is_noticed():
@@ -31,6 +33,25 @@ def test_head_that_is_replaced_later_is_noticed():
     model.resize_token_embeddings(V + 5)
     with pytest.raises(RuntimeError, match="install it again"):
         fused(model, *batch()[:2])
+
+
+def test_a_head_that_is_sharded_already_is_refused(tmp_path):
+    """Without being called, which would leave FSDP2 unable to call the model."""
+    model = llama()
+    inputs, labels, _ = batch()
+    expected = own(model, inputs, labels)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for module in (model.lm_head, model):
+            fully_shard(module, mesh=mesh)
+        with pytest.raises(
+            UnsupportedHeadError, match="FSDP2 has sharded its output head: install"
+        ):
+            install_fused_head(model)
+        torch.testing.assert_close(own(model, inputs, labels), expected)
+    finally:
+        dist.destroy_process_group()
 
 
 def base(model: nn.Module) -> PreTrainedModel:

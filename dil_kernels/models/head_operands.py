@@ -38,6 +38,8 @@ def sites_of(head: Any) -> list[nn.Module]:
 
 def site_problem(site: Any) -> str | None:
     """Why `operands` would be wrong for the module, whatever adapter is active; None if they would be right."""
+    if _is(site, "torch.distributed.fsdp", "FSDPModule"):  # whose hooks want the root of the model called first
+        return "FSDP2 has sharded its output head: install the fused head first"
     replaced = "forward" in site.__dict__ and not is_answering(site.forward)
     problem = "the forward of its output head was replaced (by device_map, or another library)" if replaced else None
     return problem or _problem(site) or (_adapter_problem(site, list(site.lora_B)) if _is_lora(site) else None)
