@@ -45,9 +45,7 @@ def test_a_head_that_is_sharded_already_is_refused(tmp_path):
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         for module in (model.lm_head, model):
             fully_shard(module, mesh=mesh)
-        with pytest.raises(
-            UnsupportedHeadError, match="FSDP2 has sharded its output head: install"
-        ):
+        with pytest.raises(UnsupportedHeadError, match="FSDP2 has sharded its output head: install"):
             install_fused_head(model)
         torch.testing.assert_close(own(model, inputs, labels), expected)
     finally:

@@ -142,6 +142,10 @@ class DILTrainer(DPOTrainer):
     def _set_up(self) -> None:
         """Prepare the models and the collator, while the models are whole."""
         refuse_split_batches(self)
+        if self._joined_rows is not None and getattr(self, "_is_vision_dataset", False):
+            raise NotImplementedError(
+                f"{self._joined_rows}=True was given, but the data have images, which go by padded rows"
+            )
         self._models = ScoredModels(self.args, self.accelerator)
         models = {"model": self.model, "ref_model": self.ref_model}
         models = {name: each for name, each in models.items() if each is not None}
