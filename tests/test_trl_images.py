@@ -88,5 +88,5 @@ def test_images_are_trained_on_as_by_trl(tmp_path: Path) -> None:
 
 
 def test_images_are_refused_in_joined_rows(tmp_path: Path) -> None:
-    with pytest.raises(NotImplementedError, match="^padding_free=True was given, but the data have images"):
+    with pytest.raises(NotImplementedError, match=r"^padding_free=True was given, but the data have images"):
         make_image_trainer(tmp_path, DILTrainer, DILConfig, padding_free=True)
