@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 CPU = torch.device("cpu")
 REFERENCES = ("model", "precomputed")
+NOT_RUN = ("prefix-grouper", "flash-pref")
 
 
 def tiny(reference: str, dtype: torch.dtype = torch.float32, data: str = "ragged") -> TrainCase:
@@ -60,6 +61,24 @@ def test_real_pairs_are_those_that_are_short_enough(tmp_path, monkeypatch):
         _ = dataclasses.replace(case, tokens=3).examples
 
 
+@pytest.mark.parametrize(("prompt", "response", "pairs"), [(512, 256, 8), (2048, 128, 4)])
+def test_prompts_and_responses_of_the_gpu_cases_are_as_long_as_said(prompt, response, pairs):
+    (case,) = (case for case in TRAIN.grids["cuda"] if case.data == f"prompt-{prompt}")
+    assert {(len(p), len(r)) for p, r in case.sequences} == {(prompt, response)}
+    assert case.columns["tokens"] == 2 * pairs * (prompt + response)
+    assert len({tuple(example["prompt_ids"]) for example in case.examples}) == pairs
+
+
+@pytest.mark.parametrize("name", NOT_RUN)
+def test_peers_that_cannot_run_say_why(name, tmp_path):
+    assert PROVIDERS[name].problem(CPU) == PROVIDERS[name].problem(torch.device("cuda"))
+    arguments = ["--quick", "--device", "cpu", "--cases", "3x24-model", "--providers", f"authors,{name}"]
+    assert main(TRAIN, [*arguments, "--output", str(tmp_path)]) == 0
+    with (tmp_path / "train.csv").open(newline="") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    assert (rows[name]["status"], rows[name]["reason"]) == ("unavailable", PROVIDERS[name].problem(CPU))
+
+
 def test_case_names_are_unique():
     for grid in TRAIN.grids.values():
         assert len({case.name for case in grid}) == len(grid)
@@ -89,7 +108,7 @@ def test_truth_is_that_of_one_padded_batch(reference):
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "trl-liger"])
+@pytest.mark.parametrize("name", [name for name in PROVIDERS if name not in ("trl-liger", *NOT_RUN)])
 def test_every_provider_takes_the_same_step(name, reference):
     if "trl" in name:
         pytest.importorskip("trl")

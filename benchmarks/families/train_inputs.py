@@ -26,8 +26,9 @@ PROBED_DIMENSIONS = 1  # gradients are compared of the norms, through which all 
 ModelName = Literal["smollm2-135m", "llama-1b", "tiny"]
 # real: pairs of text, the first that are no longer than `tokens`. equal: random ids, all sequences of `tokens`, half of
 # it prompt. ragged: random ids, sequences between an eighth of `tokens` and all of it.
-# summary: random ids, nine tenths of all sequences prompt.
-DataName = Literal["real", "equal", "ragged", "summary"]
+# summary: random ids, nine tenths of all sequences prompt. prompt-512: random ids, all sequences of `tokens`, of which
+# so many are prompt.
+DataName = Literal["real", "equal", "ragged", "summary", "prompt-512", "prompt-2048"]
 ReferenceName = Literal["model", "precomputed"]
 
 
@@ -190,6 +191,9 @@ def _random_pairs(case: TrainCase) -> list[dict[str, Any]]:
         elif case.data == "summary":
             response = case.tokens // 10
             prompt, chosen, rejected = case.tokens - response, response, response
+        elif case.data.startswith("prompt-"):
+            prompt = int(case.data.removeprefix("prompt-"))
+            chosen = rejected = case.tokens - prompt
         else:
             # The first pair has the longest sequence, so that it is `tokens` whatever is drawn.
             longest = case.tokens if index == 0 else int(case.tokens * 8 ** -torch.rand((), generator=generator).item())
