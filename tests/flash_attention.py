@@ -79,7 +79,8 @@ def let_flash_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch: undoes it.
         name: as transformers has it.
     """
-    functions = flash_attn_func, flash_attn_varlen_func, None, None, None
+    others = 3 if hasattr(modeling_flash_attention_utils, "_flash_with_kvcache_fn") else 2  # by version
+    functions = flash_attn_func, flash_attn_varlen_func, *[None] * others
     monkeypatch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *_args, **_kwargs: functions)
     monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
     monkeypatch.setitem(AttentionInterface._global_mapping, name, flash_attention_forward)

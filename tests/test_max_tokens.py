@@ -212,6 +212,33 @@ distributed_run(Path(sys.argv[1]), ddp_backend="gloo", OPTION=True)
 """
 
 
+UNPAIRED = """
+from test_max_tokens import unpaired_run
+unpaired_run(Path(sys.argv[1]), ddp_backend="gloo", OPTION=True)
+"""
+
+
+def unpaired_run(output_dir: Path, **options: Any) -> DILTrainer:
+    """The same with responses that are not in pairs, and evaluated."""
+    options = {"loss_type": "ukl", "num_train_epochs": 2, "optim": "sgd", "max_tokens_per_batch": 60, **options}
+    data = {"train_dataset": make_responses(12), "eval_dataset": make_responses(7, seed=1)}
+    trainer = make_trainer(output_dir, ref_model=make_model(1), **data, **options)
+    trainer.train()
+    trainer.evaluate()
+    assert len(trainer.get_train_dataloader()) == (2 if trainer.args.world_size == 2 else 3)
+    save_result(trainer)
+    return trainer
+
+
+@joined_rows
+def test_so_do_they_with_unpaired_responses(tmp_path: Path, option: str) -> None:
+    run_on_two_processes(UNPAIRED.replace("OPTION", option), tmp_path, tmp_path)
+    (tmp_path / "one").mkdir()
+    one = unpaired_run(tmp_path / "one", **{option: True}, gradient_accumulation_steps=2)
+    sides = {f"{metric}/{side}" for metric in ("rewards", "logps") for side in ("chosen", "rejected")}
+    assert_trained_as(tmp_path, one, {"loss", "eval_loss", *(f"eval_{name}" for name in sides)})
+
+
 def distributed_run(output_dir: Path, **options: Any) -> DILTrainer:
     """Two steps an epoch, the second one of a single batch; in two processes one of them has none then."""
     rows = tokenized(pairs_that_share(12)).to_list()

@@ -167,6 +167,7 @@ def test_a_filler_scores_nothing(collator: Any) -> None:
         batch = Batch.of(collator([filler]))
         assert batch.scored_counts().tolist() == [0, 0]
         assert batch.num_scored == 0
+        assert batch.labels.shape[-1] > 1
 
 
 def test_a_row_longer_than_a_batch_is_named() -> None:

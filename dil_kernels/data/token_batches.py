@@ -248,7 +248,7 @@ class RowsOrFiller(Dataset[dict[str, Any]]):
         """The rows of a batch."""
         rows: list[dict[str, Any]] = self._rows.__getitems__([max(place, 0) for place in places])
         empty: dict[str, list[int]] = {name: [] for name in (*TOKEN_COLUMNS[1:], *UNPAIRED_TOKEN_COLUMNS[1:2])}
-        empty["prompt_ids"] = [0]
+        empty["prompt_ids"] = [0, 0]  # a row of one token has none to predict
         return [
             {**row, **{name: empty[name] for name in empty if name in row}} if place == FILLER else row
             for row, place in zip(rows, places, strict=True)
