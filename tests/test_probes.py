@@ -101,13 +101,13 @@ def test_embeddings_are_rounded_once_more() -> None:
     model, ids = make_model(), torch.tensor([[5, 6, 7]])
     embedded = model.get_input_embeddings()(ids)
     found = []
-    for rounded, trial in ((0.0, 0), (0.25, 0), (0.25, 0), (0.25, 1)):
-        with embeddings_as_leaves(model, rounded, trial) as leaves:
+    for rounded in (0.0, 0.25, 0.25):
+        with embeddings_as_leaves(model, rounded) as leaves:
             model(input_ids=ids)
         found.append(leaves[0].detach())
     assert torch.equal(found[0], embedded)
     assert torch.equal(found[1], found[2])
-    assert not torch.equal(found[1], found[3])
+    assert len({*(found[1] / embedded > 1).flatten().tolist()}) == 2
     torch.testing.assert_close((found[1] / embedded - 1).abs(), torch.full_like(embedded, 0.25))
     assert difference(torch.tensor([1.0, 3.0]), torch.tensor([1.0, -4.0])) == 7 / 4
 

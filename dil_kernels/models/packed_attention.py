@@ -279,8 +279,8 @@ def _probe(model: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _alone(model: Any, rounded: float = 0.0, trial: int = 0) -> dict[str, Tensor]:
+def _alone(model: Any, rounded: float = 0.0) -> dict[str, Tensor]:
     """The logits of each of the sequences alone, one after another, with embeddings that are rounded."""
-    with embeddings_as_leaves(model, rounded, trial):
+    with embeddings_as_leaves(model, rounded):
         parts = [model(input_ids=part, use_cache=False).logits for part in _probe(model)[0].split(PROBE_LENGTHS, dim=1)]
     return {"logits": torch.cat(parts, dim=1)}

@@ -162,10 +162,10 @@ def _measured_problem(model: Any, name: str) -> str | None:
     return None
 
 
-def _alone(model: Any, row: SharedPrefixes, rounded: float = 0.0, trial: int = 0) -> dict[str, Tensor]:
+def _alone(model: Any, row: SharedPrefixes, rounded: float = 0.0) -> dict[str, Tensor]:
     """Of each sequence alone, with embeddings that are rounded: the logits of the responses, the row's gradients."""
     logits, gradients = [], []
-    with embeddings_as_leaves(model, rounded, trial) as embedded:
+    with embeddings_as_leaves(model, rounded) as embedded:
         for place, length in zip(_places(row), PROBE_RESPONSES, strict=True):
             logits.append(model(input_ids=row.input_ids[:, place], use_cache=False).logits[:, -length - 1 :])
             (of_sequence,) = torch.autograd.grad(_weighted(logits[-1]), embedded[-1])
