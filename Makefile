@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help install quickstart test test-oldest test-newest trainers lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
+.PHONY: help install quickstart wheel test test-oldest test-newest trainers lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
 
 help:
 	@echo "make quickstart   train SmolLM2-135M with the fused DIL loss and show what it learned"
@@ -20,6 +20,7 @@ help:
 	@echo "make gpu-profile  on an NVIDIA GPU: bytes moved, bandwidth and pipe use of the kernels, by Nsight Compute"
 	@echo "make gpu-train    on an NVIDIA GPU: training to convergence beside TRL (needs trl), and a 1B-class model for speed"
 	@echo "make aot-report   what the compilers make of every Triton kernel, without a GPU"
+	@echo "make wheel        sdist and wheel into dist/, the wheel tested where no compiler is"
 	@echo "make lint         ruff, mypy, import-linter, clang-format; make format applies the formatters"
 	@echo "make env          versions, backends, and why one is unavailable"
 
@@ -88,6 +89,18 @@ trainer-%:
 	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -r tests/trainers/$*.txt $($*_PACKAGE)
 	DIL_KERNELS_BUILD=cpu $(VENV)-$*/bin/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps .
 	cd tests/trainers && $(abspath $(VENV)-$*)/bin/python check_$*.py
+
+# A wheel for the Python and the glibc of this machine; those of a release are built in containers (tool.cibuildwheel).
+wheel: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist/built
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair -w dist dist/built/*.whl --exclude 'libtorch*' --exclude 'libc10*'
+	mv dist/built/*.tar.gz dist && rm -r dist/built
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt torch numpy pytest hypothesis mpmath
+	$(VENV)-wheel/bin/python -m pip install --disable-pip-version-check -q --no-deps triton typing-extensions dist/*.whl
+	CXX=none $(VENV)-wheel/bin/pytest -q tests/test_losses.py tests/test_logps.py tests/test_scalar_losses.py
+	ls -l dist
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

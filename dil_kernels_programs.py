@@ -41,7 +41,11 @@ def _run(program: str, name: str) -> int:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         status: int = getattr(programs, name)()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stderr.write(message)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output, as head does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return status

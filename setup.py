@@ -54,6 +54,22 @@ ISA_FLAGS = {
 }
 
 
+def repository() -> str | None:
+    """Where a release is built from, as GitHub's workflows say; nothing is claimed of a build by hand."""
+    server, name = os.environ.get("GITHUB_SERVER_URL"), os.environ.get("GITHUB_REPOSITORY")
+    return f"{server}/{name}" if server and name else None
+
+
+def long_description(url: str | None) -> str:
+    """The README; its links and pictures lead to the repository, as there is nothing beside it on PyPI."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if url is None:
+        return text
+    version = os.environ.get("GITHUB_REF_NAME", "main") if os.environ.get("GITHUB_REF_TYPE") == "tag" else "main"
+    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:|#)", rf"\g<1>{url}/raw/{version}/", text)
+    return re.sub(r"((?<!!)\[[^\]!]*\]\()(?!https?:|#)", rf"\g<1>{url}/blob/{version}/", text)
+
+
 class Unavailable(Exception):  # noqa: N818 - a state, not a failure
     """Why a part cannot be built here."""
 
@@ -301,7 +317,13 @@ def build_requirements() -> list[str]:
 if sys.platform == "win32":
     os.environ.setdefault("DIL_KERNELS_BUILD", "none")
 
+url = repository()
 package = setup(
+    long_description=long_description(url),
+    long_description_content_type="text/markdown",
+    project_urls={"Source": url, "Issues": f"{url}/issues", "Changelog": f"{url}/blob/main/CHANGELOG.md"}
+    if url
+    else {},
     distclass=Package,
     ext_modules=[Extension("dil_kernels._C", sources=[])],
     cmdclass={"build": Build, "build_ext": BuildExtension},

@@ -209,8 +209,29 @@ def test_the_source_distribution_holds_every_source(tmp_path: Path) -> None:
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[-1] for name in archive.getnames()}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    wanted = {name for name in tracked if name.startswith(("csrc/", "dil_kernels", "tests/"))}
+    wanted = {name for name in tracked if not name.startswith((".ci/", ".git"))}
     assert wanted - packed == set()
+
+
+def test_a_release_says_where_it_comes_from(build, tmp_path: Path) -> None:
+    """PyPI shows the README alone: its links must lead somewhere."""
+    origin = {"GITHUB_SERVER_URL": "https://example.org", "GITHUB_REPOSITORY": "some/where"}
+    tag = {"GITHUB_REF_NAME": "v9", "GITHUB_REF_TYPE": "tag"}
+    for environment in ({}, origin | tag):
+        for name in (*origin, *tag):
+            environment.setdefault(name, "")
+        result = build(command=["-q", "egg_info", "-e", str(tmp_path)], **environment)
+        assert result.returncode == 0, result.stderr
+        text = (tmp_path / "dil_kernels.egg-info" / "PKG-INFO").read_text()
+        targets = re.findall(r"\]\(([^)#][^)]*)\)", text.split("\n\n", 1)[1])
+        relative = [target for target in targets if not target.startswith("https://")]
+        assert bool(relative) != bool(environment["GITHUB_REPOSITORY"])
+        assert ("Project-URL: Source, https://example.org/some/where" in text) == bool(environment["GITHUB_REPOSITORY"])
+    for target in targets:
+        if target.startswith("https://example.org/"):
+            kind, version, path = target.removeprefix("https://example.org/some/where/").split("/", 2)
+            assert (version, kind) == ("v9", "raw" if path.endswith(".png") else "blob")
+            assert (ROOT / path.split("#")[0]).exists(), path
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "baseline"])
