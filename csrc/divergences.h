@@ -175,7 +175,7 @@ struct Separable {
     const double p = D::own(o), v_w = soft_bound(u_w, o.max_log_ratio), v_l = soft_bound(u_l, o.max_log_ratio);
     const double A_w = D::A(v_w, p), A_l = D::A(v_l, p);
     double margin = o.beta * (A_w - A_l);
-    if (fabs(A_w) == INFINITY && A_w == A_l && fabs(v_w) != INFINITY && fabs(v_l) != INFINITY) {
+    if (fabs(A_w) == INFINITY && A_w == A_l && !(v_w == v_l && fabs(v_w) == INFINITY)) {
       margin = v_w == v_l ? 0.0 : v_w > v_l ? INFINITY : -INFINITY;
     }
     const double push = o.beta * sigmoid(-margin);
@@ -269,10 +269,12 @@ struct SppoHard : Separable<SppoHard> {
 // No Bregman divergence; APO eq. 7
 struct ApoZero : Separable<ApoZero> {
   static constexpr const char* name = "apo_zero";
-  static DIL_HD double A(double u, double) { return -sigmoid(-u); }
-  static DIL_HD double P(double u, double) { return sigmoid(u); }
-  static DIL_HD double dA(double u, double) { return sigmoid(u) * sigmoid(-u); }
-  static DIL_HD double dP(double u, double) { return sigmoid(u) * sigmoid(-u); }
+  static DIL_HD double own(const LossParameters& o) { return o.beta; }
+  static DIL_HD double factor(const LossParameters&) { return 1.0; }
+  static DIL_HD double A(double u, double beta) { return -sigmoid(-beta * u); }
+  static DIL_HD double P(double u, double beta) { return sigmoid(beta * u); }
+  static DIL_HD double dA(double u, double beta) { return beta * sigmoid(beta * u) * sigmoid(-beta * u); }
+  static DIL_HD double dP(double u, double beta) { return beta * sigmoid(beta * u) * sigmoid(-beta * u); }
 };
 
 // A loss D::of(w, l) of both bounded log ratios of a pair.
@@ -319,9 +321,7 @@ struct Robust : CoupledByDifference<Robust> {
 // SLiC-HF, RSO
 struct Hinge : CoupledByDifference<Hinge> {
   static constexpr const char* name = "hinge";
-  static DIL_HD Term of_difference(double x, const LossParameters&) {
-    return x >= 1.0 ? Term{0.0, 0.0} : Term{1.0 - x, -1.0};
-  }
+  static DIL_HD Term of_difference(double x, const LossParameters&) { return x >= 1.0 ? Term{0.0, 0.0} : Term{1.0 - x, -1.0}; }
 };
 
 // (w - l - 1 / (2 beta))^2; IPO eq. 17
@@ -363,10 +363,9 @@ struct CalDpo : Coupled<CalDpo> {
   }
 };
 
-#define DIL_DIVERGENCES(X)                                                                                            \
-  X(Lsif)                                                                                                             \
-  X(Ukl) X(Bce) X(Power) X(Is) X(Brier) X(SppoHard) X(ApoZero) X(Dpo) X(Robust) X(Hinge) X(Ipo) X(ExoPair) X(ApoDown) \
-      X(CalDpo)
+#define DIL_DIVERGENCES(X) \
+  X(Lsif)                  \
+  X(Ukl) X(Bce) X(Power) X(Is) X(Brier) X(SppoHard) X(ApoZero) X(Dpo) X(Robust) X(Hinge) X(Ipo) X(ExoPair) X(ApoDown) X(CalDpo)
 
 enum class Divergence : int {
 #define DIL_ENUM(D) D,

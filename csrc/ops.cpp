@@ -56,25 +56,25 @@ py::object divergence_scalars(const std::string& name) {
 
 using Array = py::array_t<double>;
 
-// From a LossParameters of dil_kernels/losses/options.py: loss_type, the numbers, link.
-LossParameters parameters_of(const py::tuple& p) {
-  const auto number = [&](int i) { return p[i].cast<double>(); };
+// From a LossParameters of dil_kernels/losses/options.py.
+LossParameters parameters_of(const py::object& p) {
+  const auto number = [&](const char* name) { return p.attr(name).cast<double>(); };
   return {
-      number(1),
-      number(2),
-      number(3),
-      number(4),
-      number(5),
-      number(6),
-      number(7),
-      number(8),
-      number(9),
-      number(10),
-      link_by_name(p[11].cast<std::string>())};
+      number("beta"),
+      number("power"),
+      number("label_smoothing"),
+      number("alpha"),
+      number("max_log_ratio"),
+      number("chosen_weight"),
+      number("rejected_weight"),
+      number("chosen_offset"),
+      number("rejected_offset"),
+      number("scale"),
+      link_by_name(p.attr("link").cast<std::string>())};
 }
 
-py::tuple divergence_pair(const py::tuple& p, const Array& u_w, const Array& u_l) {
-  const Divergence divergence = divergence_by_name(p[0].cast<std::string>());
+py::tuple divergence_pair(const py::object& p, const Array& u_w, const Array& u_l) {
+  const Divergence divergence = divergence_by_name(p.attr("loss_type").cast<std::string>());
   const LossParameters parameters = parameters_of(p);
   const auto part = [&](auto member) {
     return py::vectorize([=](double w, double l) { return pair_loss(divergence, w, l, parameters).*member; })(u_w, u_l);
@@ -82,8 +82,8 @@ py::tuple divergence_pair(const py::tuple& p, const Array& u_w, const Array& u_l
   return py::make_tuple(part(&PairLoss::loss), part(&PairLoss::grad_w), part(&PairLoss::grad_l));
 }
 
-py::tuple divergence_response(const py::tuple& p, const Array& u, bool is_chosen) {
-  const Divergence divergence = divergence_by_name(p[0].cast<std::string>());
+py::tuple divergence_response(const py::object& p, const Array& u, bool is_chosen) {
+  const Divergence divergence = divergence_by_name(p.attr("loss_type").cast<std::string>());
   const LossParameters parameters = parameters_of(p);
   const auto part = [&](auto member) {
     return py::vectorize([=](double v) { return response_loss(divergence, v, is_chosen, parameters).*member; })(u);

@@ -149,19 +149,19 @@ ENTRIES = {
         family="TRL's `sppo_hard` is of sums.",
     ),
     "apo_zero": Entry(
-        title="Anchored preference optimisation, zero",
+        title="Anchored preference optimisation, zero, `beta`",
         h=None,
-        A="-1 / (1 + exp(u))",
-        P="1 / (1 + exp(-u))",
-        loss="1 / (1 + exp(w)) + 1 / (1 + exp(-l))",
-        grad_w="-exp(w) / (1 + exp(w))**2",
-        grad_l="exp(-l) / (1 + exp(-l))**2",
-        bounded="between 0 and 2, gradients by 1/4",
+        A="-1 / (1 + exp(beta*u))",
+        P="1 / (1 + exp(-beta*u))",
+        loss="1 / (1 + exp(beta*w)) + 1 / (1 + exp(-beta*l))",
+        grad_w="-beta * exp(beta*w) / (1 + exp(beta*w))**2",
+        grad_l="beta * exp(-beta*l) / (1 + exp(-beta*l))**2",
+        bounded="between 0 and 2, gradients by beta / 4",
         use="Chosen responses that are better than the model: pushes them up and the rejected ones down, each by itself. "
         "Also of unpaired data.",
         hazard="No Bregman divergence: no `alpha`, no other link. Its pushes fade on both sides of 0.",
         family="Absolute error of a classifier of chosen against rejected, where brier has its square and bce its "
-        "logarithm. With `beta` = 0.1 TRL's `apo_zero`, which is of sums.",
+        "logarithm. TRL's `apo_zero` is of sums.",
     ),
     "dpo": Entry(
         title="Direct preference optimisation (contrastive), temperature `beta`, `label_smoothing` = e",
@@ -276,7 +276,10 @@ divergence with a strictly convex `h(r)`, `r = e^u`, gives `A(u) = h'(e^u)`, `P(
     loss = chosen_weight * (-A(w) + alpha * P(w)) + rejected_weight * (1 - alpha) * P(l)
 
 ([DIL](https://arxiv.org/abs/2503.05079), eq. 19; constants are dropped). Always `P'(u) = e^u A'(u)`. `sppo_hard` and `apo_zero`
-have the same form with an A and a P of no h (then without `alpha`); the losses from `dpo` on couple the two responses of a pair.
+have the same form with an A and a P of no h (then without `alpha`); the losses from `dpo` on couple the two responses of a pair. All
+of these have a `beta` of their own, 0.1 if not given, which their papers take on **sums** of log ratios: with averages, the default here, the same beta
+asks for margins and targets per token (5 nats for sppo_hard, ipo and cal_dpo, 10 for hinge) that no training reaches. Give `average_log_prob=False`, or a
+larger beta.
 
 """
 
@@ -306,7 +309,7 @@ OPTIONS = """## Options
 | `beta` > 0 | Factor of the log ratios: a separable loss sees `v = beta u + offset`, and its gradient is multiplied by beta. TRL's `bco_pair` and `nca_pair` are bce with a beta (and `alpha` = 1/2). `sppo_hard` and the coupled losses have a beta of their own, 0.1 if not given. What `DILOutput` calls rewards stays u; the trainers log beta u. |
 | `label_smoothing` in [0, 1/2) | How likely a label is wrong, of `dpo`, `robust` and `exo_pair`. |
 | `nll_weight` >= 0 | Adds the negative log-likelihood of the chosen response, a mean over its scored tokens, times this to any loss (RPO, [arXiv 2404.19733](https://arxiv.org/abs/2404.19733), with `dpo`). `dil_loss`, which knows no lengths, takes minus the log-prob as given. |
-| `offset` | Added to `beta u`, one number or one for chosen and one for rejected responses: the constant delta of BCO and GSIL. Not of `link`s of pairs. |
+| `offset` | Added to `beta u` (to u, where beta is the loss's own), one number or one for chosen and one for rejected responses. GSIL's Bernoulli, Brier, KLIEP and LSIF at `alpha u + delta` are bce, brier, ukl and lsif with `beta` = alpha and `offset` = delta; BCO's `beta u - delta` is bce with `offset` = -delta. Not of `link`s of pairs. |
 | `alpha` in [0, 1] | Takes the reference expectation over chosen (share alpha) and rejected responses together. 0 is the paper. Where the reference is the mixture of both, alpha = 1/2 is unbiased; 0 is not. Every separable loss then has a finite optimum, `r_w = 1/alpha`, and a chosen term that is bounded below. The gradient of the chosen term is `A'(w) (alpha e^w - 1)`. |
 | `max_log_ratio` = M | Evaluates the loss at `M tanh(u/M)` instead of u; the gradient is multiplied by `1/cosh(u/M)^2`, 0 where the bound has saturated. For sums of log ratios, which overflow otherwise. Rewards and log-probs stay unbounded. Off by default. |
 | `non_negative` = C, 0 < C < 1 | The correction of Kato and Teshima (2021): with `Q = P - P(-inf)`, the loss is `mean[-A(w) + C Q(w)] + max(0, (1 - alpha) mean[Q(l)] + (alpha - C) mean[Q(w)])`. C is below 1 / (largest density ratio). It stops the fit from driving rejected mass to nothing in order to overshoot on the chosen responses of a sample. It couples a batch: **exact only for the responses of one call**, not for a mean over micro-batches or processes, so the trainer does not offer it. Needs `reduction="mean"` and a finite `P(-inf)`: not is, power at -1, or what is no Bregman divergence. For alpha >= C it changes nothing. |
@@ -315,9 +318,11 @@ OPTIONS = """## Options
 
 An option that a loss does not use is an error.
 
-**Not here.** Losses without a reference (SimPO, CPO, ORPO, SimPER) fit no density ratio; with reference log-probs of 0, `dil_loss` of `dpo` is
-SimPO without its margin, and with `nll_weight` CPO. KTO's baseline couples a batch, as do AOT's sorted log ratios: the mean over an optimizer step would
-then depend on how it is cut into micro-batches.
+**Not here.** SimPO, CPO, ORPO and SimPER have no reference. "No reference" would be a third kind of reference in every function, config and cache, and of the
+four it would carry one: SimPO's margin, ORPO's odds and SimPER's terms are none of the above. With reference log-probs of 0, `dil_loss` of `dpo` is CPO
+on sums (with `nll_weight`), and SimPO without its margin on averages. KTO's baseline couples a batch, as do AOT's sorted log ratios: the mean over an
+optimizer step would then depend on how it is cut into micro-batches. A loss of each token's log ratio (arXiv 2605.12288) has neither a loss nor a reward
+of a response, which is what every function, metric and trainer here hands on.
 
 ## Overflow
 

@@ -31,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "power": {"power": 0.25},
 }
 
+DEFAULTS = (("beta", 1.0), ("nll_weight", 0.0))
+
 
 def plain_logps(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Log-prob of each scored token, 0 elsewhere, and the mask; fp64, the whole log_softmax."""
@@ -54,17 +56,15 @@ def plain_pairs(
     with torch.no_grad():
         ref_logps, _ = plain_logps(ref, batch)
     u = (logps - ref_logps).sum(1)
-    metrics = plain_metrics(u / mask.sum(1) if average else u, logps.sum(1), name)
-    nll, _ = (-logps.sum(1) / mask.sum(1)).chunk(2)
-    return metrics | {"loss": metrics["loss"] + OPTIONS.get(name, {}).get("nll_weight", 0.0) * nll}
+    return plain_metrics(u / mask.sum(1) if average else u, logps.sum(1), mask.sum(1), name)
 
 
-def plain_metrics(u: Tensor, logps: Tensor, name: str) -> dict[str, Tensor]:
-    """METRICS of every pair [B] from log ratios and log-probs [2 B] of responses; rewards are beta log ratios."""
-    beta = OPTIONS.get(name, {}).get("beta", 1.0)
+def plain_metrics(u: Tensor, logps: Tensor, lengths: Tensor, name: str) -> dict[str, Tensor]:
+    """METRICS of every pair [B] from log ratios, log-probs and lengths [2 B]; rewards are beta log ratios."""
+    beta, nll_weight = (OPTIONS.get(name, {}).get(option, default) for option, default in DEFAULTS)
     (u_w, u_l), (chosen, rejected) = u.chunk(2), logps.chunk(2)
     return {
-        "loss": PLAIN_LOSSES[name](u_w, u_l),
+        "loss": PLAIN_LOSSES[name](u_w, u_l) - nll_weight * chosen / lengths.chunk(2)[0],
         "rewards/chosen": beta * u_w,
         "rewards/rejected": beta * u_l,
         "rewards/margins": beta * (u_w - u_l),

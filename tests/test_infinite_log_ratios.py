@@ -10,7 +10,7 @@ import pytest
 import torch
 from mpmath import mp, mpf
 from test_cuda_source import emulated  # noqa: F401  (a fixture)
-from test_scalar_losses import BREGMAN, COUPLED, GENERATORS, SEPARABLE, own, separable_terms
+from test_scalar_losses import BREGMAN, COUPLED, GENERATORS, SEPARABLE, own, separable_terms, sigmoid, softplus
 
 from dil_kernels import _C as compiled
 from dil_kernels import dil_loss, unpaired_dil_loss
@@ -22,7 +22,7 @@ HUGE = (-INF, -1e300, -800.0, -2.0, 0.0, 3.0, 420.0, 700.0, 800.0, 1e300, INF)
 POWERS = (-1.0, -0.5, 0.0, 1e-9, 0.5, 1.0, 2.0)
 LOSSES = [LossParameters(name) for name in GENERATORS if name != "power"]
 LOSSES += [LossParameters("power", power=k) for k in POWERS]
-LOSSES += [LossParameters("sppo_hard", 0.3), LossParameters("apo_zero"), LossParameters("dpo", 0.3)]
+LOSSES += [LossParameters("sppo_hard", 0.3), LossParameters("apo_zero", 0.3), LossParameters("dpo", 0.3)]
 LOSSES += [LossParameters(name, 0.3, label_smoothing=0.1) for name in COUPLED]
 every_set = pytest.mark.parametrize("loss", LOSSES, ids=lambda p: f"{p.loss_type} {p.power} {p.label_smoothing}")
 PAIRS = list(itertools.product(HUGE, HUGE))
@@ -116,7 +116,7 @@ def test_pairs(loss: LossParameters, implementation) -> None:
 
 @pytest.mark.parametrize("loss_type", SEPARABLE)
 def test_scalar_functions(loss_type: str) -> None:
-    values = {"power": POWERS, "sppo_hard": (0.3,)}.get(loss_type, (0.0,))
+    values = {"power": POWERS, "sppo_hard": (0.3,), "apo_zero": (0.3,)}.get(loss_type, (0.0,))
     for k, u in itertools.product(values, HUGE):
         for name, value in zip(("A", "P", "dA", "dP"), generators(loss_type, mpf(k), u), strict=True):
             what = f"{name} of {loss_type} {k} at {u}"
@@ -125,6 +125,39 @@ def test_scalar_functions(loss_type: str) -> None:
             in_torch_ = divergence.term(name, torch.tensor(u, dtype=torch.float64), own_values).item()
             assert_same(float(compiled.divergence_scalars(loss_type)[name](u, k)), rounded(value), what)
             assert_same(in_torch_, rounded(value), what)
+
+
+def truth_of_link(u_w: float, u_l: float, p: LossParameters) -> tuple[float, float, float]:
+    with mp.workdps(400):
+        k, beta = mpf(p.power), mpf(p.beta)
+        w, l = stand_in(u_w), stand_in(u_l)
+        if p.link == "ratio":
+            x = beta * (w - l)
+            A, _, dA, _ = separable_terms(p.loss_type, k, x)
+            _, P, _, dP = separable_terms(p.loss_type, k, -x)
+            push = beta * (dP + dA)
+            return rounded(P - A), -rounded(push), rounded(push)
+        (A_w, _, dA_w, _), (A_l, _, dA_l, _) = (generators(p.loss_type, k, u) for u in (u_w, u_l))
+        margin = beta * (A_w - A_l)
+        if abs(margin) > 1e6:  # beyond what mpmath takes the exponential of
+            loss, push = max(-margin, mpf(0)), beta if margin < 0 else mpf(0)
+        else:
+            loss, push = softplus(-margin), beta * sigmoid(-margin)
+        return rounded(loss), -rounded(push * dA_w), rounded(push * dA_l)
+
+
+@pytest.mark.parametrize("implementation", [in_torch, in_cpp])
+@pytest.mark.parametrize("link", ["ratio", "f_dpo"])
+@pytest.mark.parametrize("loss", LOSSES[: LOSSES.index(LossParameters("sppo_hard", 0.3))], ids=str)
+def test_pairs_by_the_other_links(loss: LossParameters, link: str, implementation) -> None:
+    p = loss._replace(link=link, beta=0.3)
+    for pair, *found in zip(PAIRS, *implementation(p), strict=True):
+        if math.isinf(pair[0]) and pair[0] == pair[1]:  # no limit: it depends on which is larger
+            continue
+        for what, actual, expected in zip(("loss", "d u_w", "d u_l"), found, truth_of_link(*pair, p), strict=True):
+            # Two scores cancel in the margin of f_dpo, and its sigmoid goes by their absolute error.
+            rough = link == "f_dpo" and what != "loss" and math.isfinite(expected)
+            assert_same(actual, expected, f"{what} at {pair}, {p}", eps=1e-9 if rough else 1e-12)
 
 
 def as_dtype(x: float, dtype: torch.dtype) -> float:

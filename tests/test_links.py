@@ -169,6 +169,16 @@ def test_trls_separable_losses_are_settings() -> None:
         assert grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("loss_type", ["bce", "brier", "ukl", "lsif"])
+def test_the_settings_of_gsil(loss_type: str) -> None:
+    """Its Bernoulli, Brier, KLIEP and LSIF at alpha u + delta."""
+    u, alpha, delta = log_ratios(), 0.4, -0.7
+    loss, grad = losses_and_gradients(u, loss_type=loss_type, beta=alpha, offset=delta)
+    plain, slope = losses_and_gradients(alpha * u + delta, loss_type=loss_type)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(grad, alpha * slope)
+
+
 def test_what_the_literature_says_of_coupled_losses() -> None:
     u = log_ratios()
     d, beta, e = u[0] - u[1], 0.3, 0.1
@@ -254,6 +264,10 @@ def test_terms_of_no_divergence_are_registered_as_such() -> None:
         register_divergence(Divergence(name="quadratic", **options))
     with pytest.raises(ValueError, match="bregman=False, which is of A and P only"):
         Divergence(name="pairwise", source="", pair=lambda w, l: w - l, bregman=False)
+    with pytest.raises(ValueError, match="two parameters of one name"):
+        Divergence(name="twice", source="", pair=lambda w, l, a, b: w - l, parameters=options["parameters"][:1] * 2)
+    with pytest.raises(ValueError, match="beta must be a finite number >= 0, got -1"):
+        Parameter(name="beta", default=-1.0, minimum=0.0)
     with pytest.raises(ValueError, match="dA is not the derivative of A"):
         register_divergence(Divergence(name="quadratic", **options, dA=lambda u, b, e: u, bregman=False))
     register_divergence(Divergence(name="quadratic", **options, bregman=False))
@@ -338,6 +352,10 @@ REFUSED = [
     ({"loss_type": "sppo_hard", "alpha": 0.5}, "loss_type='sppo_hard' is no Bregman divergence; leave it 0"),
     ({"loss_type": "apo_zero", "link": "f_dpo"}, "loss_type='apo_zero' is no Bregman divergence; leave it 'imitation'"),
     ({"loss_type": "apo_zero", "non_negative": 0.5, "reduction": "mean"}, "non_negative=0.5 was given, but"),
+    (
+        {"loss_type": "bce", "link": "ratio", "non_negative": 0.5, "reduction": "mean"},
+        "link='ratio' has no non-negative",
+    ),
     ({"nll_weight": -1.0}, "nll_weight must be a finite number >= 0, got -1.0"),
     ({"link": "ratio", "non_negative": 0.5, "reduction": "mean"}, "non_negative=0.5 was given, but"),
 ]

@@ -59,10 +59,10 @@ OTHERS = {
         lambda u, k: 2 * (u + 1 / (2 * k)),
     ),
     "apo_zero": (
-        lambda u, k: -sigmoid(-u),
-        lambda u, k: sigmoid(u),
-        lambda u, k: sigmoid(u) * sigmoid(-u),
-        lambda u, k: sigmoid(u) * sigmoid(-u),
+        lambda u, k: -sigmoid(-k * u),
+        lambda u, k: sigmoid(k * u),
+        lambda u, k: k * sigmoid(k * u) * sigmoid(-k * u),
+        lambda u, k: k * sigmoid(k * u) * sigmoid(-k * u),
     ),
 }
 
@@ -78,7 +78,7 @@ def separable_terms(loss_type: str, own: mpf, u: mpf) -> tuple[mpf, mpf, mpf, mp
 
 def own(p: LossParameters) -> mpf:
     """What A and P take beside u."""
-    return mpf(p.beta if p.loss_type == "sppo_hard" else p.power)
+    return mpf(p.beta if p.loss_type in OTHERS else p.power)
 
 
 def smoothed(x, p):

@@ -42,6 +42,7 @@ NAMESAKES: dict[str, dict[str, Any]] = {
     "apo_zero": {},
     "apo_down": {},
 }
+SAME_AS_TRL["robust without a wrong label is sigmoid"] = ({"loss_type": "robust", "beta": 0.2}, {"beta": 0.2})
 for name, settings in NAMESAKES.items():
     of_trl = {"loss_type": name, "beta": 0.2} | settings
     SAME_AS_TRL[name] = (of_trl, {key: value for key, value in of_trl.items() if key != "average_log_prob"})

@@ -33,9 +33,14 @@ def test_an_option_of_trl_that_no_loss_uses_is_refused(tmp_path: Path, name: str
     [
         ({"power": 0.1}, "power=0.1 was given, but loss_type='lsif' has no power"),
         ({"loss_type": "dpo", "alpha": 0.5}, "not separable"),
-        ({"loss_type": "aot"}, "unknown loss_type 'aot'; available: lsif"),
+        ({"loss_type": "kl"}, "unknown loss_type 'kl'; available: lsif"),
+        ({"loss_type": "aot"}, "loss_type='aot' of TRL sorts log ratios over a batch"),
+        ({"loss_type": "sigmoid_norm"}, "is here loss_type='dpo' with average_log_prob=True"),
         ({"loss_type": "hinge"}, "loss_type='hinge' is taken of summed log ratios by TRL: give average_log_prob=False"),
-        ({"f_divergence_type": "forward_kl"}, "is here loss_type='is', link='f_dpo', with average_log_prob=False"),
+        (
+            {"f_divergence_type": "forward_kl"},
+            "sigmoid loss with it is loss_type='is', link='f_dpo', with average_log_prob=False",
+        ),
         ({"label_smoothing": 0.1}, "label_smoothing=0.1 was given, but loss_type='lsif' has no label_smoothing"),
         ({"loss_type": "sigmoid"}, "loss_type='dpo' with average_log_prob=False"),
         ({"loss_type": "nca_pair"}, "loss_type='bce', alpha=0.5 and TRL's beta=0.1 with average_log_prob=False"),
@@ -61,6 +66,13 @@ def test_the_options_of_a_launcher_are_taken_over(tmp_path: Path) -> None:
         DILConfig.from_dpo_config(theirs, max_length=5)
     with pytest.raises(ValueError, match=r"power=0.2 was given, but loss_type='lsif' has no power"):
         DILConfig.from_dpo_config(theirs, power=0.2)
+    assert config.label_smoothing == 0.0
+    theirs.label_smoothing = 0.1
+    assert DILConfig.from_dpo_config(theirs, loss_type="dpo").label_smoothing == 0.1
+    with pytest.raises(ValueError, match=r"label_smoothing=0.1 was given, but loss_type='lsif' has no label_smoothing"):
+        DILConfig.from_dpo_config(theirs)
+    theirs.label_smoothing = 0.0
+    assert DILConfig.from_dpo_config(theirs).label_smoothing is None
     theirs.label_smoothing_factor = 0.1
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1"):
         DILConfig.from_dpo_config(theirs)

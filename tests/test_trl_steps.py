@@ -39,7 +39,7 @@ WAYS = {"fused head": {}, "logits": {"fused_head": False}, "eager": {"fused_head
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("average", [True, False], ids=["average", "sum"])
-@pytest.mark.parametrize("name", ["lsif", "ukl", "bce", "dpo", "power"])
+@pytest.mark.parametrize("name", ["lsif", "ukl", "bce", "dpo", "dpo, nll", "power"])
 def test_a_step_is_that_of_plain_pytorch(tmp_path: Path, name: str, average: bool, way: dict[str, Any]) -> None:
     ref, recorder = make_model(0).double(), GradientRecorder()
     policy = near(ref)

@@ -91,7 +91,7 @@ def plain_pairs(
     with torch.no_grad():
         u_ref = logps_of(ref).sum(1)
     u = (logps.sum(1) - u_ref) / (mask.sum(1) if average else 1)
-    return plain_metrics(u, logps.sum(1), name)
+    return plain_metrics(u, logps.sum(1), mask.sum(1), name)
 
 
 def batch_of(trainer: Any, dataset: Any = None) -> dict[str, Tensor]:

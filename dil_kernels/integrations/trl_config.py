@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 from dil_kernels.backends import BACKENDS
 from dil_kernels.checks import check_choice
-from dil_kernels.losses import LossOptions
+from dil_kernels.losses import LossOptions, get_divergence
 from dil_kernels.training.config import check_joined_rows
 from dil_kernels.training.loss_fields import FusedLossFields
 
@@ -30,9 +30,14 @@ UNUSED_OPTIONS = (
     "discopop_tau",
 )
 NAMES_IN_TRL = {
-    "sigmoid": "loss_type='dpo'",
-    "bco_pair": "loss_type='bce' and TRL's beta=0.1",
-    "nca_pair": "loss_type='bce', alpha=0.5 and TRL's beta=0.1",
+    "sigmoid": "is here loss_type='dpo' with average_log_prob=False",
+    "sigmoid_norm": "is here loss_type='dpo' with average_log_prob=True",
+    "bco_pair": "is here loss_type='bce' and TRL's beta=0.1 with average_log_prob=False",
+    "nca_pair": "is here loss_type='bce', alpha=0.5 and TRL's beta=0.1 with average_log_prob=False",
+    "aot": "sorts log ratios over a batch, so that the loss depends on how a step is cut into batches: it is not here",
+    "aot_unpaired": "sorts log ratios over a batch, as aot: it is not here",
+    "discopop": "is not here; a loss of your own is registered with dil_kernels.register_divergence",
+    "sft": "has no rejected responses; nll_weight adds the chosen ones' likelihood to any loss",
 }
 # TRL takes these of summed log ratios; here the same name would go with averages, if nothing else is said.
 SUMMED_IN_TRL = ("sppo_hard", "apo_zero", "robust", "hinge", "exo_pair", "apo_down")
@@ -81,7 +86,8 @@ class DILConfig(FusedLossFields, DPOConfig):
 
         Args:
             config: whose other options are taken; it is left as it is.
-            options: those that this class adds, loss_type and beta; the rest of them take their defaults.
+            options: those that this class adds, loss_type and beta; the rest of them take their defaults, and
+                label_smoothing that of the config.
 
         Raises:
             TypeError: an option that is not of this class.
@@ -92,7 +98,9 @@ class DILConfig(FusedLossFields, DPOConfig):
             raise TypeError(f"options of the DPOConfig itself, or unknown ones: {', '.join(sorted(unknown))}")
         new = cls.__new__(cls)  # what is computed at construction, as the device is, comes along
         ours = {name: cls.__dataclass_fields__[name].default for name in names}
-        new.__dict__.update(vars(config), **{**ours, "loss_type": "lsif", **options})
+        new.__dict__.update(
+            vars(config), **{**ours, "loss_type": "lsif", "label_smoothing": config.label_smoothing, **options}
+        )
         new.loss_type = [new.loss_type] if isinstance(new.loss_type, str) else new.loss_type
         new._check()
         return new
@@ -105,22 +113,23 @@ class DILConfig(FusedLossFields, DPOConfig):
         if len(self.loss_type) != 1:
             raise ValueError(f"loss_type must be one loss, got {self.loss_type}")
         (loss_type,) = self.loss_type
-        if loss_type in NAMES_IN_TRL:
+        divergence = getattr(self, "f_divergence_type", None)
+        if divergence in F_DIVERGENCES:
             raise ValueError(
-                f"loss_type={loss_type!r} of TRL is here {NAMES_IN_TRL[loss_type]} with average_log_prob=False"
+                f"f_divergence_type={divergence!r} was given, but no loss here uses it: TRL's sigmoid loss with it is "
+                f"{F_DIVERGENCES[divergence]}, with average_log_prob=False"
             )
+        if loss_type in NAMES_IN_TRL:
+            raise ValueError(f"loss_type={loss_type!r} of TRL {NAMES_IN_TRL[loss_type]}")
         if self.average_log_prob is None and loss_type in SUMMED_IN_TRL:
             raise ValueError(
                 f"loss_type={loss_type!r} is taken of summed log ratios by TRL: give average_log_prob=False for those, "
                 "or True for averages"
             )
         self.average_log_prob = self.average_log_prob is not False
-        divergence = getattr(self, "f_divergence_type", None)
-        if divergence in F_DIVERGENCES:
-            raise ValueError(
-                f"f_divergence_type={divergence!r} of TRL's sigmoid loss is here {F_DIVERGENCES[divergence]}, with "
-                "average_log_prob=False"
-            )
+        if not self.label_smoothing:  # 0.0 is TRL's default, and TRL looks at it
+            own = get_divergence(loss_type).own("label_smoothing")
+            self.label_smoothing = None if own is None else own.default
         LossOptions(**self.loss_options())
         check_joined_rows(self)
         check_choice("backend", self.backend, ("auto", *BACKENDS))

@@ -140,10 +140,11 @@ _builtin(
 _builtin(
     name="apo_zero",
     source="APO (arXiv 2408.06266) eq. 7",
-    A=lambda u: -(-u).sigmoid(),
-    P=lambda u: u.sigmoid(),
-    dA=lambda u: u.sigmoid() * (-u).sigmoid(),
-    dP=lambda u: u.sigmoid() * (-u).sigmoid(),
+    A=lambda u, beta: -(-beta * u).sigmoid(),
+    P=lambda u, beta: (beta * u).sigmoid(),
+    dA=lambda u, beta: beta * (beta * u).sigmoid() * (-beta * u).sigmoid(),
+    dP=lambda u, beta: beta * (beta * u).sigmoid() * (-beta * u).sigmoid(),
+    parameters=(_BETA,),
     bregman=False,
 )
 _builtin(

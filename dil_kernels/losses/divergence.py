@@ -48,6 +48,7 @@ class Parameter:
     def __post_init__(self) -> None:
         if self.name not in PARAMETER_NAMES:
             raise ValueError(f"a parameter must be named one of {', '.join(PARAMETER_NAMES)}, got {self.name!r}")
+        self.check(self.default)
 
     def check(self, value: float) -> float:
         """The value as a float; a ``ValueError`` if it is out of range, a ``TypeError`` if it is no number."""
@@ -104,6 +105,8 @@ class Divergence:
             raise ValueError(
                 f"divergence {self.name!r} needs either both A and P, or h alone (separable), or pair (coupled)"
             )
+        if len({parameter.name for parameter in self.parameters}) < len(self.parameters):
+            raise ValueError(f"divergence {self.name!r} has two parameters of one name")
         if not self.bregman and self.A is None:
             raise ValueError(f"divergence {self.name!r} has bregman=False, which is of A and P only; leave it out")
         unused = ("dA", "dP") if self.h is not None else ("dA", "dP", "log_A", "log_P", "log_dP")

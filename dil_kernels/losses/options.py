@@ -48,8 +48,8 @@ class LossParameters(NamedTuple):
         """The values of the loss's own parameters."""
         return tuple(getattr(self, parameter.name) for parameter in get_divergence(self.loss_type).parameters)
 
-    def factor(self) -> float:
-        """Of the log ratios that a separable loss sees."""
+    def factor_of_u(self) -> float:
+        """What multiplies the log ratios that a separable loss sees: beta, where that is not the loss's own."""
         return self.beta if get_divergence(self.loss_type).own("beta") is None else 1.0
 
 
@@ -93,7 +93,8 @@ class LossOptions:
             (softplus(-beta (A(u_w) - A(u_l))), arXiv 2309.16240).
         beta: factor of the log ratios, of their difference, or of that of A: 1 if not given with "imitation", 0.1 with
             the other links and the losses that have a beta of their own.
-        offset: added to beta u, one number or one for chosen and one for rejected responses; "imitation" only.
+        offset: added to beta u (to u, where beta is the loss's own), one number or one for chosen and one for rejected
+            responses; "imitation" only.
         scale: what the loss is divided by, "ratio" only; 4 gives "lsif", "ukl", "power" and "is" the gradient of "dpo"
             where d = 0.
         power: exponent of "power" (default 0.5): 1 is "lsif", 0 "ukl", -1 "is", up to constants; an error with any
@@ -186,6 +187,7 @@ class LossOptions:
         check_number("non_negative", constant)
         if not 0.0 < constant < 1.0:
             raise ValueError(f"non_negative must be between 0 and 1 (it is below 1 / sup r), got {constant}")
+        what = f"loss_type={self.loss_type!r}" if self.link == "imitation" else f"link={self.link!r}"
         has_floor = self.separable and self.divergence.bregman
         if has_floor:
             floor = self.parameters.floor_of_P(torch.float64, "cpu")
@@ -193,7 +195,7 @@ class LossOptions:
             has_floor = not has_values(floor) or math.isfinite(floor)
         if not has_floor:
             raise ValueError(
-                f"non_negative={constant} was given, but loss_type={self.loss_type!r} has no non-negative part: it "
+                f"non_negative={constant} was given, but {what} has no non-negative part: it "
                 "needs a separable Bregman divergence with a finite P(-inf)"
             )
         if self.reduction != "mean":

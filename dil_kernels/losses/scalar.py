@@ -117,7 +117,7 @@ def _soft_bound(u: Tensor, M: float) -> tuple[Tensor, Tensor]:
 def _view(u: Tensor, p: LossParameters, offset: float) -> tuple[Tensor, Tensor]:
     """What a separable loss sees of a log ratio, ``beta bound(u) + offset``, and its slope."""
     v, slope = _soft_bound(u, p.max_log_ratio)
-    factor = p.factor()
+    factor = p.factor_of_u()
     return factor * v + offset, factor * slope
 
 
@@ -181,7 +181,7 @@ def _contrast(u_w: Tensor, u_l: Tensor, p: LossParameters) -> Tensor:
     """``beta (A(u_w) - A(u_l))``; A increases: where it overflows for both, the larger log ratio has the larger one."""
     A_w, A_l = p.term("A", u_w), p.term("A", u_l)
     sign = torch.where(u_w == u_l, 0.0, torch.where(u_w > u_l, math.inf, -math.inf))
-    both = A_w.isinf() & (A_w == A_l) & u_w.isfinite() & u_l.isfinite()
+    both = A_w.isinf() & (A_w == A_l) & ~((u_w == u_l) & u_w.isinf())
     return torch.where(both, sign, p.beta * (A_w - A_l))
 
 

@@ -21,8 +21,8 @@ class LossFields:
     link: str = field(
         default="imitation",
         metadata={
-            "help": "How a separable loss is put to work on a pair (docs/losses.md): imitation (DIL), ratio (BPO) or "
-            "f_dpo."
+            "help": "How a Bregman divergence is put to work on a pair (docs/losses.md): imitation (DIL), ratio (BPO) "
+            "or f_dpo."
         },
     )
     beta: float | None = field(

@@ -154,7 +154,8 @@ def safe_log_ratios(loss_options: Mapping[str, Any]) -> list[float]:
         loss_options: keywords of `dil_loss`; a bounded gradient has the limit inf.
     """
     link = loss_options.get("link", "imitation")
-    farthest = max(1.0, 1.0 / LossOptions(**loss_options).factor)
+    factor = LossOptions(**loss_options).factor
+    farthest = max(1.0, 1.0 / factor) if factor > 0.0 else 1.0
     u = torch.arange(-8900, 8901, dtype=torch.float64) / 100 * farthest  # beyond 88.7, exp(beta u) is infinite in fp32
     zeros = torch.zeros_like(u)
     limits = []

@@ -201,12 +201,14 @@ def _training(trainer: Any) -> str:
     if args.max_tokens_per_batch is not None:
         batch, unit = (args.max_tokens_per_batch, *batch[1:]), " tokens at most"
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    # beta is said even if it was not given: it has one default or another.
-    said = args.loss_options() | {"beta": LossOptions(**args.loss_options()).factor}
+    # beta and the loss's own parameters are said even if they were not given: losses differ in what they are then.
+    loss = LossOptions(**args.loss_options())
+    own = {parameter.name: getattr(loss.parameters, parameter.name) for parameter in loss.divergence.parameters}
+    own |= {} if loss.factor == 1.0 else {"beta": loss.factor}
     options = ", ".join(
         f"{name}={value}"
-        for name, value in said.items()
-        if name == "loss_type" or value != (1.0 if name == "beta" else defaults[name])
+        for name, value in (args.loss_options() | own).items()
+        if name in ("loss_type", *own) or value != defaults[name]
     )
     # ZeRO-3 keeps the whole size of a parameter beside it.
     parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
