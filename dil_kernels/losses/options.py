@@ -21,7 +21,7 @@ PAIR_LAYOUTS = ("concatenated", "interleaved")
 
 
 class LossParameters(NamedTuple):
-    """Everything beside the log ratios that the loss of a pair depends on, as csrc/divergences.h has it."""
+    """Everything beside the log ratios that the loss of a pair depends on, as csrc/parameters.h has it."""
 
     loss_type: str
     beta: float = 1.0  # the loss's own, or the factor of u, of the difference of two, or of that of A

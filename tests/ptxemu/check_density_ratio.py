@@ -68,7 +68,7 @@ machines = {
     for kind in ("fwd", "bwd")
     for dtype, letter in ((torch.float32, "f"), (torch.float64, "d"))
 }
-S = structs(CSRC / "divergences.h", CSRC / "density_ratio.h")
+S = structs(CSRC / "parameters.h", CSRC / "density_ratio.h")
 NAMES = re.findall(
     r"X\((\w+)\)", re.search(r"#define DIL_DIVERGENCES\(X\)((.*\\\n)*.*)", (CSRC / "divergences.h").read_text())[1]
 )
