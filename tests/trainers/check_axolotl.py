@@ -49,21 +49,33 @@ def main() -> None:
         launch = [Path(sys.executable).with_name("axolotl"), "train", file, "--launcher"]
         given = ["--", "--nproc-per-node", 2] if processes > 1 else []
         launcher = "torchrun" if processes > 1 else "python"
-        return run([*launch, launcher, *given], folder, ACCELERATE_USE_CPU="true", **environment)
+        return run([*launch, launcher, *given], folder, **environment)
 
     # Those from 0.20 on find the plugin by themselves.
     plugin = {"plugins": [PLUGIN]} if importlib.metadata.version("axolotl") < "0.20" else {}
-    stock = train("stock", {})
-    ours = train("ours", {"dil": {"loss_type": "lsif"}, **plugin})
+    cpu = {"ACCELERATE_USE_CPU": "true"}
+    stock = train("stock", {}, **cpu)
+    ours = train("ours", {"dil": {"loss_type": "lsif"}, **plugin}, **cpu)
     assert ours.found(r"'loss': '?(-?[\d.]+)")[0] == -0.5, "LSIF is -1/2 where the policy is the reference"
     assert ours.found(r"'eval_rewards/margins': '?(-?[\d.e-]+)")
     assert list((folder / "ours").glob("**/model.safetensors"))
     lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
-    cpu = {"DIL_CPU_FOR_CUDA": "1"}  # axolotl chooses a GPU for each of several processes
     verified = [
-        train("ukl", {"dil": {"loss_type": "ukl", "alpha": 0.5}, "plugins": [PLUGIN]}, **verifying("trl")),
-        train("lora", {"dil": {"loss_type": "lsif"}, "dpo_padding_free": True, **plugin, **lora}, **verifying("trl")),
-        train("two", {"dil": {"loss_type": "lsif"}, **plugin}, processes=2, **cpu, **verifying("trl")),
+        train("ukl", {"dil": {"loss_type": "ukl", "alpha": 0.5}, "plugins": [PLUGIN]}, **cpu, **verifying("trl")),
+        train(
+            "lora",
+            {"dil": {"loss_type": "lsif"}, "dpo_padding_free": True, **plugin, **lora},
+            **cpu,
+            **verifying("trl"),
+        ),
+        train(
+            "two",
+            {"dil": {"loss_type": "lsif"}, **plugin},
+            processes=2,
+            DIL_CPU_FOR_CUDA="1",
+            **cpu,
+            **verifying("trl"),
+        ),
     ]
     check("axolotl", stock, ours, verified)
 

@@ -27,6 +27,7 @@ sys.path.insert(0, str(HERE.parents[1] / "examples"))
 V = 65_536
 STEPS = 2
 PAIRS = 4  # of a micro-batch
+COMPARED = r"verified: loss (\S+)"
 
 
 @dataclass
@@ -57,7 +58,10 @@ def run(command: Iterable[str | Path], folder: Path, **environment: str) -> Run:
     output = log.read_text()
     if status != 0:
         raise SystemExit(f"{output[-6000:]}\n{' '.join(words)}: status {os.waitstatus_to_exitcode(status)}")
-    return Run(output, time.monotonic() - start, usage.ru_maxrss / 1024)
+    result = Run(output, time.monotonic() - start, usage.ru_maxrss / 1024)
+    compared = len(result.found(COMPARED))
+    print(f"  {result.seconds:.0f} s, {result.peak_mb:.0f} MB, {compared} losses compared", flush=True)
+    return result
 
 
 def check(trainer: str, stock: Run, ours: Run, verified: list[Run]) -> None:
@@ -74,13 +78,13 @@ def check(trainer: str, stock: Run, ours: Run, verified: list[Run]) -> None:
         assert each.output.count("dil_kernels in") == 1, "the line is printed once, by the first process"
         assert "the fused head" in each.output
     for each in verified:
-        assert each.found(r"verified: loss (\S+)"), "no loss was compared"
+        assert each.found(COMPARED), "no loss was compared"
     assert ours.peak_mb < stock.peak_mb
     line = {
         "trainer": f"{trainer} {importlib.metadata.version(trainer)}",
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "losses compared": [len(each.found(r"verified: loss (\S+)")) for each in verified],
+        "losses compared": [len(each.found(COMPARED)) for each in verified],
         "peak MB": [round(stock.peak_mb), round(ours.peak_mb)],
         "seconds": [round(stock.seconds), round(ours.seconds)],
     }
