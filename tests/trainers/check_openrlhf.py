@@ -19,7 +19,7 @@ def main() -> None:
     """Run every variant; print the line of the README's table."""
     folder = temporary_folder()
     model = make_model(folder / "model")
-    for name, count in (("train", STEPS * PAIRS), ("test", PAIRS)):
+    for name, count in (("train", 2 * STEPS * PAIRS), ("test", PAIRS)):
         lines = map(json.dumps, make_pairs(count))
         (folder / "data").mkdir(exist_ok=True)
         (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines))
@@ -33,6 +33,7 @@ def main() -> None:
     def train(name: str, module: str, given: list[Any], processes: int = 1, **environment: str) -> Run:
         launch = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", processes, "--module", module]
         output = ["--ckpt.output_dir", folder / name, "--train.batch_size", PAIRS * processes]
+        output += ["--data.max_samples", STEPS * PAIRS * processes]
         variables = {"DS_ACCELERATOR": "cpu", "DIL_CPU_FOR_CUDA": "1", "PYTHONPATH": STUBS, **environment}
         return run([*launch, *options, *output, *given], folder, **variables)
 
