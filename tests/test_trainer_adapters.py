@@ -26,7 +26,8 @@ PACKAGES = ("swift", "llamafactory", "openrlhf", "axolotl", "nemo_rl", "torchtun
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The packages of the trainers, and nothing of them or of the adapters afterwards."""
+    """The packages of the trainers; afterwards the modules are those that there were before."""
+    before = {name: module for name, module in sys.modules.items() if name.startswith("dil_kernels.integrations")}
     monkeypatch.syspath_prepend(str(STAND_INS))
     monkeypatch.delenv("DIL_OPTIONS", raising=False)
     yield
@@ -34,6 +35,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         parts = name.split(".")
         if parts[0] in PACKAGES or (parts[:2] == ["dil_kernels", "integrations"] and parts[2:3] != ["hooks"]):
             del sys.modules[name]
+    sys.modules.update(before)
 
 
 @pytest.fixture

@@ -50,9 +50,8 @@ def test_a_step_is_that_of_plain_pytorch(tmp_path: Path, name: str, average: boo
         arguments={"callbacks": [recorder]},
         per_device_train_batch_size=7,
         max_steps=1,
-        loss_type=name,
         average_log_prob=average,
-        **OPTIONS.get(name, {}),
+        **{"loss_type": name, **OPTIONS.get(name, {})},
         **way,
     )
     trainer.train()

@@ -106,7 +106,7 @@ std::vector<Tensor> head(
 
 std::vector<Tensor> density_ratio(const Tensor& logps, const Tensor& labels, const Tensor& ref, const Tensor& upstream) {
   auto [loss, losses, logratios, sums, lengths, counts, coefs] = density_ratio_fwd(
-      logps, labels, std::nullopt, ref, std::nullopt, std::nullopt, "bce", 0.0, 0.25, 3.0, 1.0, 1.0, 0.7, 0.1, -0.1, 1.0,
+      logps, labels, std::nullopt, ref, std::nullopt, std::nullopt, "bce", 0.7, 0.0, 0.0, 0.25, 3.0, 1.0, 1.0, 0.1, -0.1, 1.0,
       "imitation", true, false, true, -100, true);
   const Tensor grad = density_ratio_bwd(
       upstream, std::nullopt, std::nullopt, std::nullopt, logps, labels, std::nullopt, std::nullopt, lengths, counts, coefs,
