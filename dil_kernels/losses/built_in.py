@@ -38,19 +38,20 @@ _SMOOTHING = Parameter(name="label_smoothing", default=0.0, minimum=0.0, below=0
 _LARGEST_X = 750.0  # e^-x is 0 from here on in fp64
 
 
+def _of_labels(x: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """What the label as it is, and as it is not, add to the loss, by how likely each is."""
+    wrong = -label_smoothing * logsigmoid(-x) if label_smoothing else torch.zeros_like(x)  # 0 times an infinity is not
+    return -(1.0 - label_smoothing) * logsigmoid(x), wrong
+
+
 def _dpo(u_w: Tensor, u_l: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    x = beta * (u_w - u_l)
-    if label_smoothing == 0:  # 0 times an infinity is not
-        return -logsigmoid(x)
-    return -(1.0 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
+    right, wrong = _of_labels(beta * (u_w - u_l), label_smoothing)
+    return right + wrong
 
 
 def _robust(u_w: Tensor, u_l: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    x = beta * (u_w - u_l)
-    if label_smoothing == 0:
-        return -logsigmoid(x)
-    smooth = label_smoothing * logsigmoid(-x) - (1.0 - label_smoothing) * logsigmoid(x)
-    return smooth / (1.0 - 2.0 * label_smoothing)
+    right, wrong = _of_labels(beta * (u_w - u_l), label_smoothing)
+    return (right - wrong) / (1.0 - 2.0 * label_smoothing)
 
 
 def _exo_pair(u_w: Tensor, u_l: Tensor, beta: float, label_smoothing: float) -> Tensor:
