@@ -123,20 +123,37 @@ def _loss_of_sums(
     """Losses, reduced as asked, and detached log ratios, from sums [S]."""
     check_choice("backend", backend, ("auto", "eager"))
     every_value = SequenceOptions(False, False, options.reduction != "sum", -100, False)
+    tensors = (policy_logps.unsqueeze(1), None, None, None, ref_logps.detach(), is_chosen)
+    loss, losses, logratios, *_ = _loss_of_sequences(*tensors, options, every_value, backend)
+    return losses if options.reduction == "none" else loss, logratios.detach()
+
+
+def _loss_of_sequences(
+    token_logps: Tensor,
+    labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_token_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    is_chosen: Tensor | None,
+    options: LossOptions,
+    of_sequences: SequenceOptions,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `density_ratio` gives, loss and losses with all that the options ask for."""
     loss, losses, logratios, logps, lengths, counts = density_ratio(
-        policy_logps.unsqueeze(1),
-        None,
-        None,
-        None,
-        ref_logps.detach(),
+        token_logps,
+        labels,
+        cu_seqlens,
+        ref_token_logps,
+        ref_logps,
         is_chosen,
         options.parameters,
-        every_value,
-        compiled=sums_are_compiled(backend, policy_logps.device),
+        of_sequences,
+        compiled=sums_are_compiled(backend, token_logps.device),
     )
-    loss = _corrected(loss, logratios, lengths, is_chosen, options, interleaved=False)
-    loss, losses = _with_nll(loss, losses, logps, lengths, counts, is_chosen, options, every_value)
-    return losses if options.reduction == "none" else loss, logratios.detach()
+    loss = _corrected(loss, logratios, lengths, is_chosen, options, interleaved=of_sequences.interleaved)
+    loss, losses = _with_nll(loss, losses, logps, lengths, counts, is_chosen, options, of_sequences)
+    return loss, losses, logratios, logps, lengths, counts
 
 
 def _corrected(
@@ -293,21 +310,10 @@ def loss_of_token_logps(
         backend: the resolved backend that computed the log-probs.
     """
     of_sequences = options.of_sequences(scoring)
-    loss, losses, logratios, logps, lengths, counts = density_ratio(
-        policy_token_logps,
-        labels,
-        cu_seqlens,
-        ref_token_logps,
-        ref_logps,
-        is_chosen,
-        options.parameters,
-        of_sequences,
-        compiled=sums_are_compiled(backend, policy_token_logps.device),
-    )
-    interleaved = of_sequences.interleaved
-    loss = _corrected(loss, logratios, lengths, is_chosen, options, interleaved=interleaved)
-    loss, losses = _with_nll(loss, losses, logps, lengths, counts, is_chosen, options, of_sequences)
-    sides = [_sides(values, is_chosen, interleaved) for values in (logps, logratios, lengths)]
+    tensors = (policy_token_logps, labels, cu_seqlens, ref_token_logps, ref_logps, is_chosen)
+    results = _loss_of_sequences(*tensors, options, of_sequences, backend)
+    loss, losses, logratios, logps, lengths, counts = results
+    sides = [_sides(values, is_chosen, of_sequences.interleaved) for values in (logps, logratios, lengths)]
     (chosen_logps, rejected_logps), (chosen_rewards, rejected_rewards), (chosen_lengths, rejected_lengths) = sides
     return DILOutput(
         loss=losses if options.reduction == "none" else loss,
