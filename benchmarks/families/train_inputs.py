@@ -28,7 +28,7 @@ ModelName = Literal["smollm2-135m", "llama-1b", "tiny"]
 # it prompt. ragged: random ids, sequences between an eighth of `tokens` and all of it.
 # summary: random ids, nine tenths of all sequences prompt. prompt-512: random ids, all sequences of `tokens`, of which
 # so many are prompt.
-DataName = Literal["real", "equal", "ragged", "summary", "prompt-512", "prompt-2048"]
+DataName = Literal["real", "equal", "ragged", "summary", "prompt-17", "prompt-512", "prompt-2048"]
 ReferenceName = Literal["model", "precomputed"]
 
 
