@@ -161,7 +161,7 @@ def test_tokens_that_are_nearly_certain(impl: Implementation) -> None:
     truth = problem.run("eager")
     logps, d_hidden, _ = problem.to(torch.float32, impl.device).run(impl.backend)
     exact = -torch.log1p(49 * torch.exp(-margins))
-    torch.testing.assert_close(truth[0][0], exact, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(truth[0][0], exact, rtol=1e-9, atol=4e-15)  # it rounds at the size of the logits
     torch.testing.assert_close(logps[0].cpu().double(), exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(d_hidden.flatten().cpu().double(), -torch.expm1(exact), rtol=1e-6, atol=0)
 
@@ -177,7 +177,13 @@ def test_gradients_of_tokens_that_are_nearly_certain(impl: Implementation, dtype
     for value in logit.tolist():
         hidden = torch.tensor([[[value, 1.0]]], dtype=torch.float64)
         problem = Problem(hidden, weight, None, torch.tensor([[3]]), torch.ones(1, 1), False, {}).to(dtype)
-        _, d_hidden, d_weight = problem.to(torch.float64).run("eager")
+        # In closed form: 1 - p of fp64 eager is a difference, and further off than the kernels.
+        states, rows = problem.hidden[0, 0].double(), problem.weight.double()
+        odds = torch.exp((rows - rows[3]) @ states)
+        odds[3] = 0.0
+        d_logits = -odds / (1 + odds.sum())
+        d_logits[3] = -d_logits.sum()
+        d_hidden, d_weight = (d_logits @ rows).view(1, 1, -1), torch.outer(d_logits, states)
         size = d_weight.abs().max().item()
         problem.upstream = problem.upstream / size  # as a loss scale would
         for stash_bytes in (0, 1 << 20):
