@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help install quickstart wheel test test-oldest test-newest trainers lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
+.PHONY: help install quickstart wheel docs docs-links test test-oldest test-newest trainers lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
 
 help:
 	@echo "make quickstart   train SmolLM2-135M with the fused DIL loss and show what it learned"
@@ -20,6 +20,7 @@ help:
 	@echo "make gpu-profile  on an NVIDIA GPU: bytes moved, bandwidth and pipe use of the kernels, by Nsight Compute"
 	@echo "make gpu-train    on an NVIDIA GPU: training to convergence beside TRL (needs trl), and a 1B-class model for speed"
 	@echo "make aot-report   what the compilers make of every Triton kernel, without a GPU"
+	@echo "make docs         the documentation site into build/docs/, any warning an error; docs-links asks the network for its outer links"
 	@echo "make wheel        sdist and wheel into dist/, the wheel tested where no compiler is"
 	@echo "make lint         ruff, mypy, import-linter, clang-format; make format applies the formatters"
 	@echo "make env          versions, backends, and why one is unavailable"
@@ -33,7 +34,7 @@ $(VENV)/.installed: $(SOURCES) constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --no-build-isolation -e ".[train,bench,dev]"
+	$(PIP) --no-build-isolation -e ".[train,bench,dev,docs]"
 	@touch $@
 
 install: $(VENV)/.installed
@@ -101,6 +102,15 @@ wheel: $(VENV)/.installed-dev
 	$(VENV)-wheel/bin/python -m pip install --disable-pip-version-check -q --no-deps triton typing-extensions dist/*.whl
 	CXX=none $(VENV)-wheel/bin/pytest -q tests/test_losses.py tests/test_logps.py tests/test_scalar_losses.py
 	ls -l dist
+
+SPHINX := $(BIN)/python -m sphinx -E -q -W --keep-going -d build/doctrees
+docs: $(VENV)/.installed-dev
+	rm -rf build/docs
+	$(SPHINX) -b html docs build/docs
+	@echo "build/docs/index.html"
+
+docs-links: $(VENV)/.installed-dev
+	$(SPHINX) -b linkcheck docs build/docs-links
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -318,10 +318,16 @@ if sys.platform == "win32":
     os.environ.setdefault("DIL_KERNELS_BUILD", "none")
 
 url = repository()
+owner, _, name = os.environ.get("GITHUB_REPOSITORY", "").partition("/")
 package = setup(
     long_description=long_description(url),
     long_description_content_type="text/markdown",
-    project_urls={"Source": url, "Issues": f"{url}/issues", "Changelog": f"{url}/blob/main/CHANGELOG.md"}
+    project_urls={
+        "Documentation": f"https://{owner.lower()}.github.io/{name}/",
+        "Source": url,
+        "Issues": f"{url}/issues",
+        "Changelog": f"{url}/blob/main/CHANGELOG.md",
+    }
     if url
     else {},
     distclass=Package,

@@ -9,6 +9,7 @@ The formulas are evaluated by tests/test_docs.py against the compiled losses, an
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -18,39 +19,46 @@ from dil_kernels.losses import LossOptions, LossParameters, divergence_names, ge
 from dil_kernels.losses.scalar import pair_losses
 
 sys.path.insert(0, str(Path(__file__).parent))
+from formulas import latex
 from loss_entries import ENTRIES
 
 DOCS = Path(__file__).parent
 CHOSEN, REJECTED = "#1b7837", "#b2182b"
 
 
-INTRODUCTION = """# The losses
+INTRODUCTION = r"""# The losses
 
-*Written by `docs/make_losses.py`; tests/test_docs.py evaluates every formula on this page.*
+*Written by `docs/make_losses.py`; tests/test_docs.py evaluates the formulas of every loss on this page.*
 
-All losses are functions of the log ratio `u = log pi_theta(y|x) - log pi_ref(y|x)`: `w` of the chosen response, `l` of
-the rejected one (per token with `average_log_prob=True`, the default of the fused calls and the trainer). A Bregman
-divergence with a strictly convex `h(r)`, `r = e^u`, gives `A(u) = h'(e^u)`, `P(u) = e^u h'(e^u) - h(e^u)` and
+All losses are functions of the log ratio
 
-    loss = chosen_weight * (-A(w) + alpha * P(w)) + rejected_weight * (1 - alpha) * P(l)
+$$u = \log \frac{\pi_\theta(y \mid x)}{\pi_\mathrm{ref}(y \mid x)},$$
 
-([DIL](https://arxiv.org/abs/2503.05079), eq. 19; constants are dropped). Always `P'(u) = e^u A'(u)`. `sppo_hard` and `apo_zero`
+$w$ of the chosen response, $l$ of the rejected one (per token with `average_log_prob=True`, the default of the fused calls and the trainer). A Bregman
+divergence with a strictly convex $h(r)$, $r = e^u$, gives $A(u) = h'(e^u)$, $P(u) = e^u h'(e^u) - h(e^u)$ and
+
+$$\mathrm{loss} = c_w (-A(w) + \alpha P(w)) + c_l (1 - \alpha) P(l)$$
+
+with $c_w$ the `chosen_weight` and $c_l$ the `rejected_weight`
+([DIL](https://arxiv.org/abs/2503.05079), eq. 19; constants are dropped). Always $P'(u) = e^u A'(u)$. `sppo_hard` and `apo_zero`
 have the same form with an A and a P of no h (then without `alpha`); the losses from `dpo` on couple the two responses of a pair. All
 of these have a `beta` of their own, 0.1 if not given, which their papers take on **sums** of log ratios: with averages, the default here, the same beta
 asks for margins and targets per token (5 nats for sppo_hard, ipo and cal_dpo, 10 for hinge) that no training reaches. Give `average_log_prob=False`, or a
 larger beta.
 
+In the formulas $\beta$ is `beta`, $k$ is `power`, and $\varepsilon$, e in the text, is `label_smoothing`. The section of each loss has its gradients and its source.
+
 """
 
-LINKS = """## Links
+LINKS = r"""## Links
 
-What a Bregman divergence is put to. With `d = w - l`, and A and P of the loss:
+What a Bregman divergence is put to. With $d = w - l$, and A and P of the loss:
 
-| `link` | loss of a pair | d loss / d w, and the opposite in l | `beta` if not given | source |
+| `link` | loss of a pair | gradient in w, and the opposite in l | `beta` if not given | source |
 |---|---|---|---|---|
-| `imitation` (default) | `-A(v_w) + P(v_l)`, `v = beta u + offset` | each side by itself | 1 | DIL (arXiv 2503.05079) eq. 19 |
-| `ratio` (BPO) | `(P(-x) - A(x)) / scale`, `x = beta d` | `-beta (A'(x) + e^-x A'(-x)) / scale` | 0.1 | BPO (arXiv 2505.19601) |
-| `f_dpo` | `softplus(-beta (A(w) - A(l)))` | `-beta sigmoid(-beta (A(w) - A(l))) A'(w)`; in l with `A'(l)` | 0.1 | f-DPO (arXiv 2309.16240) |
+| `imitation` (default) | $-A(v_w) + P(v_l)$, $v = \beta u + \mathrm{offset}$ | each side by itself | 1 | DIL (arXiv 2503.05079) eq. 19 |
+| `ratio` (BPO) | $\frac{P(-x) - A(x)}{\mathrm{scale}}$, $x = \beta d$ | $-\frac{\beta}{\mathrm{scale}} (A'(x) + e^{-x} A'(-x))$ | 0.1 | BPO (arXiv 2505.19601) |
+| `f_dpo` | $\log(1 + e^{-x})$, $x = \beta (A(w) - A(l))$ | $-\frac{\beta}{1 + e^x} A'(w)$; in l with $A'(l)$ | 0.1 | f-DPO (arXiv 2309.16240) |
 
 - **ratio** fits the ratio of the two responses. `bce` is twice DPO; `power` with `scale=4` is BPO's SBA, whose gradient is DPO's where d = 0, as is
   that of every loss with A'(0) = 1. Unbounded below are `lsif`, `ukl`, `is` and `power` from 0 on and at -1; bounded are `bce`, `brier` and -1 < k < 0. (The entry of LSIF in
@@ -75,7 +83,7 @@ OPTIONS = """## Options
 | `chosen_weight`, `rejected_weight` | Factors of the two terms. 0 leaves a term out. |
 | `is_chosen` [S] | Unpaired responses, each chosen or rejected. The mean is that over the chosen ones plus that over the rejected ones. Exact under gradient accumulation and data parallelism through `DILOutput.counts` and `DILOutput.share`. |
 
-An option that a loss does not use is an error.
+An option that a loss does not use is an error. [A loss of your own](own_loss.md) has them, too.
 
 **Not here.** SimPO, CPO, ORPO and SimPER have no reference. "No reference" would be a third kind of reference in every function, config and cache, and of the
 four it would carry one: SimPO's margin, ORPO's odds and SimPER's terms are none of the above. With reference log-probs of 0, `dil_loss` of `dpo` is CPO
@@ -90,43 +98,33 @@ sign, never NaN: where `-A(w)` and `P` overflow against each other, an infinite 
 their logarithms are compared. (Only the losses and links that couple a pair may be NaN, of two log ratios that are the same infinity.) The gradient of an
 overflowed term is the infinity of its sign; a gradient that is multiplied by 0 (a weight, a saturated bound, an upstream
 gradient of 0) is 0. A batch whose losses overflow in both directions has the loss +inf. NaN log-probs give NaN.
-
-## A loss of your own
-
-```python
-from dil_kernels import Divergence, register_divergence
-
-register_divergence(Divergence(name="cubic", source="mine", h=lambda r: r**3 / 6))  # or A=..., P=..., or pair=...
-fused_dil_loss(logits, labels, ref_logits=ref_logits, loss_type="cubic", alpha=0.5)
-```
-
-`h` is differentiated twice for A, P and their derivatives; A and P give more control over rounding and overflow. Both are
-checked at registration (`P' = e^u A'`, `A' > 0` on a grid). Terms that cancel for large r, as those of bce's h, are not to be
-had from h: registration says from which log ratio on. `parameters=(Parameter(name="beta", default=0.1, minimum=0.0), ...)` declares what the functions take after the log ratios, by the names
-`beta`, `power` and `label_smoothing`; `bregman=False` is for A and P of no h. The compiled kernels still sum the log ratios; the loss itself, one
-number a sequence, runs in torch. `dil-train --import my_losses --loss-type cubic` loads a module that registers one.
 """
 
 
 def table() -> str:
     """One row a loss."""
     lines = [
-        "| `loss_type` | loss (constants dropped) | d loss / d w | d loss / d l | bounded | source |",
-        "|---|---|---|---|---|---|",
+        "| `loss_type` | loss (constants dropped) | bounded |",
+        "|---|---|---|",
     ]
     for name, e in ENTRIES.items():
-        formulas = (f"`{formula}`" for formula in (e.loss, e.grad_w, e.grad_l))
-        lines.append(f"| [`{name}`](#{name}) | {' | '.join(formulas)} | {e.bounded} | {get_divergence(name).source} |")
+        loss = f"${latex(e.loss)}$"
+        lines.append(f"| [`{name}`](#{anchor(name)}) | {loss} | {e.bounded} |")
     return "\n".join(lines) + "\n"
+
+
+def anchor(name: str) -> str:
+    """Of the section of a loss, as GitHub and the site make it of the title."""
+    return re.sub(r"[^\w\- ]", "", f"{name}: {ENTRIES[name].title}".lower()).replace(" ", "-")
 
 
 def section(name: str) -> str:
     """All there is to say of one loss."""
     e = ENTRIES[name]
     rows = [(label, formula) for label, formula in (("h(r)", e.h), ("A(u)", e.A), ("P(u)", e.P)) if formula]
-    rows += [("loss", e.loss), ("d loss / d w", e.grad_w), ("d loss / d l", e.grad_l)]
-    text = [f'<a id="{name}"></a>\n## `{name}`: {e.title}\n', "| | |\n|---|---|"]
-    text += [f"| {label} | `{formula}` |" for label, formula in rows]
+    rows += [("loss", e.loss), ("gradient in w", e.grad_w), ("gradient in l", e.grad_l)]
+    text = [f"## `{name}`: {e.title}\n", "| | |\n|---|---|"]
+    text += [f"| {label} | ${latex(formula)}$ |" for label, formula in rows]
     text += [
         f"\n![loss and gradient of {name}](losses/{name}.png)\n",
         f"- **When**: {e.use}",

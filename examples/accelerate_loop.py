@@ -12,7 +12,7 @@ from shared import load_model, parse_options, tokenized_pairs
 from torch.utils.data import DataLoader
 
 from dil_kernels import fused_dil_loss, sequence_logps
-from dil_kernels.data.collators import PreferenceCollator
+from dil_kernels.data import PreferenceCollator
 
 
 def main(argv: list[str] | None = None) -> None:

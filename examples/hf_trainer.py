@@ -15,7 +15,7 @@ from shared import load_model, parse_options, tokenized_pairs
 from transformers import Trainer, TrainingArguments
 
 from dil_kernels import fused_dil_loss
-from dil_kernels.data.collators import PreferenceCollator
+from dil_kernels.data import PreferenceCollator
 
 
 class PreferenceTrainer(Trainer):

@@ -15,7 +15,7 @@ from shared import load_model, parse_options, tokenized_pairs
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dil_kernels.data.collators import PreferenceCollator
+from dil_kernels.data import PreferenceCollator
 from dil_kernels.integrations.hooks import Hook, HookOptions
 
 

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dil_kernels.data.collators import PreferenceCollator
-from dil_kernels.data.tokenization import tokenize_dataset
+from dil_kernels.data import PreferenceCollator, tokenize_dataset
 from dil_kernels.quickstart.embedded import load_embedded_pairs
 
 CHAT_TEMPLATE = (

@@ -167,7 +167,7 @@ def test_a_malformed_architecture(build, tmp_path: Path) -> None:
 
 def test_the_oldest_versions_tested_are_those_admitted() -> None:
     admitted = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
-    admitted.pop("trl")  # tested by installing it: see the README
+    admitted.pop("trl")  # tested by installing it: see docs/from_trl.md
     pins = dict(
         re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "tests" / "versions" / "oldest.txt").read_text(), re.MULTILINE)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -70,6 +71,37 @@ def test_generators(make_losses, name: str) -> None:
     assert (entry.h is not None) == get_divergence(name).bregman
     for values in filter(None, shifts.values()):
         assert max(values) - min(values) < 1e-10
+
+
+def python_of(latex: str) -> str:
+    """A formula of the page, back in Python."""
+    where = re.fullmatch(r"(.*) \\text\{ where \} (.*) \\lt (.*) \\text\{, else \} 0", latex)
+    if where:
+        value_there, left, right = map(python_of, where.groups())
+        return f"({value_there}) if {left} < {right} else 0"
+    while "{" in latex:  # the innermost braces first
+        for pattern, by in ((r"\\frac{([^{}]*)}{([^{}]*)}", r"((\1)/(\2))"), (r"(?<!\w)e\^{([^{}]*)}", r"exp(\1)")):
+            latex = re.sub(pattern, by, latex)
+        latex = re.sub(r"(?<!e)\^{([^{}]*)}", r"**(\1)", latex)
+    latex = re.sub(r"\\(left|right)", "", latex).replace(r"\varepsilon", "e").replace("\\", "")
+    return re.sub(r"(?<=[\w)]) (?=[\w(])", "*", latex)  # what stands side by side is multiplied
+
+
+@pytest.mark.parametrize("name", divergence_names())
+def test_formulas_are_the_same_in_latex(make_losses, name: str) -> None:
+    entry = make_losses.ENTRIES[name]
+    variables = {"w": -0.3, "l": 0.9, "u": 0.7, "r": 1.3, "k": 0.5, "beta": 0.4, "e": 0.2}
+    for formula in filter(None, (entry.h, entry.A, entry.P, entry.loss, entry.grad_w, entry.grad_l)):
+        latex = make_losses.latex(formula)
+        assert f"${latex}$" in make_losses.section(name)
+        back = value(python_of(latex), **variables)
+        assert float(back) == pytest.approx(float(value(formula, **variables)), rel=1e-14), latex
+
+
+def test_brackets_where_they_are_needed(make_losses) -> None:
+    assert make_losses.latex("-(a - (b - c)) * (d + 1)**2 / (2*x)") == r"\frac{-(a - (b - c)) (d + 1)^{2}}{2 x}"
+    with pytest.raises(ValueError, match="sin"):
+        make_losses.latex("sin(w)")
 
 
 def test_the_page_is_the_one_that_is_written(make_losses) -> None:

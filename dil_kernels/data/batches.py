@@ -66,10 +66,10 @@ class SharedPrefixes(NamedTuple):
     and a response. So every scored token has a hidden state of its own, and the shift of labels stays in a segment.
     """
 
-    input_ids: Tensor  # [1, N]
-    position_ids: Tensor  # [1, N], those of the sequence that a token is in
-    cu_seqlens: Tensor  # int32 [S + 1], of the segments; the first one has the prefixes, too, which have no labels
-    stretch_lengths: list[int]  # as in `Segments`: of the prefixes, then of the segments; none is 0
+    input_ids: Tensor  #: [1, N]
+    position_ids: Tensor  #: [1, N], those of the sequence that a token is in
+    cu_seqlens: Tensor  #: int32 [S + 1], of the segments; the first one has the prefixes, too, which have no labels
+    stretch_lengths: list[int]  #: as in `Segments`, of the prefixes, then of the segments; none is 0
     stretch_prefixes: list[int | None]
 
     def model_inputs(self) -> dict[str, Any]:

@@ -22,9 +22,9 @@ class LogitStatistics(NamedTuple):
     a number, and False.
     """
 
-    mean_logit: Tensor  # fp32 (fp64 for fp64 logits), over the vocabulary
-    entropy: Tensor  # likewise, -sum p log p in nats; a -inf logit adds nothing
-    top1_hit: Tensor  # bool, whether no logit is larger than the label's
+    mean_logit: Tensor  #: fp32 (fp64 for fp64 logits), over the vocabulary
+    entropy: Tensor  #: likewise, -sum p log p in nats; a -inf logit adds nothing
+    top1_hit: Tensor  #: bool, whether no logit is larger than the label's
 
 
 def mask_boundaries(labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor:

@@ -18,15 +18,15 @@ class DILOutput(NamedTuple):
     included.
     """
 
-    loss: Tensor  # [] for reduction "mean" and "sum", [B] for "none"
-    losses: Tensor  # [B]
-    chosen_logps: Tensor  # [B], sums over tokens
-    rejected_logps: Tensor  # [B], sums over tokens
-    chosen_rewards: Tensor  # [B], log pi/pi_ref, per token if average_log_prob
-    rejected_rewards: Tensor  # [B]
-    chosen_lengths: Tensor  # [B] int32
-    rejected_lengths: Tensor  # [B] int32
-    counts: Tensor  # [2] int32, what the mean divides by: the pairs, twice; unpaired, chosen and rejected sequences
+    loss: Tensor  #: [] for reduction "mean" and "sum", [B] for "none"
+    losses: Tensor  #: [B]
+    chosen_logps: Tensor  #: [B], sums over tokens
+    rejected_logps: Tensor  #: [B], sums over tokens
+    chosen_rewards: Tensor  #: [B], log pi/pi_ref, per token if average_log_prob
+    rejected_rewards: Tensor  #: [B]
+    chosen_lengths: Tensor  #: [B] int32
+    rejected_lengths: Tensor  #: [B] int32
+    counts: Tensor  #: [2] int32, what the mean divides by, the pairs, twice; unpaired, chosen and rejected sequences
 
     def share(self, counts: Tensor) -> Tensor:
         """This batch's share in the mean over several, [].

@@ -17,6 +17,8 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
+__all__ = ["DILArgs", "DILPlugin"]
+
 TRAINER = "dil_kernels.integrations.axolotl_trainer.DILTrainer"
 # What axolotl's own loss uses.
 UNUSED = (

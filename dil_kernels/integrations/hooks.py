@@ -30,6 +30,8 @@ from dil_kernels.models.scoring import score
 from dil_kernels.reference import sequence_sums
 from dil_kernels.training.loss_fields import FusedLossFields
 
+__all__ = ["Hook", "HookOptions", "Responses"]
+
 logger = logging.getLogger(__name__)
 
 PLACED = {"input_ids", "attention_mask", "position_ids"}  # what a row without padding can be made of
@@ -92,10 +94,10 @@ class HookOptions(FusedLossFields):
 class Responses(NamedTuple):
     """What a model has to say of S responses, from a batch of S sequences."""
 
-    logps: Tensor  # [S] fp64, summed over the scored tokens
-    lengths: Tensor  # [S] int64, scored tokens
-    mean_logits: Tensor | None  # [S] fp64, over vocabulary and scored tokens, detached; 0 without a token
-    outputs: Any  # of the model
+    logps: Tensor  #: [S] fp64, summed over the scored tokens
+    lengths: Tensor  #: [S] int64, scored tokens
+    mean_logits: Tensor | None  #: [S] fp64, over vocabulary and scored tokens, detached; 0 without a token
+    outputs: Any  #: of the model
 
 
 class Hook:

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from dil_kernels.integrations.hooks import Hook, HookOptions, check_trainer, refuse, say
 
+__all__ = ["DILLossFn"]
+
 PACKAGE = check_trainer(
     "nemo-rl",
     ("0.6.0", "0.7.0"),

@@ -19,6 +19,8 @@ from dil_kernels.data.batches import IGNORE_INDEX
 from dil_kernels.functional import token_logps
 from dil_kernels.integrations.hooks import Hook, HookOptions, check_trainer, refuse, say
 
+__all__ = ["DILLoss"]
+
 PACKAGE = check_trainer(
     "torchtune",
     ("0.6.1",),

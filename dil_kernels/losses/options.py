@@ -24,11 +24,11 @@ class LossParameters(NamedTuple):
     """Everything beside the log ratios that the loss of a pair depends on, as csrc/parameters.h has it."""
 
     loss_type: str
-    beta: float = 1.0  # the loss's own, or the factor of u, of the difference of two, or of that of A
-    power: float = 0.0  # the loss's own; 0 where it has none
-    label_smoothing: float = 0.0  # likewise
+    beta: float = 1.0  #: the loss's own, or the factor of u, of the difference of two, or of that of A
+    power: float = 0.0  #: the loss's own; 0 where it has none
+    label_smoothing: float = 0.0  #: likewise
     alpha: float = 0.0
-    max_log_ratio: float = 0.0  # 0 for no bound
+    max_log_ratio: float = 0.0  #: 0 for no bound
     chosen_weight: float = 1.0
     rejected_weight: float = 1.0
     chosen_offset: float = 0.0

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from dil_kernels.checks import check_positive, check_tensors, has_values
 
+__all__ = ["tabular_policy"]
+
 
 def tabular_policy(ref_probs: Tensor, log_ratios: Tensor, *, beta: float = 1.0) -> tuple[Tensor, Tensor]:
     """The policy ``pi = pi_ref r^(1/beta) / Z``, which maximises ``E[log r] - beta KL(pi || pi_ref)`` (DIL, eq. 17).

@@ -47,11 +47,11 @@ SCORE_OPTIONS = ("temperature", "ignore_index", "stash_bytes", "max_scored_token
 class FusedHeadOutput(ModelOutput):
     """What a model returns for `score_labels`; the statistics are None unless `return_statistics` was asked for."""
 
-    token_logps: Tensor | None = None  # [B, T - 1], as of `linear_token_logps`
-    mean_logit: Tensor | None = None  # as of `LogitStatistics`, shaped as token_logps; so the next two
+    token_logps: Tensor | None = None  #: [B, T - 1], as of `linear_token_logps`
+    mean_logit: Tensor | None = None  #: as of `LogitStatistics`, shaped as token_logps; so the next two
     entropy: Tensor | None = None
     top1_hit: Tensor | None = None
-    aux_loss: Tensor | None = None  # [] the model's own load-balancing loss, where it returns one
+    aux_loss: Tensor | None = None  #: [] the model's own load-balancing loss, where it returns one
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class FusedHead:
 
     logit_scale: float
     final_logit_softcapping: float | None
-    head: nn.Module  # the model's output embeddings
-    replaced_forward: Callable[..., Any] | None  # of the model, if it was not that of its class
+    head: nn.Module  #: the model's output embeddings
+    replaced_forward: Callable[..., Any] | None  #: of the model, if it was not that of its class
 
 
 def install_fused_head(model: nn.Module) -> FusedHead:

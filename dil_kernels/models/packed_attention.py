@@ -59,7 +59,7 @@ def install_packed_attention(*models: nn.Module) -> None:
     Rows of one sequence, padded batches and generation go through "sdpa" as before.
 
     Args:
-        models: `PreTrainedModel`s or `PeftModel`s with their weights whole, not yet wrapped.
+        models: each a `PreTrainedModel` or `PeftModel` with its weights whole, not yet wrapped.
 
     Raises:
         UnsupportedPackingError: one of them does not keep the sequences of a row apart; none is changed then.

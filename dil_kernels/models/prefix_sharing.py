@@ -42,7 +42,7 @@ def install_prefix_sharing(*models: nn.Module) -> None:
     Packed rows, padded batches and generation stay as they are.
 
     Args:
-        models: `PreTrainedModel`s or `PeftModel`s with their weights whole, not yet wrapped.
+        models: each a `PreTrainedModel` or `PeftModel` with its weights whole, not yet wrapped.
 
     Raises:
         UnsupportedPackingError: one of them does not compute on such a row what it computes on the sequences.

@@ -31,6 +31,8 @@ from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.reward_head import install_end_of_row, scores_at_end
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
 
+__all__ = ["DensityRatioReward", "RewardTrainer", "density_ratio_reward_loss", "train_reward"]
+
 Conversation = str | list[dict[str, str]]
 
 

@@ -31,7 +31,7 @@ def keep_lengths_apart(*models: nn.Module) -> bool:
     stays as it is. Deep copies are changed, too; checkpoints stay as they were.
 
     Args:
-        models: `PreTrainedModel`s or `PeftModel`s, not yet wrapped; their weights need not be whole.
+        models: each a `PreTrainedModel` or `PeftModel`, not yet wrapped; its weights need not be whole.
 
     Returns:
         Whether one of them is changed, now or before.

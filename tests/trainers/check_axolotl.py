@@ -14,7 +14,7 @@ PLUGIN = "dil_kernels.integrations.axolotl.DILPlugin"
 
 
 def main() -> None:
-    """Run every variant; print the line of the README's table."""
+    """Run every variant; print the line of the table in docs/trainers.md."""
     folder = temporary_folder()
     model = make_model(folder / "model")
     lines = map(json.dumps, make_pairs(40))

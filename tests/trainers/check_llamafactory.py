@@ -14,7 +14,7 @@ OURS = [sys.executable, "-m", "dil_kernels.integrations.llamafactory"]
 
 
 def main() -> None:
-    """Run every variant; print the line of the README's table."""
+    """Run every variant; print the line of the table in docs/trainers.md."""
     folder = temporary_folder()
     model = make_model(folder / "model")
     (folder / "pairs.json").write_text(json.dumps(make_pairs(40)))

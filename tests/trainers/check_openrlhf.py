@@ -16,7 +16,7 @@ STUBS = str(Path(__file__).parent / "stubs_openrlhf")
 
 
 def main() -> None:
-    """Run every variant; print the line of the README's table."""
+    """Run every variant; print the line of the table in docs/trainers.md."""
     folder = temporary_folder()
     model = make_model(folder / "model")
     for name, count in (("train", 2 * STEPS * PAIRS), ("test", PAIRS)):

@@ -11,7 +11,7 @@ from common import PAIRS, STEPS, check, make_model, make_pairs, run, temporary_f
 
 
 def main() -> None:
-    """Run every variant; print the line of the README's table."""
+    """Run every variant; print the line of the table in docs/trainers.md."""
     folder = temporary_folder()
     model = make_model(folder / "model")
     rows = [

@@ -65,7 +65,7 @@ def run(command: Iterable[str | Path], folder: Path, **environment: str) -> Run:
 
 
 def check(trainer: str, stock: Run, ours: Run, verified: list[Run]) -> None:
-    """What holds in every trainer, and the line of the README's table.
+    """What holds in every trainer, and the line of the table in docs/trainers.md.
 
     Args:
         trainer: its package.
