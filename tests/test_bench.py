@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from families.logprob import FORWARD, FORWARD_BACKWARD, LOGPROB, LogprobCase, make_inputs, make_truth, measure_errors
 from families.logprob_providers import BASELINE, PROVIDERS, eager_sequence_logps
 from families.loss import LOSS
+from harness import timing
 from harness.check import allowed_errors, find_problem
 from harness.command import main
 from harness.family import OURS, Provider
@@ -280,6 +281,15 @@ def test_rounds_interleave_and_rotate():
 def test_quantiles():
     result = quantiles([Sample(ms, ms / 10) for ms in (5.0, 1.0, 2.0, 3.0, 4.0, 6.0)])
     assert (result.p20, result.p50, result.p80, result.samples, result.host_p50) == (2.0, 3.5, 5.0, 6, 0.35)
+
+
+def test_a_long_call_is_made_once_a_round(monkeypatch) -> None:
+    monkeypatch.setattr(timing, "LONG_MS", 0.0)
+    made: list[str] = []
+    calls = {name: lambda _i, name=name: made.append(name) for name in "ab"}
+    times = time_interleaved(calls, CPU, Budget(seconds=0.0, min_rounds=3, max_rounds=3))
+    assert made == list("ab" + "ab" + "ba" + "ab")  # the first two to find that they are long
+    assert {name: time.samples for name, time in times.items()} == {"a": 3, "b": 3}
 
 
 def test_peak_memory_counts_what_is_held_together():

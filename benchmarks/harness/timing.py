@@ -14,6 +14,7 @@ Call = Callable[[int], object]  # the argument counts calls, so that a call can 
 
 WARMUP_CALLS = 1
 CALLS_PER_ROUND = 2
+LONG_MS = 1000.0  # a call that takes so long leaves nothing of the one before it in any cache: one a round is enough
 # A CUDA queue is held up for this many times as long as the host takes to fill it, so that what is timed is the device.
 LEAD = 2.0
 MAX_LEAD_MS = 20.0
@@ -97,13 +98,15 @@ def _named(name: str, device: torch.device) -> contextlib.AbstractContextManager
 def time_interleaved(calls: Mapping[str, Call], device: torch.device, budget: Budget) -> dict[str, Quantiles]:
     """Time calls beside each other, so that a machine's slow moments fall on all of them.
 
-    Each round runs every call once unmeasured and `CALLS_PER_ROUND` times measured; the order rotates by one a round.
+    Each round runs every call once unmeasured and `CALLS_PER_ROUND` times measured, or a long one just once; the order
+    rotates by one a round.
     Calls are numbered on from one turn to the next, so that none finds in cache what the call before it has read.
     """
-    per_turn = 1 + CALLS_PER_ROUND
     warm = {name: time_calls(call, 0, WARMUP_CALLS, device)[-1] for name, call in calls.items()}
-    leads = {name: min(LEAD * per_turn * sample.host_ms, MAX_LEAD_MS) for name, sample in warm.items()}
-    round_ms = sum(per_turn * sample.device_ms for sample in warm.values())
+    unmeasured = {name: 0 if sample.device_ms > LONG_MS else 1 for name, sample in warm.items()}
+    per_turn = {name: 1 + CALLS_PER_ROUND if skipped else 1 for name, skipped in unmeasured.items()}
+    leads = {name: min(LEAD * per_turn[name] * sample.host_ms, MAX_LEAD_MS) for name, sample in warm.items()}
+    round_ms = sum(per_turn[name] * sample.device_ms for name, sample in warm.items())
     if device.type == "cuda":
         round_ms += sum(leads.values())
     rounds = min(max(math.ceil(budget.seconds / (round_ms * 1e-3)), budget.min_rounds), budget.max_rounds)
@@ -114,6 +117,7 @@ def time_interleaved(calls: Mapping[str, Call], device: torch.device, budget: Bu
         turn = r % len(names)
         for name in names[turn:] + names[:turn]:
             with _named(name, device):
-                samples[name] += time_calls(calls[name], first, per_turn, device, leads[name])[1:]
-            first += per_turn
+                timed = time_calls(calls[name], first, per_turn[name], device, leads[name])
+            samples[name] += timed[unmeasured[name] :]
+            first += per_turn[name]
     return {name: quantiles(values) for name, values in samples.items()}
