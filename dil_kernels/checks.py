@@ -41,8 +41,8 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and has_values(tensor)
 
 
-def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bool) -> None:
-    """Logits [B, T, V] or [N, V], labels [B, T] or [N]."""
+def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bool, part: bool = False) -> None:
+    """Logits [B, T, V] or [N, V], labels [B, T] or [N]; of a part of the vocabulary, labels may be any."""
     check_tensors(logits=logits, labels=labels)
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits must be [B, T, V] or [N, V], got {shape_of(logits)}")
@@ -63,7 +63,7 @@ def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bo
             f"logits {shape_of(logits)} have {logits.shape[-2]} position(s); with shift=True at least 2 are needed, "
             "since position t predicts label t + 1"
         )
-    if readable(labels):
+    if readable(labels) and not part:
         check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
 
 
@@ -76,8 +76,11 @@ def check_head(
     ignore_index: int,
     shift: bool,
     names: tuple[str, str, str] = ("hidden_states", "lm_head_weight", "lm_head_bias"),
+    part: bool = False,
 ) -> None:
-    """Hidden states [B, T, D] or [N, D], head [V, D] with bias [V], labels [B, T] or [N]."""
+    """Hidden states [B, T, D] or [N, D], head [V, D] with bias [V], labels [B, T] or [N]; of a part of the vocabulary,
+    labels may be any.
+    """
     hidden_name, weight_name, bias_name = names
     if hidden_states.ndim not in (2, 3):
         raise ValueError(f"{hidden_name} must be [B, T, D] or [N, D], got {shape_of(hidden_states)}")
@@ -110,7 +113,7 @@ def check_head(
             f"{hidden_name} {shape_of(hidden_states)} have {labels.shape[-1]} position(s); with shift=True at least 2 "
             "are needed, since position t predicts label t + 1"
         )
-    if readable(labels):
+    if readable(labels) and not part:
         check_label_range(labels[..., 1:] if shift else labels, V, ignore_index)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 import torch
+from torch.distributed import ProcessGroup
 
 from dil_kernels.checks import check_number, check_positive
 
@@ -102,6 +103,7 @@ class ScoringKeywords(TypedDict, total=False):
     shift: bool
     final_logit_softcapping: float | None
     temperature: float
+    process_group: ProcessGroup | None
     backend: str
 
 
@@ -114,6 +116,11 @@ class ScoringOptions:
         shift: position t scores label t + 1, as causal models are trained; no shifted copy of the logits is made.
         final_logit_softcapping: replaces the logits x by cap * tanh(x / cap) (Gemma), cap > 0; None does not.
         temperature: divides the logits, after the softcapping; > 0.
+        process_group: the vocabulary is split over its processes, of which each gives its part, in the order of their
+            ranks: logits [..., V / p], or weight [V / p, D] and bias, the parts of any sizes. Labels count over the
+            whole vocabulary, and all but the parts is the same on every process, as are results and gradients of hidden
+            states. A DTensor that is split over the vocabulary says its group itself. On the CPU an error of one
+            process is raised on all of them; on CUDA, shapes are compared when a process meets new ones.
         backend: "auto", "triton" (CUDA), "cpp" (CPU) or "eager" (PyTorch, which materialises the softmax in fp32).
     """
 
@@ -121,6 +128,7 @@ class ScoringOptions:
     shift: bool = True
     final_logit_softcapping: float | None = None
     temperature: float = 1.0
+    process_group: ProcessGroup | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ def token_logps(logits: Tensor, labels: Tensor, options: ScoringOptions = DEFAUL
         where the label is `ignore_index`, NaN where it is outside [0, V).
     """
     logits, index, scored, invalid = _scored_rows(logits, labels, options)
-    logits = _capped(logits, options.final_logit_softcapping)
+    logits = capped(logits, options.final_logit_softcapping)
     logps = log_softmax(logits, options.temperature).gather(-1, index.unsqueeze(-1)).squeeze(-1)
     logps = torch.where(invalid, torch.nan, logps)
     return torch.where(scored, logps, 0)
@@ -52,10 +52,10 @@ def logit_statistics(
         the label's. Shaped as the log-probs: 0 or False where ignored, NaN or False where the label is outside [0, V).
     """
     logits, index, scored, invalid = _scored_rows(logits.detach(), labels, options)
-    capped, temperature = _capped(logits, options.final_logit_softcapping), options.temperature
-    logps = log_softmax(capped, temperature)
+    z, temperature = capped(logits, options.final_logit_softcapping), options.temperature
+    logps = log_softmax(z, temperature)
     entropy = -torch.where(logps == -torch.inf, 0, logps.exp() * logps).sum(-1)
-    mean = ((capped / capped.shape[-1]).sum(-1, dtype=accumulation_dtype(capped.device)) / temperature).to(capped.dtype)
+    mean = ((z / z.shape[-1]).sum(-1, dtype=accumulation_dtype(z.device)) / temperature).to(z.dtype)
     # Before softcapping, which may round different ones to the same value.
     target = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     hit = (target >= logits.amax(-1)) & ~entropy.isnan() & scored & ~invalid
@@ -63,7 +63,7 @@ def logit_statistics(
     return mean, entropy, hit
 
 
-def _capped(logits: Tensor, final_logit_softcapping: float | None) -> Tensor:
+def capped(logits: Tensor, final_logit_softcapping: float | None) -> Tensor:
     """cap * tanh(logits / cap)."""
     return logits if final_logit_softcapping is None else soft_bound(logits, final_logit_softcapping)
 

@@ -22,7 +22,8 @@ struct Rows {
   std::vector<Row> scored, ignored;
 };
 
-Rows list_rows(const Tensor& logits, const Tensor& labels, int64_t ignore_index, bool shift) {
+// Label V stands for an entry that another shard of the vocabulary has; only a backward takes it.
+Rows list_rows(const Tensor& logits, const Tensor& labels, int64_t ignore_index, bool shift, bool shards = false) {
   STD_TORCH_CHECK(logits.dim() == 3, "logits must be [B, T, V], got ", logits.dim(), " dimensions");
   const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2);
   STD_TORCH_CHECK(
@@ -42,8 +43,8 @@ Rows list_rows(const Tensor& logits, const Tensor& labels, int64_t ignore_index,
         continue;
       }
       STD_TORCH_CHECK(
-          label >= 0 && label < V, "labels must be in [0, ", V, ") or ignore_index=", ignore_index, ", got ", label, " at [", b,
-          ", ", t + shift, "]");
+          label >= 0 && label < V + shards, "labels must be in [0, ", V, ") or ignore_index=", ignore_index, ", got ", label,
+          " at [", b, ", ", t + shift, "]");
       rows.scored.push_back({b, t, label});
     }
   }
@@ -186,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logps_fwd(
 void run_backward(
     const Tensor& grad_logps, const Tensor& logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum,
     int64_t ignore_index, bool shift, double softcapping, double temperature, const Tensor& grad_logits, bool streaming) {
-  const Rows rows = list_rows(logits, labels, ignore_index, shift);
+  const Rows rows = list_rows(logits, labels, ignore_index, shift, /*shards=*/true);
   const int64_t V = logits.size(2), T_out = logits.size(1) - shift;
   STD_TORCH_CHECK(
       grad_logps.dim() == 2 && grad_logps.size(0) == logits.size(0) && grad_logps.size(1) == T_out &&

@@ -28,7 +28,7 @@ struct RowSums {
 
 // What the gradient of a row g d logp / dx is made from.
 struct RowGradient {
-  int64_t label;
+  int64_t label;  // V if it is none of the row
   double g, max, log_sum;
 };
 

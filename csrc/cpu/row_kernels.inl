@@ -158,7 +158,8 @@ void grad_as(T* dx, const T* x, int64_t V, const RowGradient& row, const Process
     return through_tanh(exp2((value<kCapped>(loaded, inv_cap) - max) * scale - offset) * -g, loaded);
   };
   // 1 - p without cancellation where p is near 1; taken before the row is overwritten.
-  const VecF target = broadcast_element(x + row.label);
+  const bool has_label = row.label < V;
+  const VecF target = broadcast_element(x + (has_label ? row.label : 0));
   const double distance = static_cast<double>(value<kCapped>(target, inv_cap)[0]) - row.max;
   const double logp = distance * processing.multiplier - row.log_sum;
   const double label_grad = -row.g * processing.grad_factor * std::expm1(logp);
@@ -191,7 +192,7 @@ void grad_as(T* dx, const T* x, int64_t V, const RowGradient& row, const Process
   for (; i + kLanes <= V; i += kLanes) store(dx + i, softmax_grad(load(x + i)));
   if (i < V) partial(i, V - i);
   if constexpr (kStreaming) stream_fence();
-  dx[row.label] = label_entry[0];
+  if (has_label) dx[row.label] = label_entry[0];
 }
 
 template <class T>

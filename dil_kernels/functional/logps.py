@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -11,7 +12,9 @@ from typing_extensions import Unpack
 from dil_kernels import reference
 from dil_kernels.backends import resolve_backend
 from dil_kernels.checks import check_cu_seqlens, check_inplace, check_logits, check_tensors, shape_of
+from dil_kernels.functional.vocab_parallel import Checks, checked_together, group_of, local_part
 from dil_kernels.ops.logps import logps_from_logits
+from dil_kernels.ops.vocab_parallel import IGNORED, Shard, eager_rows
 from dil_kernels.options import LogitsKeywords, LogitsOptions, ScoringOptions, split, takes
 
 
@@ -73,25 +76,60 @@ def token_logps(
         RuntimeError: a backend that cannot run here.
     """
     (scoring,) = split("token_logps", options, LogitsOptions)
-    logps, statistics = logps_of_labels(logits, labels, scoring, return_statistics=return_statistics)
+    with checked_logits(logits, scoring) as checks:
+        checked = check_scored_logits(logits, labels, scoring, checks)
+    logps, statistics = logps_of_labels(checked, scoring, checks.shard(), return_statistics=return_statistics)
     return logps if statistics is None else (logps, statistics)
 
 
-def logps_of_labels(
-    logits: Tensor, labels: Tensor, options: LogitsOptions, *, return_statistics: bool = False
-) -> tuple[Tensor, LogitStatistics | None]:
-    """As `token_logps`."""
-    check_logits(logits, labels, ignore_index=options.ignore_index, shift=options.shift)
+class CheckedLogits(NamedTuple):
+    """What is scored: logits [B, T, V] or [N, V], or the part of this process, labels [B, T] or [N], and by what."""
+
+    logits: Tensor
+    labels: Tensor
+    backend: str
+
+
+def checked_logits(
+    logits: Tensor, options: LogitsOptions, **others: Tensor | None
+) -> contextlib.AbstractContextManager[Checks]:
+    """While this is entered, arguments are checked, on all processes that have parts of the logits together.
+
+    Args:
+        logits: that are scored.
+        options: how.
+        others: logits that must be split likewise, by name.
+    """
+    check_tensors(logits=logits, **others)
+    split_over = {name: (x, -1) for name, x in {"logits": logits, **others}.items()}
+    return checked_together(group_of(options.process_group, split_over), logits, options.ignore_index)
+
+
+def check_scored_logits(logits: Tensor, labels: Tensor, options: LogitsOptions, checks: Checks) -> CheckedLogits:
+    """The checks of `token_logps`, on logits that may be a DTensor."""
+    whole, logits, split_over = logits, local_part(logits), checks.group is not None
+    check_logits(logits, labels, ignore_index=options.ignore_index, shift=options.shift, part=split_over)
     options.check_dtype(logits.dtype)
     backend = resolve_backend(options.backend, logits.device, logits.dtype)
     if options.inplace_backward:
         if backend == "eager":
             raise RuntimeError("inplace_backward=True needs the triton or cpp backend; the eager backend cannot do it")
         check_inplace(logits)
+    if split_over:
+        targets = labels[..., 1:] if options.shift else labels
+        checks.found(logits, whole, -1, targets, options.ignore_index, **{"the number of positions": labels.numel()})
+    return CheckedLogits(logits, labels, backend)
+
+
+def logps_of_labels(
+    checked: CheckedLogits, options: LogitsOptions, shard: Shard | None = None, *, return_statistics: bool = False
+) -> tuple[Tensor, LogitStatistics | None]:
+    """As `token_logps`."""
+    logits, labels, backend = checked
     one_sequence = logits.ndim == 2
     if one_sequence:
         logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
-    logps, statistics = _unchecked_logps(logits, labels, options, return_statistics, backend)
+    logps, statistics = _unchecked_logps(logits, labels, options, return_statistics, backend, shard)
     if one_sequence:
         logps = logps.squeeze(0)
         statistics = None if statistics is None else LogitStatistics(*(x.squeeze(0) for x in statistics))
@@ -104,12 +142,12 @@ def _unchecked_logps(
     options: LogitsOptions,
     return_statistics: bool,
     backend: str,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, LogitStatistics | None]:
+    if shard is not None:
+        labels = shard.own_labels(labels, options.ignore_index)
     if backend == "eager":
-        logps = reference.token_logps(logits, labels, options)
-        if not return_statistics:
-            return logps, None
-        return logps, LogitStatistics(*reference.logit_statistics(logits, labels, options))
+        return eager_logps(logits, labels, options, shard, return_statistics=return_statistics)
     logps, measured = logps_from_logits(
         logits,
         labels,
@@ -117,11 +155,30 @@ def _unchecked_logps(
         statistics=return_statistics,
         inplace_backward=options.inplace_backward,
         backend=backend,
+        shard=shard,
     )
     if not return_statistics:
         return logps, None
     mean_logit, entropy, top1_hit = measured.unbind()
     return logps, LogitStatistics(mean_logit, entropy, top1_hit != 0)
+
+
+def eager_logps(
+    logits: Tensor, labels: Tensor, options: ScoringOptions, shard: Shard | None, *, return_statistics: bool
+) -> tuple[Tensor, LogitStatistics | None]:
+    """Log-probs of labels [B, T] under logits [B, T, V] in plain PyTorch; labels of a shard are its own."""
+    if shard is None:
+        logps = reference.token_logps(logits, labels, options)
+        if not return_statistics:
+            return logps, None
+        return logps, LogitStatistics(*reference.logit_statistics(logits, labels, options))
+    if options.shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits = torch.where((labels == IGNORED).unsqueeze(-1), 0, logits)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    capped = reference.capped(logits, options.final_logit_softcapping)
+    logps, statistics = eager_rows(capped, logits, labels, options.temperature, shard)
+    return logps, LogitStatistics(*statistics) if return_statistics else None
 
 
 @takes(LogitsOptions)
@@ -151,8 +208,10 @@ def sequence_logps(
             checking would synchronise with the host, the result is NaN instead).
     """
     (scoring,) = split("sequence_logps", options, LogitsOptions)
-    logits, labels = prepare_rows(logits, labels, cu_seqlens, scoring)
-    logps, _ = logps_of_labels(logits, labels, scoring)
+    with checked_logits(logits, scoring) as checks:
+        logits, labels = prepare_rows(logits, labels, cu_seqlens, scoring)
+        checked = check_scored_logits(logits, labels, scoring, checks)
+    logps, _ = logps_of_labels(checked, scoring, checks.shard())
     return reference.sequence_logps(logps, labels, cu_seqlens, average_log_prob=average_log_prob, options=scoring)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dil_kernels.backends import resolve_backend, sums_are_compiled
+from dil_kernels.backends import sums_are_compiled
 from dil_kernels.checks import LOGITS_DTYPES, check_choice, check_per_pair, check_tensors, shape_of
-from dil_kernels.functional.logps import logps_of_labels, prepare_rows
+from dil_kernels.functional.logps import check_scored_logits, checked_logits, logps_of_labels, prepare_rows
 from dil_kernels.functional.output import DILOutput
 from dil_kernels.functional.reference_logps import check_is_chosen, resolve_ref_logps
 from dil_kernels.losses.options import (
@@ -244,33 +244,38 @@ def fused_dil_loss(
         ValueError, TypeError, RuntimeError: as `token_logps`, `sequence_logps` and `dil_loss`.
     """
     loss_options, scoring = split("fused_dil_loss", options, FusedLossOptions, LogitsOptions)
-    check_tensors(logits=logits, ref_logits=ref_logits)
-    if ref_logits is not None and ref_logits.shape != logits.shape:
-        raise ValueError(f"ref_logits must be {shape_of(logits)} as logits, got {shape_of(ref_logits)}")
-    if ref_logits is not None and ref_logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"ref_logits must be fp32, bf16, fp16 or fp64, got {ref_logits.dtype}")
-    if ref_logits is not None and ref_logits.device != logits.device:
-        raise ValueError(f"ref_logits are on {ref_logits.device}, but logits are on {logits.device}")
-    if ref_logits is not None and cu_seqlens is not None and ref_logits.ndim == 3:
-        ref_logits = ref_logits.squeeze(0)
-    logits, labels = prepare_rows(logits, labels, cu_seqlens, scoring)
-    ref_logps = resolve_ref_logps(
-        logits,
-        cu_seqlens,
-        loss_options,
-        name="logits",
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
-        ref_logps=ref_logps,
-        is_chosen=is_chosen,
-    )
-    if (ref_logits is None) == (ref_logps is None):
-        sums = "both ref_chosen_logps and ref_rejected_logps" if is_chosen is None else "ref_logps"
-        raise ValueError(f"give the reference either as ref_logits, or as {sums}")
-    policy_token_logps, _ = logps_of_labels(logits, labels, scoring)
+    with checked_logits(logits, scoring, ref_logits=ref_logits) as checks:
+        if ref_logits is not None and ref_logits.shape != logits.shape:
+            raise ValueError(f"ref_logits must be {shape_of(logits)} as logits, got {shape_of(ref_logits)}")
+        if ref_logits is not None and ref_logits.dtype not in LOGITS_DTYPES:
+            raise TypeError(f"ref_logits must be fp32, bf16, fp16 or fp64, got {ref_logits.dtype}")
+        if ref_logits is not None and ref_logits.device != logits.device:
+            raise ValueError(f"ref_logits are on {ref_logits.device}, but logits are on {logits.device}")
+        if ref_logits is not None and cu_seqlens is not None and ref_logits.ndim == 3:
+            ref_logits = ref_logits.squeeze(0)
+        logits, labels = prepare_rows(logits, labels, cu_seqlens, scoring)
+        ref_logps = resolve_ref_logps(
+            logits,
+            cu_seqlens,
+            loss_options,
+            name="logits",
+            ref_chosen_logps=ref_chosen_logps,
+            ref_rejected_logps=ref_rejected_logps,
+            ref_logps=ref_logps,
+            is_chosen=is_chosen,
+        )
+        if (ref_logits is None) == (ref_logps is None):
+            sums = "both ref_chosen_logps and ref_rejected_logps" if is_chosen is None else "ref_logps"
+            raise ValueError(f"give the reference either as ref_logits, or as {sums}")
+        of_reference, out_of_place = None, replace(scoring, inplace_backward=False)
+        if ref_logits is not None:
+            of_reference = check_scored_logits(ref_logits.detach(), labels, out_of_place, checks)
+        checked = check_scored_logits(logits, labels, scoring, checks)
+    shard = checks.shard()
+    policy_token_logps, _ = logps_of_labels(checked, scoring, shard)
     ref_token_logps = None
-    if ref_logits is not None:
-        ref_token_logps, _ = logps_of_labels(ref_logits.detach(), labels, replace(scoring, inplace_backward=False))
+    if of_reference is not None:
+        ref_token_logps, _ = logps_of_labels(of_reference, out_of_place, shard)
     return loss_of_token_logps(
         policy_token_logps,
         labels,
@@ -280,7 +285,7 @@ def fused_dil_loss(
         loss_options,
         scoring,
         is_chosen=is_chosen,
-        backend=resolve_backend(scoring.backend, logits.device, logits.dtype),
+        backend=checked.backend,
     )
 
 

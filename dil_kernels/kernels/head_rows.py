@@ -140,7 +140,6 @@ def _finish_rows_kernel(
     label_grad_ptr,  # (R,) fp32
     norm_ptr,  # (R,) fp32
     state_ptr,  # (7, R) fp32: reference, rest, label, others_max, dot, total, uncapped
-    labels_ptr,  # (R,) int64
     index_ptr,  # (R,) int64
     N,
     R,
@@ -160,9 +159,8 @@ def _finish_rows_kernel(
     uncapped = label
     if SOFTCAP:
         uncapped = tl.load(state_ptr + 6 * R + row, mask=mask, other=0.0)
-    column = tl.load(labels_ptr + row, mask=mask, other=0)
-    invalid = (column < 0) | (column >= V)
-    label = tl.where(invalid | (label == float("inf")), float("nan"), label)
+    has_label = label == label
+    label = tl.where(label == float("inf"), float("nan"), label)
     # In units of whichever is larger, the label's term or the reference: neither overflows, and where the label
     # dominates, 1 - p keeps its digits, and so does log p.
     d = (label - reference) / temperature
@@ -178,7 +176,7 @@ def _finish_rows_kernel(
         dot = tl.load(state_ptr + 4 * R + row, mask=mask, other=0.0) / temperature
         total = tl.load(state_ptr + 5 * R + row, mask=mask, other=0.0)
         mean = total / V / TOTAL_SCALE / temperature
-        tl.store(statistics_ptr + target, tl.where(invalid, float("nan"), mean), mask=placed)
+        tl.store(statistics_ptr + target, tl.where(has_label, mean, float("nan")), mask=placed)
         spread = tl.where(ahead, rest * d - dot, -dot - tl.where(e == 0.0, 0.0, e * d))
         spread = tl.where(rest == 0.0, 0.0, spread) * factor
         log_sum = tl.where(ahead, log1p(rest * e), tl.log(rest + e))
@@ -189,7 +187,6 @@ def _finish_rows_kernel(
     label_grad = rest
     if SOFTCAP:
         label_grad = rest * tanh_slope(uncapped / softcap)
-    label_grad = tl.where(invalid, float("nan"), label_grad)
     norm = tl.full((BLOCK,), 1.0, tl.float32)
     if NORMALISE:
         # So that neither h nor c factor hidden leaves the range of fp16: the sum of -h is between 1 and 2.
@@ -220,8 +217,9 @@ def _finish_sums_kernel(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = columns < D
     label = tl.load(labels_ptr + row)
-    label = tl.where((label < 0) | (label >= V), 0, label)  # whose gradient is NaN
-    own = tl.load(weight_ptr + label * stride_weight + columns, mask=mask, other=0.0).to(tl.float32)
+    # As a number: the interpreter of Triton 3.9 gives a comparison of scalars their own type.
+    available = D * ((label >= 0) & (label < V)).to(tl.int32)
+    own = tl.load(weight_ptr + label * stride_weight + columns, mask=columns < available, other=0.0).to(tl.float32)
     total = tl.load(sums_ptr + row * D + columns, mask=mask, other=0.0) + tl.load(label_grad_ptr + row) * own
     tl.store(out_ptr + row * D + columns, (total * tl.load(norm_ptr + row)).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -291,7 +289,6 @@ def coefficients(grad_logps: Tensor, index: Tensor, factor: Tensor, scale: float
 
 def finish_rows(
     state: Tensor,  # [7, R]
-    labels: Tensor,  # [R]
     index: Tensor,  # [R]
     logps: Tensor,  # [N]
     statistics: Tensor,  # [3, N], or [3, 0]
@@ -304,10 +301,10 @@ def finish_rows(
     normalise: bool,
 ) -> tuple[Tensor, Tensor]:
     """Write log-probs and statistics where the rows are, and what the backward needs; label_grad and norm [R]."""
-    R = labels.shape[0]
+    R = index.shape[0]
     label_grad, norm = torch.empty_like(reference), torch.empty_like(reference)
     _finish_rows_kernel[(triton.cdiv(R, ROW_BLOCK),)](
-        logps, statistics, reference, rest, factor, label_grad, norm, state, labels, index, logps.shape[0], R, V,
+        logps, statistics, reference, rest, factor, label_grad, norm, state, index, logps.shape[0], R, V,
         softcap, temperature, SOFTCAP=softcap != 0.0, STATISTICS=statistics.numel() > 0, NORMALISE=normalise,
         BLOCK=ROW_BLOCK, num_warps=ROW_WARPS,
     )  # fmt: skip
@@ -322,7 +319,7 @@ def finish_sums(
     norm: Tensor,  # [R]
     out: Tensor,  # [R, D]
 ) -> None:
-    """out = norm (sums + label_grad times the label's row of the weight)."""
+    """out = norm (sums + label_grad times the label's row of the weight, if there is one)."""
     (R, D), weight = sums.shape, _unit_stride(weight)
     block = _block(D, COLUMNS)
     _finish_sums_kernel[(R, triton.cdiv(D, block))](

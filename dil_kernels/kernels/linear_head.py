@@ -174,7 +174,6 @@ def _head_rescale_kernel(
     norm = tl.load(norm_ptr + row)
     label = tl.load(labels_ptr + row)
     own = tl.load(label_grad_ptr + row) * norm
-    label = tl.where((label < 0) | (label >= V), 0, label)  # whose gradient is NaN
     factor = tl.where(before == last, 1.0, tl.exp2((before - last) * (inv_temperature * LOG2E))) * norm
     begin = tile * tile_columns
     end = tl.minimum(begin + tile_columns, V)
@@ -292,7 +291,7 @@ def head_rescale(
     tile_columns: int,
     inv_temperature: float,
 ) -> None:
-    """Bring every tile of the stash to the last reference, times norm, and put the label's entry in.
+    """Bring every tile of the stash to the last reference, times norm, and put the label's entry in, if there is one.
 
     What does not change is not read.
     """

@@ -209,17 +209,21 @@ class CppSteps:
     def _head_tile_grad(self, *inputs: Any) -> None:
         torch.ops.dil_kernels.head_tile_grad(*inputs)
 
-    def finish(self, state: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def finish(self, state: Tensor, rows: Rows, V: int) -> tuple[Tensor, Tensor]:
         """Put the label's entry in: log-probs, statistics and what the backward needs of rows.
+
+        Args:
+            state: of rows, over all V entries of the vocabulary; a label that is none of them is NaN there.
+            rows: the rows.
+            V: what the sum of the logits is divided by for their mean.
 
         Returns:
             label_grad, norm [R]: h at the label, and what all of h is to be multiplied by.
         """
         head = self.head
         reference, rest, label, others_max, dot, total, uncapped = state
-        T, V = head.how.temperature, head.weight.shape[0]
-        invalid = (rows.labels < 0) | (rows.labels >= V)
-        label = torch.where(invalid | (label == math.inf), math.nan, label)
+        T, unlabelled = head.how.temperature, label.isnan()
+        label = label.masked_fill(label == math.inf, math.nan)
         # In units of whichever is larger, the label's term or the reference: neither overflows, and where the label
         # dominates, 1 - p keeps its digits, and so does log p.
         d = (label - reference) / T
@@ -234,7 +238,7 @@ class CppSteps:
             spread = torch.where(ahead, rest * d - dot / T, -dot / T - torch.where(e == 0, 0, e * d))
             spread = torch.where(rest == 0, 0, spread) * factor
             measured = (
-                (total / V / TOTAL_SCALE / T).masked_fill(invalid, math.nan),
+                (total / V / TOTAL_SCALE / T).masked_fill(unlabelled, math.nan),
                 spread + torch.where(ahead, torch.log1p(rest * e), torch.log(rest + e)),
                 (((uncapped if head.how.softcap else label) >= others_max) & ~logps.isnan()).to(rest.dtype),
             )
@@ -243,7 +247,6 @@ class CppSteps:
         label_grad = rest
         if head.how.softcap:
             label_grad = rest * tanh_slope(uncapped / head.how.softcap)
-        label_grad = label_grad.masked_fill(invalid, math.nan)
         norm = torch.ones_like(rest)
         if head.weight.dtype == torch.float16:
             # So that neither h nor c factor hidden leaves the range of fp16: the sum of -h is between 1 and 2.
@@ -256,8 +259,9 @@ class CppSteps:
         return label_grad, norm
 
     def finish_sums(self, sums: Tensor, labels: Tensor, label_grad: Tensor, norm: Tensor, out: Tensor) -> None:
-        """out [R, D] = norm (sums + label_grad times the label's row of the weight)."""
-        own = self._columns(labels)
+        """out [R, D] = norm (sums + label_grad times the label's row of the weight, if there is one)."""
+        elsewhere = ~self._labelled(labels)
+        own, label_grad = labels.masked_fill(elsewhere, 0), label_grad.masked_fill(elsewhere, 0)
         for begin, end in _row_slices(labels.shape[0]):
             own_weight = self.head.weight.index_select(0, own[begin:end])
             sums[begin:end].addcmul_(label_grad[begin:end].unsqueeze(1), own_weight)
@@ -266,7 +270,8 @@ class CppSteps:
     def finish_stash(
         self, stash: Tensor, references: Tensor, state: Tensor, labels: Tensor, label_grad: Tensor, norm: Tensor
     ) -> None:
-        """Bring every tile of stash [R, V] from its references [tiles, R] to the last one, times norm; h at the label.
+        """Bring every tile of stash [R, V] from its references [tiles, R] to the last one, times norm; h at the label,
+        if there is one.
 
         What does not change is not read.
         """
@@ -278,12 +283,12 @@ class CppSteps:
                 if bool((by != 1).any()):
                     part.mul_(by.unsqueeze(1))
         # Not scatter_, which copies 16-bit tensors on the CPU.
-        own = (torch.arange(labels.shape[0], device=labels.device), self._columns(labels))
-        stash.index_put_(own, (label_grad * norm).to(stash.dtype))
+        (here,) = self._labelled(labels).nonzero(as_tuple=True)
+        stash.index_put_((here, labels[here]), (label_grad * norm)[here].to(stash.dtype))
 
-    def _columns(self, labels: Tensor) -> Tensor:
-        """Where the labels' entries are; anywhere for labels out of range, whose gradient is NaN."""
-        return labels.masked_fill((labels < 0) | (labels >= self.head.weight.shape[0]), 0)
+    def _labelled(self, labels: Tensor) -> Tensor:
+        """Whether this weight has the labels' entries. That of no weight is NaN, and so is its row's `factor`."""
+        return (labels >= 0) & (labels < self.head.weight.shape[0])
 
 
 def _gathered(values: Tensor, index: Tensor) -> Tensor:
@@ -352,20 +357,19 @@ class TritonSteps(CppSteps):
         head_tile_grad(*inputs)
 
     @override
-    def finish(self, state: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def finish(self, state: Tensor, rows: Rows, V: int) -> tuple[Tensor, Tensor]:
         from dil_kernels.kernels import head_rows
 
         head = self.head
         return head_rows.finish_rows(
             state,
-            rows.labels,
             rows.index,
             rows.logps,
             rows.statistics,
             rows.reference,
             rows.rest,
             rows.factor,
-            head.weight.shape[0],
+            V,
             head.how.softcap,
             head.how.temperature,
             head.weight.dtype == torch.float16,

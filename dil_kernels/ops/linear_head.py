@@ -68,19 +68,20 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
-class _Buffer:
+class TileBuffer:
     """Memory that every tile of a pass reuses, as a contiguous matrix of the size that is needed."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype, rows: int, columns: int) -> None:
         self._data = torch.empty(rows * columns, dtype=dtype, device=like.device)
 
     def matrix(self, rows: int, columns: int) -> Tensor:
+        """What a tile takes of it."""
         return self._data[: rows * columns].view(rows, columns)
 
 
-def _grad_buffer(hidden: Tensor, tile_dtype: torch.dtype, rows: int, columns: int) -> _Buffer | None:
+def grad_buffer(hidden: Tensor, tile_dtype: torch.dtype, rows: int, columns: int) -> TileBuffer | None:
     """Where h goes that is not kept; None where it can take the place of its tile."""
-    return None if hidden.dtype == tile_dtype else _Buffer(hidden, hidden.dtype, rows, columns)
+    return None if hidden.dtype == tile_dtype else TileBuffer(hidden, hidden.dtype, rows, columns)
 
 
 def _fresh_state(like: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
@@ -112,10 +113,9 @@ def head_forward(
     scored = steps.select(targets, ignore_index, rows)
     sums = hidden.new_empty(rows - stash_rows if grad_hidden else 0, D)
     stash = hidden.new_empty(stash_rows, stash_stride(V))
-    chunk_rows = min(head.how.tile_rows, rows)
-    columns = min(head.how.tile_columns, V)
-    tile_buffer = _Buffer(hidden, dtype, chunk_rows, columns)
-    grads = _grad_buffer(hidden, dtype, chunk_rows if grad_hidden and stash_rows < rows else 0, columns)
+    chunk_rows, columns = min(head.how.tile_rows, rows), min(head.how.tile_columns, V)
+    tile_buffer = TileBuffer(hidden, dtype, chunk_rows, columns)
+    grads = grad_buffer(hidden, dtype, chunk_rows if grad_hidden and stash_rows < rows else 0, columns)
     # A stash ends a chunk, so that a chunk is kept whole or not at all.
     for begin, end in head.chunks(0, stash_rows) + head.chunks(stash_rows, rows):
         chunk, R = scored.part(begin, end), end - begin
@@ -123,21 +123,8 @@ def head_forward(
         references = hidden.new_empty(len(head.tiles()) if kept is not None else 0, R, dtype=dtype)
         row_sums = torch.zeros(R, D, dtype=dtype, device=hidden.device) if grad_hidden and kept is None else None
         x = steps.gather(hidden, chunk.index)
-        state = _fresh_state(hidden, dtype, R)
-        for number, (start, stop) in enumerate(head.tiles()):
-            weight = head.weight[start:stop].to(head.operand_dtype)
-            tile = _product(tile_buffer.matrix(R, stop - start), x, weight.t())
-            grad = reference = None
-            if kept is not None:
-                grad, reference = kept[:, start:stop], references[number]
-            elif grad_hidden:
-                grad = tile if grads is None else grads.matrix(R, stop - start)
-            steps.tile(tile, chunk.labels, state, grad, row_sums, start, reference)
-            if row_sums is not None:
-                assert grad is not None
-                _add_product(row_sums, grad.to(head.operand_dtype), weight)
-            del weight  # before the next tile is converted
-        label_grad, norm = steps.finish(state, chunk)
+        state = over_tiles(steps, x, chunk.labels, tile_buffer, grads, kept, references, row_sums)
+        label_grad, norm = steps.finish(state, chunk, V)
         if row_sums is not None:
             out = sums[begin - stash_rows : end - stash_rows]
             steps.finish_sums(row_sums, chunk.labels, label_grad, norm, out)
@@ -146,6 +133,35 @@ def head_forward(
         del x, row_sums  # before the next ones are made
     results = (scored.logps, scored.statistics, scored.index, scored.reference, scored.rest, scored.factor)
     return HeadForward(*results, sums, stash)
+
+
+def over_tiles(
+    steps: CppSteps,
+    x: Tensor,  # [R, D]
+    labels: Tensor,  # [R]
+    tile_buffer: TileBuffer,
+    grads: TileBuffer | None,
+    kept: Tensor | None,  # [R, V] of the stash
+    references: Tensor,  # [tiles, R], of what is kept
+    row_sums: Tensor | None,  # [R, D]
+) -> Tensor:
+    """The state [7, R] of rows after all tiles; h goes to the stash, or its products with the weight are added up."""
+    head, R = steps.head, x.shape[0]
+    state = _fresh_state(x, head.accumulation_dtype, R)
+    for number, (start, stop) in enumerate(head.tiles()):
+        weight = head.weight[start:stop].to(head.operand_dtype)
+        tile = _product(tile_buffer.matrix(R, stop - start), x, weight.t())
+        grad = reference = None
+        if kept is not None:
+            grad, reference = kept[:, start:stop], references[number]
+        elif row_sums is not None:
+            grad = tile if grads is None else grads.matrix(R, stop - start)
+        steps.tile(tile, labels, state, grad, row_sums, start, reference)
+        if row_sums is not None:
+            assert grad is not None
+            _add_product(row_sums, grad.to(head.operand_dtype), weight)
+        del weight  # before the next tile is converted
+    return state
 
 
 def head_backward(
@@ -191,10 +207,10 @@ def head_backward(
         state = _fresh_state(hidden, dtype, M)
         state[0], state[1] = forward.reference, forward.rest
     R, columns = min(head.how.tile_rows, M - stash_rows), min(head.how.tile_columns, weight.shape[0])
-    tile_buffer = _Buffer(hidden, dtype, R, columns)
-    grads = _grad_buffer(hidden, dtype, R, columns)
+    tile_buffer = TileBuffer(hidden, dtype, R, columns)
+    grads = grad_buffer(hidden, dtype, R, columns)
     alone = stash_rows == 0 and len(recompute) == 1 and same_dtype  # nothing to add up
-    sums_buffer = _Buffer(hidden, dtype, 0 if alone or not grad_weight else columns, weight.shape[1])
+    sums_buffer = TileBuffer(hidden, dtype, 0 if alone or not grad_weight else columns, weight.shape[1])
     for start, stop in head.tiles():
         weight_sums = bias_sums = None
         if grad_weight:

@@ -7,7 +7,8 @@
 how is a `Processing`; logits are [B, T, V], labels [B, T] int64; logps, row_max and log_sum [B, T - shift] in fp32, or
 fp64 for fp64 logits. The log-sum-exp of a row is kept in two parts, so that nothing is rounded at its size: log_sum,
 and row_max, which is of the logits x, or of tanh(x / softcapping). The statistics are mean logit, entropy and top-1
-hit, [3, B, T - shift], or [0] if not asked for. The C++ implementations are in csrc/cpu/logps.cpp.
+hit, [3, B, T - shift], or [0] if not asked for. The C++ implementations are in csrc/cpu/logps.cpp. A backward also
+takes labels V, which have no entry among the logits: that of a shard of the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dil_kernels.ops import Op, arguments, needs_function, on_device, refuse_double_backward
+from dil_kernels.ops.vocab_parallel import IGNORED, Shard, merged_rows
 from dil_kernels.options import Processing
 
 
@@ -194,9 +196,13 @@ class TokenLogps(torch.autograd.Function):
         statistics: bool,
         inplace_backward: bool,
         backend: str,
+        shard: Shard | None,
     ) -> tuple[Tensor, Tensor]:
         """See `logps_from_logits`."""
-        logps, row_max, log_sum, measured = LOGPS_FWD.on(backend, logits)(logits, labels, *how, statistics)
+        if shard is None:
+            logps, row_max, log_sum, measured = LOGPS_FWD.on(backend, logits)(logits, labels, *how, statistics)
+        else:
+            logps, row_max, log_sum, measured = _over_shards(logits, labels, how, statistics, backend, shard)
         ctx.mark_non_differentiable(measured)
         ctx.save_for_backward(logits, labels, row_max, log_sum)
         ctx.how = how
@@ -227,14 +233,39 @@ class TokenLogps(torch.autograd.Function):
             torch.autograd.graph.increment_version(grad_logits)
         else:
             grad_logits = LOGPS_BWD.on(ctx.backend, logits)(grad_logps, logits, *inputs)
-        return grad_logits, *(None,) * 5
+        return grad_logits, *(None,) * 6
+
+
+def _over_shards(
+    logits: Tensor, labels: Tensor, how: Processing, statistics: bool, backend: str, shard: Shard
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the op, over the whole vocabulary; labels [B, T] as of `Shard.own_labels`."""
+    V = shard.entries
+    # Where the label is elsewhere, the sums over this part are those with any label.
+    op = LOGPS_FWD.on(backend, logits)
+    logps, row_max, log_sum, measured = op(logits, labels.clamp(max=V - 1), *how, statistics)
+    T_out = logps.shape[1]
+    scored, targets = logits[:, :T_out], labels[:, labels.shape[1] - T_out :]
+    return merged_rows(scored, targets, logps, row_max, log_sum, measured, how, shard)
 
 
 def logps_from_logits(
-    logits: Tensor, labels: Tensor, how: Processing, *, statistics: bool, inplace_backward: bool, backend: str
+    logits: Tensor,
+    labels: Tensor,
+    how: Processing,
+    *,
+    statistics: bool,
+    inplace_backward: bool,
+    backend: str,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs [B, T - shift] of labels [B, T] under logits [B, T, V], and the statistics."""
-    if needs_function(logits):
-        return TokenLogps.apply(logits, labels, how, statistics, inplace_backward, backend)
+    """Log-probs [B, T - shift] of labels [B, T] under logits [B, T, V], and the statistics.
+
+    With `shard` the logits are that part of the vocabulary, and the labels as of `Shard.own_labels`.
+    """
+    if shard is not None:
+        how = how._replace(ignore_index=IGNORED)
+    if shard is not None or needs_function(logits):
+        return TokenLogps.apply(logits, labels, how, statistics, inplace_backward, backend, shard)
     logps, _, _, measured = LOGPS_FWD.on(backend, logits)(logits, labels, *how, statistics)
     return logps, measured
