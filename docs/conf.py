@@ -6,6 +6,7 @@ Pages read on GitHub as they are. A page that is one line, `{include} PATH`, sta
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -76,13 +77,14 @@ def say_options(app: Sphinx, what: str, name: str, subject: Any, options: Any, l
     """A class of options says each of its own, with the text that `--help` has."""
     if what != "class" or not dataclasses.is_dataclass(subject):
         return
-    classes = [vars(kind) for kind in subject.__mro__ if kind.__module__.startswith("dil_kernels")]
-    own = {option for kind in classes for option in kind.get("__annotations__", ())}
-    said = [
-        f":param {field.name}: {' '.join(field.metadata['help'].split())} Default: ``{field.default!r}``."
-        for field in dataclasses.fields(subject)
-        if field.name in own and "help" in field.metadata
-    ]
+    classes = [kind for kind in subject.__mro__ if kind.__module__.startswith("dil_kernels")]
+    own = {option for kind in classes for option in inspect.get_annotations(kind)}
+    said = []
+    for field in dataclasses.fields(subject):
+        if field.name in own and "help" in field.metadata:
+            made = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if made else field.default
+            said.append(f":param {field.name}: {' '.join(field.metadata['help'].split())} Default: ``{default!r}``.")
     place = next((i for i, line in enumerate(lines) if line.startswith(":raises")), len(lines))
     lines[place:place] = said
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import html
 import importlib.metadata
 import importlib.util
 import re
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import dil_kernels
+from dil_kernels.training.loss_fields import LossFields
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -50,6 +53,14 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
     for module in PROMISES:
         names = {f"{module}.{name}" for name in public_names(module) - own.get(module, set())}
         assert names <= described
+
+
+def test_options_are_described_with_their_defaults(site: Path) -> None:
+    text = re.sub("<[^>]+>", "", (site / "reference" / "trainer.html").read_text(encoding="utf-8"))
+    for field in dataclasses.fields(LossFields):
+        assert f"{field.name} \N{EN DASH} {field.metadata['help'][:20]}" in html.unescape(text), field.name
+    commands = re.sub("<[^>]+>", "", (site / "reference" / "commands.html").read_text(encoding="utf-8"))
+    assert all(f"--{option}" in commands for option in ("lora-rank INT", "train-file FILE", "stash-bytes INT"))
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:

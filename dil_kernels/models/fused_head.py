@@ -48,9 +48,9 @@ class FusedHeadOutput(ModelOutput):
     """What a model returns for `score_labels`; the statistics are None unless `return_statistics` was asked for."""
 
     token_logps: Tensor | None = None  #: [B, T - 1], as of `linear_token_logps`
-    mean_logit: Tensor | None = None  #: as of `LogitStatistics`, shaped as token_logps; so the next two
-    entropy: Tensor | None = None
-    top1_hit: Tensor | None = None
+    mean_logit: Tensor | None = None  #: as of `LogitStatistics`, shaped as token_logps
+    entropy: Tensor | None = None  #: likewise
+    top1_hit: Tensor | None = None  #: likewise
     aux_loss: Tensor | None = None  #: [] the model's own load-balancing loss, where it returns one
 
 
