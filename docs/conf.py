@@ -38,6 +38,7 @@ html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 4
+highlight_language = "text"  # where a block names none
 default_role = "code"  # docstrings are in Markdown's manner
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the text says types and shapes
