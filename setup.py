@@ -6,7 +6,7 @@
 Environment:
     DIL_KERNELS_BUILD     auto (default: what the machine can build), cuda, cpu or none; a forced choice that cannot
                           be met fails
-    TORCH_CUDA_ARCH_LIST  CUDA architectures, e.g. "9.0" or "8.0;9.0+PTX" (default 8.0, 9.0, 10.0, 12.0+PTX)
+    TORCH_CUDA_ARCH_LIST  CUDA architectures, e.g. "9.0" or "8.0;9.0+PTX" (default 8.0, 9.0, 10.0, 11.0, 12.0+PTX)
     MAX_JOBS              compile jobs in parallel
     CXX, CUDA_HOME        the C++ compiler; where bin/nvcc is
 """
@@ -31,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 MINIMUM_TORCH = (2, 10)
-DEFAULT_ARCHS = "8.0;9.0;10.0;12.0"
+DEFAULT_ARCHS = "8.0;9.0;10.0;11.0;12.0"
 LIBTORCH_CUDA_SYMBOLS = (
     "aoti_torch_get_current_cuda_stream",
     "torch_c10_cuda_check_msg",

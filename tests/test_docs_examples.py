@@ -63,12 +63,22 @@ def names() -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def group() -> Iterator[None]:
+    """Of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(("page", "number"), EXAMPLES.values(), ids=EXAMPLES)
-def test_an_example_runs(page: Path, number: int) -> None:
+def test_an_example_runs(page: Path, number: int, request: pytest.FixtureRequest) -> None:
     """After those that stand before it on its page, whose names it may use."""
     *before, example = BLOCKS[page][: number + 1]
     if example["reason"]:
         pytest.skip(example["reason"])
+    if "torch.distributed" in example["code"]:
+        request.getfixturevalue("group")
     given = names()
     for block in (*before, example):
         if "dil_kernels.integrations.trl" in block["code"]:
