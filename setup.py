@@ -48,9 +48,13 @@ CXX_FLAGS = [
     "-Wno-maybe-uninitialized",  # these two: GCC's own AVX-512 headers
     "-Wno-uninitialized",
 ]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
-    "row_kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
-    "row_kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "bf16_product_avx512.cpp": [*AVX512, "-mavx512bf16"],
+    "row_kernels_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "row_kernels_avx512.cpp": AVX512,
+    "row_kernels_avx2.cpp": AVX2,
 }
 
 

@@ -96,6 +96,7 @@ py::tuple divergence_response(const py::object& p, const Array& u, bool is_chose
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of dil_kernels: implements torch ops when imported.";
   m.def("build_info", &build_info, "What the extension was built with, and the instruction set in use.");
+  m.def("has_bf16_product", &has_bf16_product, "Whether the op bf16_mm runs on this CPU.");
   m.def("divergence_names", &divergence_names, "Every compiled loss.");
   m.def(
       "divergence_scalars", &divergence_scalars, py::arg("name"),

@@ -79,7 +79,8 @@ def test_the_bound_holds_and_is_tight(data: st.DataObject) -> None:
 def test_a_stash_of_a_16_bit_head_takes_no_wide_copy(dtype: torch.dtype) -> None:
     stash_bytes = 300 * stash_stride(20000) * 2
     used, predicted = used_and_predicted(300, 300, 64, 20000, dtype, (True, True, False), stash_bytes)
-    assert used <= predicted <= 1.1 * used
+    weight_grad = 20000 * 64 * 2  # the peak may be in the forward, before it is there
+    assert used <= predicted <= 1.1 * (used + weight_grad)
     # The stash, a tile of logits in fp32, and not the stash in fp32 beside them.
     assert used <= 1.2 * (stash_bytes + 300 * 4096 * 4)
 

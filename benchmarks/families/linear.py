@@ -258,6 +258,12 @@ CPU_GRID = _grid(
         *(("policy", 4, 128, 576, 49152, FP32, percent) for percent in (10, 25, 100)),
         *(("policy", 4, 128, 576, vocab, FP32, 50) for vocab in (16384, 32001, 128256)),
         *(("policy", 4, 128, hidden_size, 49152, FP32, 50) for hidden_size in (256, 2048)),
+        ("frozen", 4, 128, 576, 49152, BF16, 50),
+        *(("policy", 4, tokens, 576, 49152, BF16, 50) for tokens in (16, 1024)),
+        *(("policy", 4, 128, 576, vocab, BF16, 50) for vocab in (32001, 152064)),
+        *(("policy", 4, 128, 2048, vocab, BF16, 50) for vocab in (49152, 152064)),
+        ("policy", 4, 1024, 2048, 32001, BF16, 50),
+        *(("policy", 4, tokens, 4096, 32001, BF16, 50) for tokens in (16, 128)),
     ]
 )
 # The targets: 4096 of 8192 rows, D=4096, V=128256. Then share, V, D, rows and the other dtypes.

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import linear, pad
 
 import dil_kernels
 from dil_kernels.backends import resolve_backend
 from families.linear_inputs import BETA, IGNORE_INDEX, Inputs, LossFromHidden, TokenLogps, loss_of_token_logps
 from harness.family import OURS, Provider
-from harness.peers import compile_problem, peer_problem, peer_version
+from harness.peers import compile_problem, not_run, peer_problem, peer_version
 
 BASELINE = "eager"
 
@@ -101,6 +102,24 @@ def _build_liger_scaled() -> LossFromHidden:
     return _of_scored_rows(token_logps)
 
 
+def _torch_problem(_device: torch.device) -> str | None:
+    """F.linear_cross_entropy is new in PyTorch 2.13."""
+    return None if hasattr(functional, "linear_cross_entropy") else f"PyTorch {torch.__version__} has none"
+
+
+def _build_torch_of_tokens() -> LossFromHidden:
+    def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -functional.linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+    return _of_scored_rows(token_logps)
+
+
+def _build_torch_mean() -> LossFromHidden:
+    """Chunked, as its documentation advises for memory."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return _of_mean_cross_entropy(functools.partial(functional.linear_cross_entropy, options=options))
+
+
 def _build_liger_dpo(compiled: bool) -> LossFromHidden:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -181,6 +200,20 @@ PROVIDERS = {
         Provider("eager-compacted", "the same on the scored rows alone", lambda: _of_scored_rows(_compacted)),
         Provider("torch.compile", "eager under torch.compile", _build_compiled, problem=compile_problem),
         Provider(
+            "torch-lce",
+            "torch.nn.functional.linear_cross_entropy, reduction none, on the scored rows",
+            _build_torch_of_tokens,
+            problem=_torch_problem,
+            rounds_results=True,
+        ),
+        Provider(
+            "torch-lce-mean",
+            "torch.nn.functional.linear_cross_entropy, reduction mean, chunked, on the scored rows",
+            _build_torch_mean,
+            problem=_torch_problem,
+            rounds_results=True,
+        ),
+        Provider(
             "trl",
             "trl.kernels.ChunkedLogProbFunction on the scored rows, in TRL's chunks",
             _build_trl,
@@ -229,5 +262,8 @@ PROVIDERS = {
             version=peer_version("quack-kernels"),
             rounds_results=True,
         ),
+        not_run("verl", "verl linear_cross_entropy, Triton", "runs on CUDA only, and needs verl's whole installation"),
+        not_run("unsloth", "Unsloth's fused preference loss", "runs on CUDA only, inside Unsloth's own trainer"),
+        not_run("liger-tp", "liger_kernel scaled cross entropy over a vocabulary of several ranks", "needs NVSHMEM"),
     )
 }

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 import dil_kernels
 from families.train_inputs import BETA, IGNORE_INDEX, Inputs
 from harness.family import OURS, Provider
-from harness.peers import peer_problem, peer_version
+from harness.peers import not_run, peer_problem, peer_version
 
 BASELINE = "authors"
 # Forward of policy and reference, backward; the gradients are in the parameters, the loss [] is returned.
@@ -170,15 +170,6 @@ def _provider(name: str, description: str, make: Callable[[Inputs, str], Any], *
     return Provider(name, description, lambda: _of_trainer(make), **fields)
 
 
-def _not_run(name: str, description: str, reason: str) -> Provider:
-    """A peer that cannot run beside the others anywhere, listed with the reason."""
-
-    def build() -> Step:
-        raise RuntimeError(reason)
-
-    return Provider(name, description, build, problem=lambda _device: reason)
-
-
 PROVIDERS = {
     provider.name: provider
     for provider in (
@@ -224,12 +215,12 @@ PROVIDERS = {
             version=lambda: f"{peer_version('trl')()}, {peer_version('liger-kernel')()}",
             problem=peer_problem("liger-kernel", "liger_kernel"),
         ),
-        _not_run(
+        not_run(
             "prefix-grouper",
             "PrefixGrouper 0.0.1.post1, each prompt once",
             "its attention takes FlashAttention alone (others are among its plans), and it has no trainer of pairs",
         ),
-        _not_run(
+        not_run(
             "flash-pref",
             "flash-pref 0.1.1, FlashDPOTrainer",
             "it needs transformers below 4.52, whose FlashAttention it replaces; dil_kernels needs 5.0 or later",

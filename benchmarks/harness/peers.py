@@ -6,9 +6,11 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
+from harness.family import Provider
 from harness.machine import installed_version
 
 
@@ -34,6 +36,15 @@ def peer_problem(distribution: str, module: str, device_type: str = "cuda") -> C
         return None
 
     return problem
+
+
+def not_run(name: str, description: str, reason: str) -> Provider:
+    """A peer that cannot run beside the others anywhere, listed with the reason."""
+
+    def build() -> NoReturn:
+        raise RuntimeError(reason)
+
+    return Provider(name, description, build, problem=lambda _device: reason)
 
 
 def compile_problem(device: torch.device) -> str | None:

@@ -6,36 +6,41 @@
 namespace dil {
 namespace {
 
-// DIL_KERNELS_CPU_CAPABILITY=avx2|baseline asks for less than the machine has, to test those kernels; results agree to
+struct Level {
+  const RowKernels& rows;
+  const HeadKernels& head;
+  bool bf16_product;
+};
+
+// DIL_KERNELS_CPU_CAPABILITY=avx512|avx2|baseline asks for less than the machine has, to test those kernels; results agree to
 // rounding.
-const RowKernels& choose() {
+Level choose() {
 #if defined(__x86_64__)
   const char* wanted = std::getenv("DIL_KERNELS_CPU_CAPABILITY");
-  const bool baseline = wanted && std::strcmp(wanted, "baseline") == 0;
-  const bool avx2 = wanted && std::strcmp(wanted, "avx2") == 0;
+  const auto at_most = [=](const char* name) { return wanted && std::strcmp(wanted, name) == 0; };
   __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (!baseline && !avx2 && has_avx512) return kRowKernelsAvx512;
-  if (!baseline && has_avx2) return kRowKernelsAvx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (at_most("baseline") || !avx2) return {kRowKernelsBaseline, kHeadKernelsBaseline, false};
+  if (at_most("avx2") || !avx512) return {kRowKernelsAvx2, kHeadKernelsAvx2, false};
+  if (at_most("avx512") || !avx512_bf16) return {kRowKernelsAvx512, kHeadKernelsAvx512, false};
+  return {kRowKernelsAvx512Bf16, kHeadKernelsAvx512Bf16, true};
+#else
+  return {kRowKernelsBaseline, kHeadKernelsBaseline, false};
 #endif
-  return kRowKernelsBaseline;
+}
+
+const Level& level() {
+  static const Level chosen = choose();
+  return chosen;
 }
 
 }  // namespace
 
-const RowKernels& row_kernels() {
-  static const RowKernels& kernels = choose();
-  return kernels;
-}
-
-const HeadKernels& head_kernels() {
-#if defined(__x86_64__)
-  if (&row_kernels() == &kRowKernelsAvx512) return kHeadKernelsAvx512;
-  if (&row_kernels() == &kRowKernelsAvx2) return kHeadKernelsAvx2;
-#endif
-  return kHeadKernelsBaseline;
-}
+const RowKernels& row_kernels() { return level().rows; }
+const HeadKernels& head_kernels() { return level().head; }
+bool has_bf16_product() { return level().bf16_product; }
 
 }  // namespace dil

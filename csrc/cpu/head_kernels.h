@@ -44,7 +44,7 @@ struct HeadKernels {
 extern const HeadKernels kHeadKernelsBaseline;
 #if defined(__x86_64__)
 extern const HeadKernels kHeadKernelsAvx2;
-extern const HeadKernels kHeadKernelsAvx512;
+extern const HeadKernels kHeadKernelsAvx512, kHeadKernelsAvx512Bf16;
 #endif
 
 }  // namespace dil

@@ -47,7 +47,7 @@ struct RowKernels {
 extern const RowKernels kRowKernelsBaseline;
 #if defined(__x86_64__)
 extern const RowKernels kRowKernelsAvx2;
-extern const RowKernels kRowKernelsAvx512;
+extern const RowKernels kRowKernelsAvx512, kRowKernelsAvx512Bf16;
 #endif
 
 }  // namespace dil

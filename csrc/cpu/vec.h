@@ -6,7 +6,11 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__)
+#define DIL_ISA avx512_bf16
+#define DIL_VEC_BYTES 64
+#include <immintrin.h>
+#elif defined(__AVX512F__) && defined(__AVX512BW__)
 #define DIL_ISA avx512
 #define DIL_VEC_BYTES 64
 #include <immintrin.h>
@@ -59,6 +63,12 @@ inline VecF load(const BFloat16* x) {
   return bit_cast<VecF>(__builtin_convertvector(h, VecU) << 16);
 }
 
+#if defined(__AVX512BF16__)
+inline void store(BFloat16* x, VecF v) {  // to nearest, ties to even; subnormal numbers become 0
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(x, &h, sizeof(h));
+}
+#else
 inline void store(BFloat16* x, VecF v) {  // to nearest, ties to even
   const VecU bits = bit_cast<VecU>(v);
   const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -66,6 +76,7 @@ inline void store(BFloat16* x, VecF v) {  // to nearest, ties to even
   const VecH h = __builtin_convertvector(v == v ? rounded : nan, VecH);
   std::memcpy(x, &h, sizeof(h));
 }
+#endif
 
 #if DIL_VEC_BYTES == 64
 inline VecF load(const Half* x) { return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }

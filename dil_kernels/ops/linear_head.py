@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dil_kernels.ops.head_steps import RESCALED_ROWS, SCALED_ROWS, CppSteps, Head, TileShape
+from dil_kernels.ops.head_steps import RESCALED_ROWS, SCALED_ROWS, CppSteps, Head, TileShape, operand_dtype
 
 # Rows of the stash start at multiples of this many elements, as fast matrix products want.
 STASH_ALIGNMENT = 64
@@ -58,6 +58,9 @@ def _product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out = a @ b with accumulation in the dtype of `out`."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
+    if not out.is_cuda:
+        torch.ops.dil_kernels.bf16_mm(out, a, b, False)
+        return out
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
@@ -65,6 +68,9 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out += a @ b, likewise."""
     if a.dtype == out.dtype:
         return out.addmm_(a, b)
+    if not out.is_cuda:
+        torch.ops.dil_kernels.bf16_mm(out, a, b, True)
+        return out
     return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
@@ -287,7 +293,7 @@ def peak_memory(
     """An upper bound of the bytes beyond inputs, log-probs and gradients, over forward and backward."""
     with_head = grad_weight or grad_bias
     size, acc = dtype.itemsize, 8 if dtype == torch.float64 else 4
-    operand = size if cuda else acc
+    operand = operand_dtype(dtype, cuda=cuda).itemsize
     same, half = operand == size, size != acc
     stash_rows = stash_rows_within(stash_bytes, rows, V, dtype) if with_head else 0
     others = rows - stash_rows
@@ -325,6 +331,6 @@ def peak_memory(
             (weight_tile + R_others * D * (size + (0 if same else operand))) * recomputed,
             R_others * columns * acc * converted,
         )
-        scaled = S * D * (size + acc + size * half * cuda)
+        scaled = S * D * (size + acc + size * half * same)
         for_weight = rows * D * operand + max(scaled, 0 if all_kept else parts)
     return vectors + kept + max(forward, for_hidden * grad_hidden, for_weight)

@@ -1,0 +1,141 @@
+// out = a b^T by vdpbf16ps, which multiplies pairs of neighbours along K and adds both products to an fp32 sum. Factors are
+// packed pair by pair: b a block at a time, that stays in the second cache, a a few rows at a time, that stay in the first.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "bf16_product.h"
+
+namespace dil {
+namespace {
+
+constexpr int kVectors = kProductColumns / 16;  // of 16 sums, a row
+constexpr int64_t kBlockK = 512, kBlockColumns = 512;
+
+__mmask32 first_halves(int64_t n) { return n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1; }
+__mmask16 first_words(int64_t n) { return n >= 16 ? static_cast<__mmask16>(~0) : static_cast<__mmask16>((1 << n) - 1); }
+
+// 16 rows of 16 words to 16 columns.
+void transpose(__m512i v[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // Now v[i + j] has columns j, 4 + j, 8 + j and 12 + j of rows i to i + 3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even_above = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88),
+                  odd_above = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);
+    const __m512i even_below = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
+    const __m512i odd_below = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(even_above, even_below, 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(odd_above, odd_below, 0x88);
+    t[8 + j] = _mm512_shuffle_i32x4(even_above, even_below, 0xdd);
+    t[12 + j] = _mm512_shuffle_i32x4(odd_above, odd_below, 0xdd);
+  }
+  std::copy(t, t + 16, v);
+}
+
+// `count` <= 16 rows i of a factor from (i, k) on, K of each, to words out[pair * width + i]: neighbours along K, 0 beyond.
+void pack_16(const Bf16Factor& f, int64_t count, int64_t K, int64_t width, uint32_t* out) {
+  const __mmask16 rows = first_words(count);
+  if (f.stride == 1) {
+    for (int64_t k = 0; k < K; k += 2, out += width) {
+      const uint16_t* x = f.data + k * f.k_stride;
+      const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(rows, x));
+      const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k + 1 < K ? rows : 0, x + f.k_stride));
+      _mm512_mask_storeu_epi32(out, rows, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+    return;
+  }
+  for (int64_t k = 0; k < K; k += 32) {
+    __m512i v[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      v[i] = i < count ? _mm512_maskz_loadu_epi16(first_halves(K - k), f.data + i * f.stride + k) : _mm512_setzero_si512();
+    }
+    transpose(v);
+    const int64_t pairs = std::min<int64_t>((K - k + 1) / 2, 16);
+    for (int64_t i = 0; i < pairs; ++i, out += width) _mm512_mask_storeu_epi32(out, rows, v[i]);
+  }
+}
+
+// Up to `rows` rows and 64 columns of out.
+template <int rows>
+void multiply(const ProductOutput& out, const uint32_t* a, const uint32_t* b, int64_t pairs, int64_t columns) {
+  __m512 sums[rows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) sums[r][c] = _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < pairs; ++k, a += kProductRows, b += kProductColumns) {
+    __m512bh factors[kVectors];
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) factors[c] = (__m512bh)_mm512_loadu_si512(b + 16 * c);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const __m512bh factor = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r]));
+#pragma GCC unroll 8
+      for (int c = 0; c < kVectors; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], factor, factors[c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) {
+      if (16 * c >= columns) continue;
+      float* to = out.data + r * out.stride + 16 * c;
+      const __mmask16 mask = first_words(columns - 16 * c);
+      const __m512 before = out.add ? _mm512_maskz_loadu_ps(mask, to) : _mm512_setzero_ps();
+      _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(before, sums[r][c]));
+    }
+  }
+}
+
+using Multiply = void (*)(const ProductOutput&, const uint32_t*, const uint32_t*, int64_t, int64_t);
+constexpr Multiply kMultiply[kProductRows] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
+
+struct Free {
+  void operator()(uint32_t* data) const { std::free(data); }
+};
+
+}  // namespace
+
+void bf16_product_avx512(ProductOutput out, Bf16Factor a, Bf16Factor b, int64_t M, int64_t N, int64_t K) {
+  constexpr int64_t kPairs = kBlockK / 2;
+  const std::unique_ptr<uint32_t, Free> buffer(
+      static_cast<uint32_t*>(std::aligned_alloc(64, kPairs * (kBlockColumns + kProductRows) * sizeof(uint32_t))));
+  uint32_t* const packed_b = buffer.get();
+  uint32_t* const packed_a = packed_b + kPairs * kBlockColumns;
+  for (int64_t n = 0; n < N; n += kBlockColumns) {
+    const int64_t columns = std::min(kBlockColumns, N - n);
+    int64_t k = 0;
+    do {  // once for K = 0, too, whose product is 0
+      const int64_t depth = std::min(kBlockK, K - k), pairs = (depth + 1) / 2;
+      for (int64_t c = 0; c < columns; c += 16) {
+        const Bf16Factor part{b.data + (n + c) * b.stride + k * b.k_stride, b.stride, b.k_stride};
+        uint32_t* panel = packed_b + c / kProductColumns * kProductColumns * pairs + c % kProductColumns;
+        pack_16(part, std::min<int64_t>(columns - c, 16), depth, kProductColumns, panel);
+      }
+      for (int64_t m = 0; m < M; m += kProductRows) {
+        const int64_t rows = std::min(kProductRows, M - m);
+        pack_16({a.data + m * a.stride + k * a.k_stride, a.stride, a.k_stride}, rows, depth, kProductRows, packed_a);
+        for (int64_t c = 0; c < columns; c += kProductColumns) {
+          const ProductOutput to{out.data + m * out.stride + n + c, out.stride, out.add || k > 0};
+          kMultiply[rows - 1](to, packed_a, packed_b + c * pairs, pairs, columns - c);
+        }
+      }
+      k += kBlockK;
+    } while (k < K);
+  }
+}
+
+}  // namespace dil
