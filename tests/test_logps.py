@@ -330,3 +330,21 @@ def test_many_rows_and_a_large_vocabulary(impl: Implementation) -> None:
         # Each row of the gradient of a log-softmax sums to zero.
         assert logits.grad[:, :-1].double().sum(-1).abs().max() < 1e-5
         assert torch.equal(logits.grad[:, -1], torch.zeros_like(logits.grad[:, -1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("V", [50257, 49152])
+def test_cpp_writes_large_gradients_past_the_caches(dtype: torch.dtype, V: int) -> None:
+    """At any alignment of a row, the same bits as in place, which is never written so."""
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 90, V, generator=gen).to(dtype)
+    labels = torch.randint(0, V, (1, 90), generator=gen)
+    upstream = torch.randn(1, 90, generator=gen)
+    grads = []
+    for inplace in (False, True):
+        own = logits.clone().requires_grad_()
+        head_output = own.view_as(own) if not inplace else own * 1
+        logps = token_logps(head_output, labels, shift=False, backend="cpp", inplace_backward=inplace)
+        grads += torch.autograd.grad(logps, own, upstream)
+    assert grads[0].nbytes > 8 << 20
+    assert torch.equal(*grads)

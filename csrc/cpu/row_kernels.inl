@@ -155,7 +155,8 @@ void grad_as(T* dx, const T* x, int64_t V, const RowGradient& row, const Process
     return d;
   };
   const auto softmax_grad = [=](VecF loaded) {
-    return through_tanh(exp2((value<kCapped>(loaded, inv_cap) - max) * scale - offset) * -g, loaded);
+    const VecF t = (value<kCapped>(loaded, inv_cap) - max) * scale - offset;
+    return through_tanh((sizeof(T) == 2 ? exp2_narrow(t) : exp2(t)) * -g, loaded);
   };
   // 1 - p without cancellation where p is near 1; taken before the row is overwritten.
   const bool has_label = row.label < V;
@@ -174,19 +175,15 @@ void grad_as(T* dx, const T* x, int64_t V, const RowGradient& row, const Process
   };
   int64_t i = 0;
   if constexpr (kStreaming) {
-    constexpr uintptr_t kAlign = kLanes * sizeof(T);
+    constexpr uintptr_t kAlign = 2 * kLanes * sizeof(T);
     const int64_t head = static_cast<int64_t>((kAlign - reinterpret_cast<uintptr_t>(dx) % kAlign) % kAlign / sizeof(T));
     i = head < V ? head : V;
-    if (i > 0) partial(0, i);
+    for (int64_t done = 0; done < i; done += kLanes) partial(done, i - done < kLanes ? i - done : kLanes);
   }
   for (; i + kStep <= V; i += kStep) {
-    for (int k = 0; k < kUnroll; ++k) {
-      const VecF d = softmax_grad(load(x + i + k * kLanes));
-      if constexpr (kStreaming) {
-        stream(dx + i + k * kLanes, d);
-      } else {
-        store(dx + i + k * kLanes, d);
-      }
+    for (int k = 0; k < kUnroll; k += 2) {
+      const Pair loaded = load_pair(x + i + k * kLanes);
+      store_pair<kStreaming>(dx + i + k * kLanes, Pair{softmax_grad(loaded.first), softmax_grad(loaded.second)});
     }
   }
   for (; i + kLanes <= V; i += kLanes) store(dx + i, softmax_grad(load(x + i)));

@@ -57,11 +57,28 @@ inline VecF load(const float* x) {
 
 inline void store(float* x, VecF v) { std::memcpy(x, &v, sizeof(v)); }
 
-inline VecF load(const BFloat16* x) {
+// GCC 12 takes five instructions for these conversions of vectors, and each machine has one.
+inline VecU widen(const uint16_t* x) {
+#if DIL_VEC_BYTES == 64
+  return (VecU)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+#elif DIL_VEC_BYTES == 32
+  return (VecU)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#else
   VecH h;
   std::memcpy(&h, x, sizeof(h));
-  return bit_cast<VecF>(__builtin_convertvector(h, VecU) << 16);
+  return __builtin_convertvector(h, VecU);
+#endif
 }
+
+inline VecH narrow(VecU x) {
+#if DIL_VEC_BYTES == 64
+  return (VecH)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, VecH);
+#endif
+}
+
+inline VecF load(const BFloat16* x) { return bit_cast<VecF>(widen(&x->bits) << 16); }
 
 #if defined(__AVX512BF16__)
 inline void store(BFloat16* x, VecF v) {  // to nearest, ties to even; subnormal numbers become 0
@@ -73,7 +90,7 @@ inline void store(BFloat16* x, VecF v) {  // to nearest, ties to even
   const VecU bits = bit_cast<VecU>(v);
   const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const VecU nan = (bits >> 16) | 0x40u;
-  const VecH h = __builtin_convertvector(v == v ? rounded : nan, VecH);
+  const VecH h = narrow(v == v ? rounded : nan);
   std::memcpy(x, &h, sizeof(h));
 }
 #endif
@@ -90,9 +107,7 @@ inline void store(Half* x, VecF v) {
 }
 #else
 inline VecF load(const Half* x) {
-  VecH h;
-  std::memcpy(&h, x, sizeof(h));
-  const VecU bits = __builtin_convertvector(h, VecU);
+  const VecU bits = widen(&x->bits);
   const VecU sign = (bits & 0x8000u) << 16;
   // Half's exponent and mantissa in float's place, times 2^112; exact for subnormals too. Inf and NaN get float's exponent.
   const VecU magnitude = bit_cast<VecU>(bit_cast<VecF>((bits & 0x7fffu) << 13) * 0x1p112f);
@@ -109,7 +124,7 @@ inline void store(Half* x, VecF v) {  // to nearest, ties to even
   VecU half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? VecU{} + 0x7c00u : half;  // 65520 and above round to infinity
   half = magnitude > 0x7f800000u ? VecU{} + 0x7e00u : half;   // NaN
-  const VecH h = __builtin_convertvector(sign | half, VecH);
+  const VecH h = narrow(sign | half);
   std::memcpy(x, &h, sizeof(h));
 }
 #endif
@@ -161,6 +176,44 @@ inline void stream(T* x, VecF v) {  // 16-bit elements
 #endif
 }
 
+// Two neighbouring vectors, in whatever order suits the dtype; `store` puts every element back in its place.
+struct Pair {
+  VecF first, second;
+};
+
+template <class T>
+inline Pair load_pair(const T* x) {
+  return {load(x), load(x + kLanes)};
+}
+
+template <bool streaming, class T>
+inline void store_pair(T* x, Pair v) {
+  if constexpr (streaming) {
+    stream(x, v.first);
+    stream(x + kLanes, v.second);
+  } else {
+    store(x, v.first);
+    store(x + kLanes, v.second);
+  }
+}
+
+#if defined(__AVX512BF16__)
+inline Pair load_pair(const BFloat16* x) {  // even and odd elements
+  const VecU both = (VecU)_mm512_loadu_si512(x);
+  return {bit_cast<VecF>(both << 16), bit_cast<VecF>(both & 0xffff0000u)};
+}
+
+template <bool streaming>
+inline void store_pair(BFloat16* x, Pair v) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.second, (__m512)v.first);
+  const __m512i both = _mm512_permutexvar_epi16(
+      _mm512_set_epi16(
+          31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0),
+      halves);
+  streaming ? _mm512_stream_si512(reinterpret_cast<__m512i*>(x), both) : _mm512_storeu_si512(x, both);
+}
+#endif
+
 // Orders streamed stores before what follows.
 inline void stream_fence() {
 #if DIL_VEC_BYTES >= 32
@@ -180,30 +233,51 @@ inline double horizontal_sum(VecF v) {
   return out;
 }
 
-// 2^t for t <= 127: 0 (or subnormal) below 2^-126, NaN for NaN, relative error below 1.7e-7 (SSE2: 1.9e-7) otherwise.
-inline VecF exp2(VecF t) {
+// 2^t for t <= 127: 0 (or subnormal) below 2^-126, NaN for NaN, relative error below 1.7e-7 (SSE2: 1.9e-7) otherwise. The
+// polynomials are minimax in relative error, with p(0) = 1.
 #if DIL_VEC_BYTES == 64
-  t = (VecF)_mm512_max_ps((__m512)broadcast(-151.0f), (__m512)t);  // in this order NaN stays
-  const VecF whole = (VecF)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const VecF f = t - whole;  // in [-0.5, 0.5]
+// In [0, 1]; 0 for -inf, of which `scale` makes 0.
+inline VecF fraction(VecF t) { return (VecF)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+
+// p times 2 to the floor of t.
+inline VecF scale(VecF p, VecF t) { return (VecF)_mm512_scalef_ps((__m512)p, (__m512)t); }
+
+inline VecF exp2(VecF t) {
+  const VecF f = fraction(t);
+  VecF p = f * 0x1.e974fap-10f + 0x1.277856p-7f;
+  p = p * f + 0x1.c91ce6p-5f;
+  p = p * f + 0x1.ebdb56p-3f;
+  p = p * f + 0x1.62e4bap-1f;
+  p = p * f + 1.0f;
+  return scale(p, t);
+}
+
+// To 3e-6, for a result that is rounded to 16 bits.
+inline VecF exp2_narrow(VecF t) {
+  const VecF f = fraction(t);
+  VecF p = f * 0x1.b7f730p-7f + 0x1.abf868p-5f;
+  p = p * f + 0x1.ee2450p-3f;
+  p = p * f + 0x1.62d6c6p-1f;
+  p = p * f + 1.0f;
+  return scale(p, t);
+}
 #else
+inline VecF exp2(VecF t) {
   t = t < -127.0f ? broadcast(-127.0f) : t;  // written so that NaN stays
   constexpr float kRound = 0x1.8p23f;        // adding it leaves the nearest integer in the low bits
   const VecF shifted = t + kRound;
   const VecF f = t - (shifted - kRound);  // in [-0.5, 0.5]
-#endif
-  VecF p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;  // minimax in relative error, with p(0) = 1
+  VecF p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
   p = p * f + 0x1.c6b752p-5f;
   p = p * f + 0x1.ebf9bcp-3f;
   p = p * f + 0x1.62e42ap-1f;
   p = p * f + 1.0f;
-#if DIL_VEC_BYTES == 64
-  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)whole);
-#else
   const VecU exponent = (bit_cast<VecU>(shifted) << 23) + 0x3f800000u;
   return p * bit_cast<VecF>(exponent);
-#endif
 }
+
+inline VecF exp2_narrow(VecF t) { return exp2(t); }
+#endif
 
 // tanh to 2 units in the last place: a polynomial (minimax, in relative error) below 5/8, 1 - 2 e / (1 + e) above.
 inline VecF tanh(VecF y) {
