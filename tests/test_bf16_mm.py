@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dil_kernels.ops.head_steps import multiplies_bf16
+from dil_kernels.ops.products import multiplies_bf16
 
 pytestmark = pytest.mark.skipif(not multiplies_bf16(), reason="this CPU has no AVX512_BF16")
 

@@ -6,7 +6,6 @@ numbers a row cost no time, but every launch does.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from dil_kernels.backends import load_extension
 from dil_kernels.losses.scalar import tanh_slope
 from dil_kernels.ops import Op
+from dil_kernels.ops.products import operand_dtype
 
 # A row's reference is renewed, and what was written with the old one rescaled, where another entry than the label
 # exceeds it by more (nats): small enough that s keeps its digits, large enough that it is rare.
@@ -37,24 +36,6 @@ Op(
     f"head_tile_grad(Tensor(a!) tile, Tensor? bias, Tensor labels, Tensor state, Tensor(b!) grad, {_HOW}) -> ()",
     lambda *_: None,
 )
-Op(  # out [M, N] fp32 = a [M, K] @ b [K, N], both bf16, or += ; see `multiplies_bf16`
-    "bf16_mm(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()",
-    lambda *_: None,
-)
-
-
-@functools.cache
-def multiplies_bf16() -> bool:
-    """Whether this CPU has a product of bf16 factors with fp32 sums, which PyTorch has on GPUs only."""
-    extension = load_extension()
-    return extension is not None and bool(extension.has_bf16_product())
-
-
-def operand_dtype(dtype: torch.dtype, *, cuda: bool) -> torch.dtype:
-    """Of the factors of a head of `dtype`: wide ones where there is no product of narrow ones with wide sums."""
-    if cuda or dtype == torch.float64 or (dtype == torch.bfloat16 and multiplies_bf16()):
-        return dtype
-    return torch.float32
 
 
 class TileShape(NamedTuple):

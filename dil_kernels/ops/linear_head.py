@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dil_kernels.ops.head_steps import RESCALED_ROWS, SCALED_ROWS, CppSteps, Head, TileShape, operand_dtype
+from dil_kernels.ops.head_steps import RESCALED_ROWS, SCALED_ROWS, CppSteps, Head, TileShape
+from dil_kernels.ops.products import add_product, operand_dtype, product
 
 # Rows of the stash start at multiples of this many elements, as fast matrix products want.
 STASH_ALIGNMENT = 64
@@ -52,26 +53,6 @@ class HeadForward(NamedTuple):
     factor: Tensor  # [M]
     sums: Tensor  # [M - stash rows, D], h @ weight of the others; [0, D] if not asked
     stash: Tensor  # [stash rows, V padded], h of the first rows
-
-
-def _product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out = a @ b with accumulation in the dtype of `out`."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    if not out.is_cuda:
-        torch.ops.dil_kernels.bf16_mm(out, a, b, False)
-        return out
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a @ b, likewise."""
-    if a.dtype == out.dtype:
-        return out.addmm_(a, b)
-    if not out.is_cuda:
-        torch.ops.dil_kernels.bf16_mm(out, a, b, True)
-        return out
-    return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
 
 class TileBuffer:
@@ -156,7 +137,7 @@ def over_tiles(
     state = _fresh_state(x, head.accumulation_dtype, R)
     for number, (start, stop) in enumerate(head.tiles()):
         weight = head.weight[start:stop].to(head.operand_dtype)
-        tile = _product(tile_buffer.matrix(R, stop - start), x, weight.t())
+        tile = product(tile_buffer.matrix(R, stop - start), x, weight.t())
         grad = reference = None
         if kept is not None:
             grad, reference = kept[:, start:stop], references[number]
@@ -165,7 +146,7 @@ def over_tiles(
         steps.tile(tile, labels, state, grad, row_sums, start, reference)
         if row_sums is not None:
             assert grad is not None
-            _add_product(row_sums, grad.to(head.operand_dtype), weight)
+            add_product(row_sums, grad.to(head.operand_dtype), weight)
         del weight  # before the next tile is converted
     return state
 
@@ -201,7 +182,7 @@ def head_backward(
     same_dtype = weight.dtype == head.operand_dtype
     if stash_rows == M and d_bias is None and same_dtype:
         assert d_weight is not None
-        return d_hidden, _product(d_weight, forward.stash[:, : weight.shape[0]].t(), scaled_x), None
+        return d_hidden, product(d_weight, forward.stash[:, : weight.shape[0]].t(), scaled_x), None
 
     dtype = head.accumulation_dtype
     converted = not same_dtype or (grad_bias and weight.dtype != dtype)  # what of the stash is multiplied
@@ -233,7 +214,7 @@ def head_backward(
             assert state is not None
             tile = tile_buffer.matrix(end - begin, stop - start)
             x = steps.gather(hidden, index[begin:end])
-            _product(tile, x, weight[start:stop].to(head.operand_dtype).t())
+            product(tile, x, weight[start:stop].to(head.operand_dtype).t())
             del x
             h = tile if grads is None else grads.matrix(end - begin, stop - start)
             steps.tile_again(tile, labels[begin:end], state[:, begin:end].contiguous(), h, start)
@@ -250,11 +231,11 @@ def _times_weight(stash: Tensor, head: Head) -> Tensor:
     V, D = head.weight.shape
     out = torch.zeros(stash.shape[0], D, dtype=head.operand_dtype, device=stash.device)
     if stash.dtype == head.operand_dtype:
-        return _product(out, stash[:, :V], head.weight) if stash.shape[0] else out
+        return product(out, stash[:, :V], head.weight) if stash.shape[0] else out
     for start, stop in head.tiles() if stash.shape[0] else ():
         weight = head.weight[start:stop].to(out.dtype)
         for begin, end in head.chunks(0, stash.shape[0]):
-            _add_product(out[begin:end], stash[begin:end, start:stop].to(out.dtype), weight)
+            add_product(out[begin:end], stash[begin:end, start:stop].to(out.dtype), weight)
         del weight  # before the next tile is converted
     return out
 
@@ -270,7 +251,7 @@ def _add_weighted_rows(
 ) -> None:
     """weight_sums += h^T @ scaled_x, or = where it is the only part; bias_sums += h^T @ coefs."""
     if weight_sums is not None:
-        add = _product if alone else _add_product
+        add = product if alone else add_product
         add(weight_sums, h.to(scaled_x.dtype).t(), scaled_x)
     if bias_sums is not None:
         bias_sums.addmv_(h.to(coefs.dtype).t(), coefs)
