@@ -2,6 +2,7 @@
 #include "../checks.h"
 #include "dispatch.h"
 #include "grain.h"
+#include "huge_pages.h"
 
 namespace dil {
 namespace {
@@ -142,11 +143,17 @@ void head_tile_grad(
   x.dtype == ScalarType::Double ? run(double{}) : run(float{});
 }
 
+void head_memory(const Tensor& fresh) {
+  STD_TORCH_CHECK(fresh.is_cpu(), "fresh must be a CPU tensor");
+  advise_huge_pages(fresh.mutable_data_ptr(), fresh.numel() * fresh.element_size());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dil_kernels, CPU, m) {
   m.impl("head_tile", TORCH_BOX(&head_tile));
   m.impl("head_tile_grad", TORCH_BOX(&head_tile_grad));
+  m.impl("head_memory", TORCH_BOX(&head_memory));
 }
 
 }  // namespace dil

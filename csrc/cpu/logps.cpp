@@ -3,13 +3,10 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../checks.h"
 #include "dispatch.h"
 #include "grain.h"
+#include "huge_pages.h"
 
 namespace dil {
 namespace {
@@ -227,16 +224,6 @@ void run_backward(
 
 // A gradient of this size outgrows the caches before it is read; writing past them saves reading what is overwritten.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
-
-// A fresh buffer of this size is fresh pages, and faulting them in one small page at a time costs several times the kernel.
-void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: a refusal is fine
-#endif
-}
 
 Tensor logps_bwd(
     const Tensor& grad_logps, const Tensor& given_logits, const Tensor& labels, const Tensor& row_max, const Tensor& log_sum,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels.ops.head_steps import RESCALED_ROWS, SCALED_ROWS, CppSteps, Head, TileShape
-from dil_kernels.ops.products import add_product, operand_dtype, product
+from dil_kernels.ops.products import add_product, new_result, operand_dtype, product
 
 # Rows of the stash start at multiples of this many elements, as fast matrix products want.
 STASH_ALIGNMENT = 64
@@ -99,7 +99,7 @@ def head_forward(
     steps = make_steps(head, statistics)
     scored = steps.select(targets, ignore_index, rows)
     sums = hidden.new_empty(rows - stash_rows if grad_hidden else 0, D)
-    stash = hidden.new_empty(stash_rows, stash_stride(V))
+    stash = new_result(hidden, stash_rows, stash_stride(V))
     chunk_rows, columns = min(head.how.tile_rows, rows), min(head.how.tile_columns, V)
     tile_buffer = TileBuffer(hidden, dtype, chunk_rows, columns)
     grads = grad_buffer(hidden, dtype, chunk_rows if grad_hidden and stash_rows < rows else 0, columns)
@@ -177,7 +177,7 @@ def head_backward(
         return d_hidden, None, None
     assert hidden is not None
     scaled_x = steps.gather_scaled(hidden, index, coefs)
-    d_weight = weight.new_empty(weight.shape) if grad_weight else None
+    d_weight = new_result(weight, *weight.shape) if grad_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if grad_bias else None
     same_dtype = weight.dtype == head.operand_dtype
     if stash_rows == M and d_bias is None and same_dtype:

@@ -15,6 +15,8 @@ Op(  # out [M, N] fp32 = a [M, K] @ b [K, N], both bf16, or += ; see `multiplies
     lambda *_: None,
 )
 
+Op("head_memory(Tensor(a!) fresh) -> ()", lambda *_: None)  # on the CPU: advice that costs and changes nothing
+
 
 @functools.cache
 def multiplies_bf16() -> bool:
@@ -48,3 +50,11 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         torch.ops.dil_kernels.bf16_mm(out, a, b, True)
         return out
     return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
+def new_result(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Memory for a large result [rows, columns], in large pages where the CPU's system gives them."""
+    result = like.new_empty(rows, columns)
+    if not result.is_cuda and load_extension() is not None:
+        torch.ops.dil_kernels.head_memory(result)
+    return result
