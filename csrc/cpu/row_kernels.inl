@@ -61,7 +61,11 @@ class Sums {
     int64_t i = 0;
     for (; i + kStep <= n; i += kStep) {
       VecF v[kUnroll];
-      for (int k = 0; k < kUnroll; ++k) v[k] = taken(load(x + i + k * kLanes));
+      for (int k = 0; k < kUnroll; k += 2) {
+        const Pair loaded = load_pair(x + i + k * kLanes);
+        v[k] = taken(loaded.first);
+        v[k + 1] = taken(loaded.second);
+      }
       raise(max(max(v[0], v[1]), max(v[2], v[3])));
       for (int k = 0; k < kUnroll; ++k) add_vector(k, v[k], v[k]);
     }
