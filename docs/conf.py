@@ -69,9 +69,14 @@ def options_of_command() -> str:
 
 
 def escaped(text: str) -> str:
-    """A text of `--help` in Markdown, with the options in it as code."""
-    text = re.sub(r"([*_<\[\]$`~\\])", r"\\\1", " ".join(text.split()))
-    return re.sub(r"--[\w-]+", lambda option: f"`{option[0]}`", text)
+    """A text of `--help` in Markdown: code and links in it as they are, and options as code."""
+    pieces = re.split(r"(`[^`]+`|\[[^\]]+\]\(https?:[^)\s]+\)|--[\w-]+)", " ".join(text.split()))
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            pieces[i] = re.sub(r"([*_<\[\]$`~\\])", r"\\\1", piece)
+        elif piece.startswith("--"):
+            pieces[i] = f"`{piece}`"
+    return "".join(pieces)
 
 
 def say_options(app: Sphinx, what: str, name: str, subject: Any, options: Any, lines: list[str]) -> None:
