@@ -9,6 +9,7 @@ Environment:
     TORCH_CUDA_ARCH_LIST  CUDA architectures, e.g. "9.0" or "8.0;9.0+PTX" (default 8.0, 9.0, 10.0, 11.0, 12.0+PTX)
     MAX_JOBS              compile jobs in parallel
     CXX, CUDA_HOME        the C++ compiler; where bin/nvcc is
+    CXXFLAGS              more flags for the C++ compiler and the link of the CPU part, as of a sanitizer
 """
 
 from __future__ import annotations
@@ -251,14 +252,15 @@ class BuildExtension(build_ext):
         # torch 2.10 to 2.12 bundle a pybind11 that refuses TORCH_TARGET_VERSION: ours comes first.
         includes = [find_pybind11(), torch / "include", find_python_headers()]
         x86 = platform.machine() in ("x86_64", "AMD64")
+        more = shlex.split(os.environ.get("CXXFLAGS", ""))
         objects = []
         for source in [ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
             isa = ISA_FLAGS.get(source.name, [])
             if isa and not x86:
                 continue
-            flags = [*CXX_FLAGS, *DEFINES, *isa, *(f"-isystem {shell(i)}" for i in includes)]
+            flags = [*CXX_FLAGS, *DEFINES, *isa, *more, *(f"-isystem {shell(i)}" for i in includes)]
             objects.append(self.graph.edge("compile", self.folder / f"{source.stem}.o", [source], cxx, flags))
-        return self.graph.edge("link", self.folder / "_C.so", objects, cxx, self.link_flags(torch / "lib"))
+        return self.graph.edge("link", self.folder / "_C.so", objects, cxx, [*more, *self.link_flags(torch / "lib")])
 
     def plan_cuda(self) -> Path:
         torch, nvcc, cxx = find_torch(), find_nvcc(), find_cxx()
