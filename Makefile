@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: help install quickstart wheel docs docs-links test test-oldest test-newest trainers lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
+.PHONY: help install quickstart wheel docs docs-links test test-oldest test-newest trainers sanitize lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
 
 help:
 	@echo "make quickstart   train SmolLM2-135M with the fused DIL loss and show what it learned"
@@ -22,6 +22,7 @@ help:
 	@echo "make aot-report   what the compilers make of every Triton kernel, without a GPU"
 	@echo "make docs         the documentation site into build/docs/, any warning an error; docs-links asks the network for its outer links"
 	@echo "make wheel        sdist and wheel into dist/, the wheel tested where no compiler is"
+	@echo "make sanitize     the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make lint         ruff, mypy, import-linter, clang-format; make format applies the formatters"
 	@echo "make env          versions, backends, and why one is unavailable"
 
@@ -111,6 +112,21 @@ docs: $(VENV)/.installed-dev
 
 docs-links: $(VENV)/.installed-dev
 	$(SPHINX) -b linkcheck docs build/docs-links
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, at every SIMD level; first a read beyond a tensor that must be seen.
+CPU_SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
+CPU_SANITIZED := cd tests && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/build/sanitize/lib \
+  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" $(abspath $(BIN))/python
+CPU_SANITIZED_TESTS := $(addprefix test_,bf16_mm.py fused_loss.py fused_loss_unpaired.py infinite_log_ratios.py linear.py linear_bounds.py \
+  logps.py losses.py ops.py scalar_losses.py softcapping.py)
+sanitize: $(VENV)/.installed-dev
+	rm -rf build/sanitize
+	CXX=g++ CXXFLAGS="$(CPU_SANITIZERS)" DIL_KERNELS_BUILD=cpu $(BIN)/python setup.py -q build --build-base build/sanitize/temp --build-lib build/sanitize/lib
+	if ($(CPU_SANITIZED) sanitizers/read_beyond.py) 2> build/sanitize/seen.txt; then echo "a read beyond a tensor was not seen"; exit 1; fi
+	grep -q "ERROR: AddressSanitizer" build/sanitize/seen.txt
+	for level in best avx512 avx2 baseline; do \
+	  echo $$level; (export DIL_KERNELS_CPU_CAPABILITY=$$level; $(CPU_SANITIZED) -m pytest -p no:cacheprovider -q -k "cpp or mm" $(CPU_SANITIZED_TESTS) $(ARGS)) || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
