@@ -18,6 +18,10 @@
 #define DIL_ISA avx2
 #define DIL_VEC_BYTES 32
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#define DIL_ISA neon
+#define DIL_VEC_BYTES 16
+#include <arm_neon.h>
 #else
 #define DIL_ISA baseline
 #define DIL_VEC_BYTES 16
@@ -63,6 +67,8 @@ inline VecU widen(const uint16_t* x) {
   return (VecU)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 #elif DIL_VEC_BYTES == 32
   return (VecU)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+#elif defined(__aarch64__)
+  return (VecU)vmovl_u16(vld1_u16(x));
 #else
   VecH h;
   std::memcpy(&h, x, sizeof(h));
@@ -73,6 +79,8 @@ inline VecU widen(const uint16_t* x) {
 inline VecH narrow(VecU x) {
 #if DIL_VEC_BYTES == 64
   return (VecH)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__aarch64__)
+  return (VecH)vmovn_u32((uint32x4_t)x);
 #else
   return __builtin_convertvector(x, VecH);
 #endif
@@ -105,6 +113,9 @@ inline VecF load(const Half* x) { return (VecF)_mm256_cvtph_ps(_mm_loadu_si128(r
 inline void store(Half* x, VecF v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)
+inline VecF load(const Half* x) { return (VecF)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&x->bits))); }
+inline void store(Half* x, VecF v) { vst1_u16(&x->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v))); }
 #else
 inline VecF load(const Half* x) {
   const VecU bits = widen(&x->bits);
@@ -145,6 +156,8 @@ inline bool any(VecI mask) {
   return _mm512_movepi32_mask((__m512i)mask) != 0;
 #elif DIL_VEC_BYTES == 32
   return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
   return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
 #endif
