@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import subprocess
 import sys
 from pathlib import Path
 
@@ -107,3 +108,18 @@ def test_wrong_provider_is_caught_and_not_timed(fn, reason, tmp_path):
     ours = [row for row in rows if row["provider"] == OURS]
     assert {row["status"] for row in ours} == {"wrong"}
     assert all(row["reason"].startswith(reason) and row["p50_ms"] == "" for row in ours)
+
+
+def test_ranks(tmp_path):
+    """Two processes, each with a part of the vocabulary, beside one and beside torch's loss_parallel."""
+    script = Path(__file__).parents[1] / "benchmarks" / "bench_linear.py"
+    command = [sys.executable, str(script), "--ranks", "2", "--quick", "--device", "cpu", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    with (tmp_path / "linear_ranks.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["provider"], row["processes"]) for row in rows[:3]] == [
+        ("one process", "1"),
+        ("dil_kernels", "2"),
+        ("loss_parallel", "2"),
+    ]
+    assert all(float(row["p50_ms"]) > 0 and float(row["error"]) < 1e-5 for row in rows)
