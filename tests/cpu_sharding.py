@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import DeepSpeedPlugin, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import training_args
+
+from dil_kernels.functional import linear
+from dil_kernels.ops.linear_head import TileShape
 
 
 def let_processes_shard() -> None:
@@ -50,3 +57,46 @@ def is_sharded(model: torch.nn.Module) -> bool:
         else hasattr(parameter, "ds_tensor") and parameter.ds_tensor.numel() < parameter.ds_numel
         for parameter in matrices
     )
+
+
+def small_tiles() -> contextlib.AbstractContextManager[Any]:
+    """While this is entered, the head takes few rows and entries at a time."""
+    return mock.patch.dict(linear.TILE_SHAPES, {"cpu": TileShape(8, 64)})
+
+
+@contextlib.contextmanager
+def counted_gathers(weight: torch.nn.Parameter) -> Iterator[Callable[[], int]]:
+    """How often FSDP2 or ZeRO-3 gather a weight of the policy, which is not wrapped yet under FSDP2."""
+    found: list[int] = []
+    shape = tuple(getattr(weight, "ds_shape", weight.shape))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+
+        as_before = fsdp.FSDPParamGroup.unshard
+
+        def unshard(group: Any, *args: Any, **kwargs: Any) -> Any:
+            gathers = group._all_gather_result is None and not group.is_unsharded
+            for parameter in group.fsdp_params if gathers else ():
+                trained = parameter.sharded_param.requires_grad
+                if trained and tuple(parameter._orig_size) == shape and "lm_head" in str(parameter._param_fqn):
+                    found.append(1)
+            return as_before(group, *args, **kwargs)
+
+        with mock.patch.object(fsdp.FSDPParamGroup, "unshard", unshard):
+            yield lambda: len(found)
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+        name = "_PartitionedParameterCoordinator__all_gather_params_"
+        before = getattr(Coordinator, name)
+
+        def gather(self: Any, parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            missing = [x for x in parameters if x.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+            found.extend(1 for x in missing if x is weight)
+            return before(self, parameters, *args, **kwargs)
+
+        with mock.patch.object(Coordinator, name, gather):
+            yield lambda: len(found)
+    else:
+        yield lambda: len(found)

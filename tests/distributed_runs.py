@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from cpu_sharding import is_sharded, let_deepspeed_start, let_processes_shard
+from cpu_sharding import counted_gathers, is_sharded, let_deepspeed_start, let_processes_shard, small_tiles
 from tiny_lora import new_lora, trained_lora
 from tiny_model import make_model, make_pairs, make_tokenizer
 from tiny_trainer import tokenized
@@ -26,6 +26,17 @@ def uneven_pairs() -> datasets.Dataset:
     rows = tokenized(make_pairs(12)).to_list()
     for index in (0, 1, 4, 9):
         rows[index]["rejected_ids"] = []
+    return datasets.Dataset.from_list(rows)
+
+
+def unequal_pairs() -> datasets.Dataset:
+    """Of two processes one always has long responses, and the other one a token each, or none that is scored."""
+    rows = tokenized(make_pairs(12)).to_list()
+    for index, row in enumerate(rows):
+        first = index // 2 % 2 == 0
+        for name in ("chosen_ids", "rejected_ids"):
+            row[name] = (row[name] * 12)[:12] if first else row[name][:1]
+    rows[6]["chosen_ids"] = rows[7]["rejected_ids"] = []
     return datasets.Dataset.from_list(rows)
 
 
@@ -53,12 +64,13 @@ def trainer_of(
         "use_cpu": not shards(),
         "ddp_backend": "gloo" if processes > 1 and not shards() else None,
     }
+    data = options.pop("train_dataset", None)
     args = DILConfig(str(folder), **{**config, **options})
     return DILTrainer(
         make(),
         None if ref is None else ref(),
         args=args,
-        train_dataset=uneven_pairs(),
+        train_dataset=uneven_pairs() if data is None else data,
         eval_dataset=make_pairs(5, seed=2),
         processing_class=make_tokenizer(),
     )
@@ -147,6 +159,24 @@ def shared_prefixes(folder: Path) -> DILTrainer:
     return trainer
 
 
+def unequal_rows(folder: Path) -> DILTrainer:
+    """Processes with other numbers of scored rows, and so of chunks; the head is gathered as often as for logits."""
+    trainers, gathers = [], []
+    with small_tiles():
+        for fused_head in (False, True):
+            options = {"train_dataset": unequal_pairs(), "stash_bytes": 4096, "max_steps": 2, "fused_head": fused_head}
+            trainer = trainer_of(folder, lambda: make_model(tie_word_embeddings=False), **options)
+            with counted_gathers(trainer.model.lm_head.weight) as count:
+                trainer.train()
+            trainers.append(trainer)
+            gathers.append(count())
+    assert gathers[0] == gathers[1], gathers
+    # Of 2 steps with 2 and 1 micro-batches, each at most once forward and once backward.
+    assert 3 <= gathers[1] <= 6 if shards() else gathers[1] == 0, gathers
+    trainers[1].save_model()
+    return trainers[1]
+
+
 RUNS = {
     run.__name__: run
     for run in (
@@ -157,6 +187,7 @@ RUNS = {
         trained_adapter,
         half_precision,
         shared_prefixes,
+        unequal_rows,
     )
 }
 
