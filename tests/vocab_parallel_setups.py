@@ -41,6 +41,9 @@ def dtensors() -> None:
     for weight in (whole, rows):
         with refused(TypeError, "it must be Shard(0), the vocabulary"):
             linear_token_logps(problem.hidden, weight, problem.labels)
+    with refused(TypeError, "hidden_states is a DTensor"):
+        hidden = distribute_tensor(problem.hidden, mesh, [Replicate(), Shard(1)])
+        linear_token_logps(hidden, part.weight, problem.labels)
     with refused(ValueError, "process_group and lm_head_weight say different process groups"):
         other = dist.new_group(list(range(processes)))
         linear_token_logps(problem.hidden, part.weight, problem.labels, process_group=other)

@@ -18,7 +18,7 @@ from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.memory import default_stash_bytes
 from dil_kernels.functional.output import DILOutput
 from dil_kernels.functional.reference_logps import resolve_ref_logps
-from dil_kernels.functional.vocab_parallel import Checks, checked_together, group_of, local_part
+from dil_kernels.functional.vocab_parallel import Checks, check_whole, checked_together, group_of, local_part
 from dil_kernels.losses.options import FusedLossKeywords, FusedLossOptions
 from dil_kernels.ops.head_steps import HeadProcessing
 from dil_kernels.ops.linear import linear_logps
@@ -110,6 +110,7 @@ def check_scored_head(
     """The checks of `linear_token_logps`, of a head that may be a DTensor; errors call the three tensors by `names`."""
     tensors = (hidden_states, lm_head_weight, lm_head_bias)
     check_tensors(**dict(zip(names, tensors, strict=True)), labels=labels)
+    check_whole(names[0], hidden_states)
     hidden, weight, bias = (_as_autocast(local_part(tensor)) for tensor in tensors)
     assert hidden is not None
     assert weight is not None

@@ -39,6 +39,14 @@ def local_part(tensor: Any) -> Any:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def check_whole(name: str, tensor: Any) -> None:
+    """A tensor that every process has whole, if it is a DTensor."""
+    if is_dtensor(tensor) and not all(placement.is_replicate() for placement in tensor.placements):
+        raise TypeError(
+            f"{name} is a DTensor with placements {tuple(tensor.placements)}; every process must have all of it"
+        )
+
+
 def group_of(process_group: Any, split: Mapping[str, tuple[Any, int]]) -> Any:
     """The process group over which a vocabulary is split; None if it is not.
 

@@ -27,7 +27,13 @@ except ImportError as error:
 
 from dil_kernels.functional.linear import linear_token_logps
 from dil_kernels.models.head_operands import operands, site_problem, sites_of, unwrapped
-from dil_kernels.models.head_requests import Request, UnsupportedHeadError, answering_forward, ask
+from dil_kernels.models.head_requests import (
+    Request,
+    UnsupportedHeadError,
+    answering_forward,
+    ask,
+    replaced_forward,
+)
 from dil_kernels.models.logit_processing import check_unchanged, known_logits, measure, output_keywords
 
 __all__ = [
@@ -78,7 +84,8 @@ def install_fused_head(model: nn.Module) -> FusedHead:
     Call the model as it is wrapped (DDP, FSDP, DeepSpeed, torch.compile), but install before wrapping it. Copies,
     pickled ones too, are installed as well; checkpoints stay as they were. LoRA and `modules_to_save` on the head
     count as they are at the call; LoRA there costs a copy of the weight and its full gradient. Threads may score,
-    generate and call the model at the same time.
+    generate and call the model at the same time. A head that is split over processes (`tp_plan="auto"`) stays split:
+    each computes its part of the vocabulary.
 
     Where the head has become one that cannot be fused (an adapter other than plain LoRA was activated, say), scoring
     raises an `UnsupportedHeadError`, and a `RuntimeError` where the model has got another head or does something else
@@ -107,7 +114,10 @@ def remove_fused_head(model: nn.Module) -> None:
     if fused is None:
         return
     for site in sites_of(fused.head):
+        before = replaced_forward(site)
         site.__dict__.pop("forward", None)
+        if before is not None:
+            site.forward = before
     model.__dict__.pop("forward", None)
     if fused.replaced_forward is not None:
         model.forward = fused.replaced_forward

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dil_kernels.models.head_requests import UnsupportedHeadError, is_answering
+from dil_kernels.functional.vocab_parallel import is_dtensor
+from dil_kernels.models.head_requests import UnsupportedHeadError, is_answering, replaced_forward
+from dil_kernels.models.tensor_parallel import is_forward_of
 
 __all__ = ["operands", "site_problem", "sites_of", "unwrapped"]
 
@@ -40,7 +42,7 @@ def site_problem(site: Any) -> str | None:
     """Why `operands` would be wrong for the module, whatever adapter is active; None if they would be right."""
     if _is(site, "torch.distributed.fsdp", "FSDPModule"):  # whose hooks want the root of the model called first
         return "FSDP2 has sharded its output head: install the fused head first"
-    replaced = "forward" in site.__dict__ and not is_answering(site.forward)
+    replaced = replaced_forward(site) is not None and not is_forward_of(replaced_forward(site), site)
     problem = "the forward of its output head was replaced (by device_map, or another library)" if replaced else None
     return problem or _problem(site) or (_adapter_problem(site, list(site.lora_B)) if _is_lora(site) else None)
 
@@ -109,6 +111,10 @@ def operands(site: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor |
         raise UnsupportedHeadError(problem)
     linear = site.base_layer if is_lora else site
     weight = linear.weight
+    if is_dtensor(weight) and not adapters and is_forward_of(replaced_forward(site), site):
+        if is_dtensor(hidden_states):
+            raise UnsupportedHeadError("its hidden states are split over processes, as those of sequence parallelism")
+        return hidden_states, weight, linear.bias
     if type(weight) not in (Tensor, nn.Parameter):
         raise UnsupportedHeadError(f"the weight of the output head is a {type(weight).__name__}, split over devices")
     if not adapters:

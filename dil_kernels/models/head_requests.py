@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Request", "UnsupportedHeadError", "answering_forward", "ask", "is_answering"]
+__all__ = ["Request", "UnsupportedHeadError", "answering_forward", "ask", "is_answering", "replaced_forward"]
 
 
 class UnsupportedHeadError(ValueError):
@@ -68,8 +68,17 @@ def ask(request: Request | None, forward: Callable[..., Any], args: Any, kwargs:
 
 
 def answering_forward(site: nn.Module) -> Callable[..., Tensor]:
-    """A forward for the module, which can be pickled and copied with it."""
-    return partial(_forward, site)
+    """A forward for the module, which can be pickled and copied with it.
+
+    Without a request it does what the one does that the module may have had in place of that of its class.
+    """
+    return partial(_forward, site, as_before=replaced_forward(site))
+
+
+def replaced_forward(site: nn.Module) -> Callable[..., Any] | None:
+    """The forward that a module has in place of that of its class, or had before `answering_forward`."""
+    forward: Any = site.__dict__.get("forward")
+    return forward.keywords["as_before"] if is_answering(forward) else forward
 
 
 def is_answering(forward: Any) -> bool:
@@ -77,9 +86,13 @@ def is_answering(forward: Any) -> bool:
     return getattr(forward, "func", None) is _forward
 
 
-def _forward(site: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(
+    site: nn.Module, hidden_states: Tensor, *args: Any, as_before: Callable[..., Any] | None = None, **kwargs: Any
+) -> Tensor:
     request = _channel.request
     if request is None or all(site is not other for other in request.sites):
+        if as_before is not None:
+            return as_before(hidden_states, *args, **kwargs)
         return type(site).forward(site, hidden_states, *args, **kwargs)
     if args or kwargs:
         more = ", ".join([*kwargs, *["another tensor"] * len(args)])

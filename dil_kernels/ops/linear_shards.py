@@ -25,6 +25,7 @@ from dil_kernels.ops import Op, arguments, on_device, refuse_double_backward
 from dil_kernels.ops.head_steps import CppSteps, Head, HeadProcessing, Rows, TritonSteps
 from dil_kernels.ops.linear import LINEAR_LOGPS_BWD
 from dil_kernels.ops.linear_head import TileBuffer, grad_buffer, over_tiles, stash_stride
+from dil_kernels.ops.products import new_result
 from dil_kernels.ops.vocab_parallel import IGNORED, Shard, finished, merged_head_state, started_reduction
 
 
@@ -90,7 +91,7 @@ def _linear_shard_tiles(
         state = hidden.new_empty(7, rows, dtype=dtype)
         references = hidden.new_empty(len(head.tiles()), stash_rows, dtype=dtype)
         sums = hidden.new_zeros(rows - stash_rows if grad_hidden else 0, D, dtype=dtype)
-        stash = hidden.new_empty(stash_rows, stash_stride(V))
+        stash = new_result(hidden, stash_rows, stash_stride(V))
         chunk_rows, columns = min(head.how.tile_rows, rows), min(head.how.tile_columns, V)
         tile_buffer = TileBuffer(hidden, dtype, chunk_rows, columns)
         grads = grad_buffer(hidden, dtype, chunk_rows if sums.shape[0] else 0, columns)

@@ -16,6 +16,7 @@ from dil_kernels.data.collators import PackedCollator, SharedPrefixCollator
 from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.models.packed_attention import UnsupportedPackingError, attention_of, install_packed_attention
 from dil_kernels.models.prefix_sharing import install_prefix_sharing
+from dil_kernels.models.tensor_parallel import tensor_parallel_size
 from dil_kernels.training.config import JOINED_ROWS
 from dil_kernels.training.model_checks import check_causal_lm, keep_gradients_of_4_bits
 
@@ -60,15 +61,19 @@ def refuse_inexact_setups(trainer: Trainer) -> None:
     Raises:
         NotImplementedError: the message is the reason.
     """
-    refuse_split_batches(trainer)
+    refuse_split_batches(trainer, tensor_parallelism=True)
     accelerator: Any = trainer.accelerator
     if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
         raise NotImplementedError("FSDP 1 is not supported; set fsdp_version: 2 in the config of accelerate")
     _refuse_router_loss(trainer.model, tell=trainer.is_world_process_zero())
 
 
-def refuse_split_batches(trainer: Trainer) -> None:
+def refuse_split_batches(trainer: Trainer, *, tensor_parallelism: bool = False) -> None:
     """Refuse set-ups that take a batch apart, or processes that do not know of each other.
+
+    Args:
+        trainer: under construction.
+        tensor_parallelism: whether it can train a model that is split over processes.
 
     Raises:
         NotImplementedError: the message is the reason.
@@ -91,8 +96,41 @@ def refuse_split_batches(trainer: Trainer) -> None:
             "accelerator_config with dispatch_batches or split_batches cuts batches apart, in which the rejected "
             "responses follow the chosen ones; leave both out: every process loads batches of its own"
         )
-    if getattr(accelerator, "parallelism_config", None) is not None:
-        raise NotImplementedError("DILTrainer supports data parallelism only, no tensor or sequence parallelism")
+    _refuse_parallelism(trainer, tensor_parallelism)
+
+
+def _refuse_parallelism(trainer: Any, tensor_parallelism: bool) -> None:
+    """Refuse ways to split a model, or a sequence, that the trainer does not know."""
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is None:
+        return
+    if not tensor_parallelism:
+        raise NotImplementedError("the trainer on TRL supports data parallelism only: leave out parallelism_config")
+    if parallelism.cp_size > 1 or parallelism.sp_size > 1:
+        raise NotImplementedError(
+            "parallelism_config with cp_size or sp_size > 1 cuts sequences apart: the log-prob of a response would be "
+            "in pieces on several processes, its first label on another one than its logits; use tp_size"
+        )
+    if parallelism.data_parallel_size > 1:
+        raise NotImplementedError(
+            "parallelism_config with dp_shard_size or dp_replicate_size > 1: without tp_size, leave it out; accelerate "
+            "has no DDP beside tensor parallelism, and its FSDP2 (1.15) does not start beside it with transformers 5.23"
+        )
+    if trainer.args.max_tokens_per_batch is not None:
+        raise NotImplementedError(
+            "max_tokens_per_batch shares out batches to all processes, but those of tensor parallelism take the same "
+            "one: leave it out, or parallelism_config"
+        )
+    if trainer.compute_metrics is not None:
+        raise NotImplementedError(
+            "compute_metrics: transformers gathers the predictions of all processes, but those of tensor parallelism "
+            "have the same rows; leave it out, or parallelism_config"
+        )
+    if parallelism.tp_size > 1 and tensor_parallel_size(trainer.model) != parallelism.tp_size:
+        raise NotImplementedError(
+            f"parallelism_config has tp_size={parallelism.tp_size}, but model is not split so: load it with "
+            'from_pretrained(..., tp_plan="auto")'
+        )
 
 
 def _refuse_router_loss(model: Any, *, tell: bool) -> None:

@@ -17,6 +17,9 @@ try:
 except ImportError as error:
     raise ImportError(f"training needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
+from dil_kernels.functional.vocab_parallel import is_dtensor
+from dil_kernels.models.tensor_parallel import copied, tensor_parallel_size
+
 
 def zero_stage(accelerator: Any) -> int | None:
     """The stage of DeepSpeed's ZeRO, None without DeepSpeed."""
@@ -27,6 +30,26 @@ def zero_stage(accelerator: Any) -> int | None:
 def is_wrapped_late(accelerator: Any) -> bool:
     """Whether a model cannot be called as it will be trained before its training begins, with an optimizer."""
     return bool(accelerator.is_fsdp2) or zero_stage(accelerator) is not None
+
+
+def processes_of_a_batch(accelerator: Any) -> int:
+    """How many processes compute the same rows together: those of tensor parallelism."""
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    return 1 if parallelism is None else int(parallelism.tp_size)
+
+
+def gather_rows(accelerator: Any, values: torch.Tensor) -> torch.Tensor:
+    """Values [rows, ...] of the batches of an evaluation, of all processes; those of one batch have the same rows."""
+    return accelerator.gather_for_metrics(values) if processes_of_a_batch(accelerator) == 1 else values
+
+
+def agree_on_whole_weights(model: nn.Module, accelerator: Any) -> None:
+    """Under tensor parallelism, what every process has whole, such as a new adapter, becomes that of the first one."""
+    if processes_of_a_batch(accelerator) == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad and not is_dtensor(parameter):
+            torch.distributed.broadcast(parameter.detach(), 0)
 
 
 def is_sharded(model: Any) -> bool:
@@ -56,6 +79,8 @@ def frozen_copy(model: nn.Module, accelerator: Any) -> nn.Module:
         for parameter in model.parameters():
             if hasattr(parameter, "ds_id"):
                 memo[id(parameter)] = _copied_partition(parameter, accelerator)
+    if tensor_parallel_size(model) > 1:
+        return copied(model, memo).requires_grad_(False).eval()
     return copy.deepcopy(model, memo).requires_grad_(False).eval()
 
 

@@ -55,7 +55,7 @@ from dil_kernels.training.set_up import (
     refuse_inexact_setups,
     tokenizer_of,
 )
-from dil_kernels.training.sharding import is_sharded, keep_outputs_exact
+from dil_kernels.training.sharding import agree_on_whole_weights, gather_rows, is_sharded, keep_outputs_exact
 from dil_kernels.training.start import (
     RECORD_NAME,
     StopWhenFinished,
@@ -161,6 +161,7 @@ class DILTrainer(FilledByTokens):
             optimizers=optimizers,
         )
         refuse_inexact_setups(self)
+        agree_on_whole_weights(model, self.accelerator)
         keep_outputs_exact(self.accelerator)
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
         self.model_accepts_loss_kwargs = True
@@ -389,7 +390,7 @@ class DILTrainer(FilledByTokens):
         metrics = self._metrics_of(output, batch)
         if self.args.max_tokens_per_batch is not None:  # processes have batches of other numbers of rows
             metrics = metrics.sum(0, keepdim=True)
-        self._eval_sums += self.accelerator.gather_for_metrics(metrics).sum(0)
+        self._eval_sums += gather_rows(self.accelerator, metrics).sum(0)
         loss = output.share(output.counts)
         if prediction_loss_only:
             return loss, None, None
