@@ -69,8 +69,9 @@ def test_a_step_is_that_of_plain_pytorch(tmp_path: Path, name: str, average: boo
     truth = plain_pairs(policy.double(), ref.double(), batch_of(pairs), name, average)
     loss = truth["loss"].mean()
     logged = trainer.state.log_history[0]
+    relative = 2 * RELATIVE  # a loss may square the ratio
     for metric in METRICS:
-        assert logged[metric] == pytest.approx(truth[metric].mean().item(), rel=RELATIVE, abs=RELATIVE), metric
+        assert logged[metric] == pytest.approx(truth[metric].mean().item(), rel=relative, abs=relative), metric
     recorded = {key: value.cpu() for key, value in recorder.steps[0].items()}
     assert_all_close(recorded, plain_gradients(loss, policy))
 
