@@ -84,38 +84,45 @@ def test_what_is_not_finite_stays_in_its_row_and_column() -> None:
     assert out[torch.tensor([0, 1, 2, 4, 19])][:, :69].isfinite().all()
 
 
-class Guarded:
-    """Memory whose end is the end of the last page that may be touched."""
-
-    def __init__(self, nbytes: int) -> None:
-        pages = -(-nbytes // mmap.PAGESIZE)
-        self.map = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
-        self.end = pages * mmap.PAGESIZE
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.mprotect(ctypes.c_void_p(address + self.end), mmap.PAGESIZE, 0) == 0, ctypes.get_errno()
-
-    def tensor(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        count = math.prod(shape)
-        return torch.frombuffer(self.map, dtype=dtype, count=count, offset=self.end - count * dtype.itemsize).view(
-            shape
-        )
+def guarded(*shape: int, dtype: torch.dtype, at_end: bool) -> Tensor:
+    """A tensor that begins or ends where a page does whose neighbour may not be touched."""
+    count, page = math.prod(shape), mmap.PAGESIZE
+    pages = -(-count * dtype.itemsize // page)
+    memory = mmap.mmap(-1, (pages + 2) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guard in (address, address + (pages + 1) * page):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), page, 0) == 0
+    offset = (pages + 1) * page - count * dtype.itemsize if at_end else page
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
 
 
-@pytest.mark.parametrize("columns_first", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 65, 33), (13, 17, 31), (6, 64, 512)])
-def test_nothing_beyond_the_operands_is_touched(shape: tuple[int, ...], columns_first: bool) -> None:
+@settings(max_examples=150)
+@given(
+    shape=st.tuples(st.integers(1, 30), st.integers(1, 150), st.integers(1, 1100)),
+    layout=st.tuples(*[st.booleans()] * 3),
+    seed=st.integers(0, 2**32),
+)
+def test_nothing_beyond_the_operands_is_touched(
+    shape: tuple[int, int, int], layout: tuple[bool, bool, bool], seed: int
+) -> None:
     """Reading or writing one element more would end the process."""
-    gen = torch.Generator().manual_seed(0)
-    M, N, K = shape
-    sizes = ((K, M), (N, K)) if columns_first else ((M, K), (K, N))
-    a, b = (Guarded(2 * math.prod(s)).tensor(*s, dtype=torch.bfloat16) for s in sizes)
-    a.copy_(integers(*sizes[0], gen=gen))
-    b.copy_(integers(*sizes[1], gen=gen))
-    if columns_first:
-        a, b = a.t(), b.t()
-    out = Guarded(4 * M * N).tensor(M, N, dtype=torch.float32)
+    (M, N, K), (a_columns, b_columns, at_end), gen = shape, layout, torch.Generator().manual_seed(seed)
+    a_shape, b_shape = (K, M) if a_columns else (M, K), (N, K) if b_columns else (K, N)
+    a, b = (guarded(*s, dtype=torch.bfloat16, at_end=at_end) for s in (a_shape, b_shape))
+    a.copy_(integers(*a_shape, gen=gen))
+    b.copy_(integers(*b_shape, gen=gen))
+    a, b = a.t() if a_columns else a, b.t() if b_columns else b
+    out = guarded(M, N, dtype=torch.float32, at_end=at_end)
     assert torch.equal(bf16_mm(out, a, b).double(), a.double() @ b.double())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])
+def test_strides_of_what_is_there_once_mean_nothing(shape: tuple[int, int]) -> None:
+    gen = torch.Generator().manual_seed(0)
+    a, other = integers(*shape, gen=gen), integers(4, shape[1], gen=gen)
+    strided = torch.zeros(50).bfloat16().as_strided(shape, [5 if size == 1 else 3 for size in shape]).copy_(a)
+    assert torch.equal(bf16_mm(torch.empty(shape[0], 4), strided, other.t()).double(), a.double() @ other.double().t())
+    assert torch.equal(bf16_mm(torch.empty(4, shape[0]), other, strided.t()).double(), other.double() @ a.double().t())
 
 
 def test_opcheck() -> None:
@@ -128,7 +135,8 @@ def test_opcheck() -> None:
     ("out", "a", "b", "message"),
     [
         (torch.zeros(3, 5), torch.zeros(3, 4), torch.zeros(4, 5), "a must be a bf16 CPU matrix"),
-        (torch.zeros(3, 5), torch.zeros(3, 8).bfloat16()[:, ::2], torch.zeros(4, 5).bfloat16(), "a must be"),
+        (torch.zeros(3, 5), torch.zeros(3, 8).bfloat16()[:, ::2], torch.zeros(4, 5).bfloat16(), "a must have"),
+        (torch.zeros(1, 5).expand(3, 5), torch.zeros(3, 4).bfloat16(), torch.zeros(4, 5).bfloat16(), "out must be"),
         (torch.zeros(3, 5), torch.zeros(3, 4).bfloat16(), torch.zeros(3, 5).bfloat16(), "do not multiply"),
         (torch.zeros(3, 6), torch.zeros(3, 4).bfloat16(), torch.zeros(4, 5).bfloat16(), "out must be"),
         (torch.zeros(3, 5).double(), torch.zeros(3, 4).bfloat16(), torch.zeros(4, 5).bfloat16(), "out must be"),

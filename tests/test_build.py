@@ -244,6 +244,9 @@ def test_every_simd_level_is_exact(capability: str, tmp_path: Path) -> None:
     environment = os.environ | {"DIL_KERNELS_CPU_CAPABILITY": capability.lower().replace("-", "")}
     check = f"from dil_kernels import _C; assert _C.build_info()['cpu_capability'] == {capability!r}"
     subprocess.run([sys.executable, "-c", check], check=True, env=environment, cwd=tmp_path)
+    unknown = environment | {"DIL_KERNELS_CPU_CAPABILITY": "AVX"}
+    refused = subprocess.run([sys.executable, "-c", check], env=unknown, cwd=tmp_path, capture_output=True, text=True)
+    assert "must be avx512_bf16, avx512, avx2 or baseline, got AVX" in refused.stderr
     tests = ["-k", "cpp and not packed", str(ROOT / "tests" / "test_logps.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)

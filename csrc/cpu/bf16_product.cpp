@@ -9,10 +9,12 @@ namespace {
 
 #if defined(__x86_64__)
 Bf16Factor factor_of(const Tensor& x, int64_t k_dim, const char* what) {
-  STD_TORCH_CHECK(
-      x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && (x.stride(0) == 1 || x.stride(1) == 1), what,
-      " must be a bf16 CPU matrix with contiguous rows or columns");
-  return {static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(1 - k_dim), x.stride(k_dim)};
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16, what, " must be a bf16 CPU matrix");
+  int64_t stride = x.stride(1 - k_dim), k_stride = x.stride(k_dim);
+  if (x.size(k_dim) == 1) k_stride = 1;  // strides of what is there once mean nothing
+  if (x.size(1 - k_dim) == 1 && k_stride != 1) stride = 1;
+  STD_TORCH_CHECK(stride == 1 || k_stride == 1, what, " must have contiguous rows or columns");
+  return {static_cast<const uint16_t*>(x.const_data_ptr()), stride, k_stride};
 }
 #endif
 
@@ -24,8 +26,8 @@ void bf16_mm(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
   STD_TORCH_CHECK(b.size(0) == K, "a [", M, ", ", K, "] and b [", b.size(0), ", ", N, "] do not multiply");
   STD_TORCH_CHECK(
       out.is_cpu() && out.dim() == 2 && out.scalar_type() == ScalarType::Float && out.size(0) == M && out.size(1) == N &&
-          (out.stride(1) == 1 || N == 1),
-      "out must be an fp32 CPU tensor [", M, ", ", N, "] with contiguous rows");
+          (out.stride(1) == 1 || N == 1) && (out.stride(0) >= N || M == 1),
+      "out must be an fp32 CPU tensor [", M, ", ", N, "] with contiguous rows that do not overlap");
   float* data = out.mutable_data_ptr<float>();
   const int64_t stride = out.stride(0), threads = torch::stable::get_num_threads();
   const auto pieces = [](int64_t size, int64_t piece) { return (size + piece - 1) / piece; };

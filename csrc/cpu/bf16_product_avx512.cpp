@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "bf16_product.h"
 
@@ -113,6 +114,7 @@ void bf16_product_avx512(ProductOutput out, Bf16Factor a, Bf16Factor b, int64_t 
   constexpr int64_t kPairs = kBlockK / 2;
   const std::unique_ptr<uint32_t, Free> buffer(
       static_cast<uint32_t*>(std::aligned_alloc(64, kPairs * (kBlockColumns + kProductRows) * sizeof(uint32_t))));
+  if (!buffer) throw std::bad_alloc();
   uint32_t* const packed_b = buffer.get();
   uint32_t* const packed_a = packed_b + kPairs * kBlockColumns;
   for (int64_t n = 0; n < N; n += kBlockColumns) {

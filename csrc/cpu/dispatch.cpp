@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <torch/headeronly/util/Exception.h>
+
 namespace dil {
 namespace {
 
@@ -12,12 +14,15 @@ struct Level {
   bool bf16_product;
 };
 
-// DIL_KERNELS_CPU_CAPABILITY=avx512|avx2|baseline asks for less than the machine has, to test those kernels; results agree to
-// rounding.
+// DIL_KERNELS_CPU_CAPABILITY=avx512_bf16|avx512|avx2|baseline asks for no more than that, to test those kernels; results agree
+// to rounding.
 Level choose() {
 #if defined(__x86_64__)
   const char* wanted = std::getenv("DIL_KERNELS_CPU_CAPABILITY");
   const auto at_most = [=](const char* name) { return wanted && std::strcmp(wanted, name) == 0; };
+  STD_TORCH_CHECK(
+      !wanted || at_most("avx512_bf16") || at_most("avx512") || at_most("avx2") || at_most("baseline"),
+      "DIL_KERNELS_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or baseline, got ", wanted);
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -55,7 +55,7 @@ def linear_memory_bytes(
 
     Returns:
         Bytes beyond the inputs, the log-probs and the gradients of the inputs, at the peak. On top come copies of
-        inputs that autocast converts or that are not contiguous, and what a BLAS library holds for itself.
+        inputs that autocast converts or that are not contiguous, and what a matrix product holds for itself.
     """
     tile = TILE_SHAPES["cuda" if torch.device(device).type == "cuda" else "cpu"]
     return peak_memory(
