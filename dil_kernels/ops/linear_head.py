@@ -180,7 +180,7 @@ def head_backward(
     d_weight = new_result(weight, *weight.shape) if grad_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if grad_bias else None
     same_dtype = weight.dtype == head.operand_dtype
-    if stash_rows == M and d_bias is None and same_dtype:
+    if stash_rows == M and d_bias is None and _multiplied_whole(weight.dtype, cuda=weight.is_cuda):
         assert d_weight is not None
         return d_hidden, product(d_weight, forward.stash[:, : weight.shape[0]].t(), scaled_x), None
 
@@ -226,16 +226,22 @@ def head_backward(
     return d_hidden, d_weight, d_bias
 
 
+def _multiplied_whole(dtype: torch.dtype, *, cuda: bool) -> bool:
+    """Whether the gradient of the weight is one product: bf16 on the CPU is multiplied a tile at a time, in fp32."""
+    return dtype in (torch.float32, torch.float64) or cuda
+
+
 def _times_weight(stash: Tensor, head: Head) -> Tensor:
     """h @ weight [stash rows, D]."""
     V, D = head.weight.shape
-    out = torch.zeros(stash.shape[0], D, dtype=head.operand_dtype, device=stash.device)
+    dtype = head.operand_dtype if stash.is_cuda else head.accumulation_dtype
+    out = torch.zeros(stash.shape[0], D, dtype=dtype, device=stash.device)
     if stash.dtype == head.operand_dtype:
         return product(out, stash[:, :V], head.weight) if stash.shape[0] else out
     for start, stop in head.tiles() if stash.shape[0] else ():
-        weight = head.weight[start:stop].to(out.dtype)
+        weight = head.weight[start:stop].to(dtype)
         for begin, end in head.chunks(0, stash.shape[0]):
-            add_product(out[begin:end], stash[begin:end, start:stop].to(out.dtype), weight)
+            add_product(out[begin:end], stash[begin:end, start:stop].to(dtype), weight)
         del weight  # before the next tile is converted
     return out
 
@@ -296,13 +302,13 @@ def peak_memory(
         S * D * (size + acc * half * (not cuda)) * grad_hidden,  # the labels' rows of the weight
         2 * min(RESCALED_ROWS, R_kept) * columns * acc * half * (not cuda),
     )
-    for_hidden = stash_rows * D * operand + max(
+    for_hidden = stash_rows * D * (operand if cuda else acc) + max(
         S * D * (acc + size * half), 0 if same else weight_tile + R_kept * columns * acc
     )
     for_weight = 0
     if with_head:
         converted = not same or (grad_bias and half)
-        all_kept = not recomputed and same and not grad_bias
+        all_kept = not recomputed and not grad_bias and _multiplied_whole(dtype, cuda=cuda)
         alone = stash_rows == 0 and 0 < rows <= tile.rows and same
         parts = R_others * columns * (acc + size * half)
         if grad_weight and not alone and not all_kept:
