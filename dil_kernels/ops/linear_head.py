@@ -180,7 +180,7 @@ def head_backward(
     d_weight = new_result(weight, *weight.shape) if grad_weight else None
     d_bias = weight.new_empty(weight.shape[0]) if grad_bias else None
     same_dtype = weight.dtype == head.operand_dtype
-    if stash_rows == M and d_bias is None and _multiplied_whole(weight.dtype, cuda=weight.is_cuda):
+    if stash_rows == M and d_bias is None and same_dtype:
         assert d_weight is not None
         return d_hidden, product(d_weight, forward.stash[:, : weight.shape[0]].t(), scaled_x), None
 
@@ -224,11 +224,6 @@ def head_backward(
         if d_bias is not None and bias_sums is not None:
             d_bias[start:stop] = bias_sums
     return d_hidden, d_weight, d_bias
-
-
-def _multiplied_whole(dtype: torch.dtype, *, cuda: bool) -> bool:
-    """Whether the gradient of the weight is one product: bf16 on the CPU is multiplied a tile at a time, in fp32."""
-    return dtype in (torch.float32, torch.float64) or cuda
 
 
 def _times_weight(stash: Tensor, head: Head) -> Tensor:
@@ -308,7 +303,7 @@ def peak_memory(
     for_weight = 0
     if with_head:
         converted = not same or (grad_bias and half)
-        all_kept = not recomputed and not grad_bias and _multiplied_whole(dtype, cuda=cuda)
+        all_kept = not recomputed and same and not grad_bias
         alone = stash_rows == 0 and 0 < rows <= tile.rows and same
         parts = R_others * columns * (acc + size * half)
         if grad_weight and not alone and not all_kept:
