@@ -58,6 +58,7 @@ def names() -> dict[str, Any]:
         **{"prompt": prompt, "chosen": chosen, "rejected": rejected, "labels": labels, "train_dataset": make_pairs(4)},
         **{"input_ids": input_ids, "attention_mask": attention_mask, "ids": input_ids, "mask": attention_mask},
         **{"logits": logits, "ref_logits": ref_logits, "hidden_states": hidden_states},
+        **{"my_logits": logits, "my_head": model.lm_head.weight, "lm_head": model.lm_head},
         **{"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps},
         **{"chosen_lengths": torch.tensor([2]), "rejected_lengths": torch.tensor([3])},
     }
