@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import datasets
 
@@ -26,6 +27,8 @@ __all__ = [
     "tokenize_pair",
     "truncate",
 ]
+
+ROWS_PER_BATCH = 256
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +89,12 @@ def tokenize_and_report(
     features = dataset.features
     to_ids = PairTokenizer(tokenizer)
 
-    def tokenize(record: Pair, index: int, code: str) -> dict[str, Any]:
-        where = place(source, index + 1)
-        pair = check_pair(without_padding(record, features), where, first)
-        whole = to_ids(pair, where)
+    def checked(batch: Mapping[str, list[Any]], indices: list[int]) -> Iterator[tuple[Pair, str]]:
+        for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+            record, where = dict(zip(batch, values, strict=True)), place(source, index + 1)
+            yield check_pair(without_padding(record, features), where, first), where
+
+    def row(pair: Pair, whole: tuple[list[int], ...], index: int) -> dict[str, Any]:
         prompt_ids, *responses = to_ids.truncated(
             whole, max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=truncation_mode
         )
@@ -108,9 +113,16 @@ def tokenize_and_report(
             "identical": len(responses) == 2 and responses[0] == responses[1],
         }
 
+    def tokenize(batch: Mapping[str, list[Any]], indices: list[int], code: str) -> dict[str, list[Any]]:
+        found = to_ids.of_many(checked(dict(batch), indices))
+        rows = [row(pair, ids, index) for (pair, ids), index in zip(found, indices, strict=True)]
+        return {name: [each[name] for each in rows] for name in rows[0]}
+
     tokenized = dataset.map(
         tokenize,
         with_indices=True,
+        batched=True,
+        batch_size=ROWS_PER_BATCH,
         remove_columns=[name for name in dataset.column_names if name not in GIVEN_REFERENCE],
         num_proc=num_proc,
         # `datasets` keeps results by the arguments, not by the code that this calls.
@@ -134,6 +146,22 @@ def tokenize_and_report(
     if report.dropped == report.rows:
         raise PreferenceDataError(f"all {report.rows} rows are longer than max_length={max_length} tokens")
     return (tokenized.select(kept.nonzero()[0]) if report.dropped else tokenized), report
+
+
+class _Texts(NamedTuple):
+    """A pair as text.
+
+    Attributes:
+        prompt: up to where a response begins.
+        joint: prompt and response, by column.
+        conversational: whether a chat template rendered them.
+        where: the place of the pair.
+    """
+
+    prompt: str
+    joint: dict[str, str]
+    conversational: bool
+    where: str
 
 
 class PairTokenizer:
@@ -161,20 +189,55 @@ class PairTokenizer:
             PreferenceDataError: the template leaves out a text, or renders the prompt differently within the
                 conversation; the tokenizer cannot tell the response from the prompt; or one of them has no token.
         """
+        [(_, ids)] = self.of_many([(pair, where)])
+        return ids
+
+    def of_many(self, rows: Iterable[tuple[Pair, str]]) -> list[tuple[Pair, tuple[list[int], ...]]]:
+        """Pairs, each with its ids as when it is called for them one by one; their texts are encoded together.
+
+        Args:
+            rows: pairs, each with its place. Taking one may raise a `PreferenceDataError`, too.
+
+        Raises:
+            PreferenceDataError: as of a call; of several broken rows, the first one's.
+        """
+        pairs: list[Pair] = []
+        texts: list[_Texts] = []
+        problem: PreferenceDataError | None = None
+        try:
+            for pair, where in rows:
+                texts.append(self._texts(pair, where))
+                pairs.append(pair)
+        except PreferenceDataError as error:  # a row before it may be broken in its ids
+            problem = error
+        prompts = [each.prompt for each in texts]
+        encoded = self._encoder.encode_joint(prompts, [[*each.joint.values()] for each in texts])
+        found = [self._ids(*of_row) for of_row in zip(texts, *encoded, strict=True)]
+        if problem is not None:
+            raise problem
+        return list(zip(pairs, found, strict=True))
+
+    def _texts(self, pair: Pair, where: str) -> _Texts:
         conversational = is_conversational(pair)
-        prompt, texts = self._renderer.render(pair, where) if conversational else _join(pair)
+        prompt, joint = self._renderer.render(pair, where) if conversational else _join(pair)
         if not conversational and self._tokenizer.eos_token_id is None:
             raise PreferenceDataError(f"{where}: the tokenizer has no end-of-sequence token to end a response with")
-        text_ids = self._encoder.encode(prompt)
-        prompt_ids = text_ids if conversational else self._encoder.started(text_ids)
+        return _Texts(prompt, joint, conversational, where)
+
+    def _ids(self, texts: _Texts, text_ids: list[int], joint_ids: list[list[int]]) -> tuple[list[int], ...]:
+        """The ids of the prompt and of each response, from those of the texts."""
+        prompt_ids = text_ids if texts.conversational else self._encoder.started(text_ids)
         if not prompt_ids:
-            raise PreferenceDataError(f"{where}, column 'prompt': the prompt has no token to predict the response from")
+            raise PreferenceDataError(
+                f"{texts.where}, column 'prompt': the prompt has no token to predict the response from"
+            )
         responses = []
-        for column, text in texts.items():
-            ids = self._encoder.response(text_ids, prompt, text, f"{where}, column {column!r}")
-            ids = self._encoder.ended(ids, append=not conversational)
+        for (column, text), joint in zip(texts.joint.items(), joint_ids, strict=True):
+            where = f"{texts.where}, column {column!r}"
+            ids = self._encoder.response(text_ids, joint, texts.prompt, text, where)
+            ids = self._encoder.ended(ids, append=not texts.conversational)
             if not ids:
-                raise PreferenceDataError(f"{where}, column {column!r}: the response has no token")
+                raise PreferenceDataError(f"{where}: the response has no token")
             responses.append(ids)
         return prompt_ids, *responses
 
