@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import tokenising_refusal
-from tiny_tokenizers import EXACT, byte_level, metaspace, word_piece
+from tiny_tokenizers import EXACT, byte_level, word_piece
 from transformers import AddedToken
 
 from dil_kernels.data import shared_beginnings
@@ -61,24 +61,24 @@ def alone(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 class Wrapped:
-    """A tokenizer that counts the characters it is given, and may end every text with an id of its length."""
+    """A tokenizer that counts the characters it encodes quickly, and may end texts with an id when it is called."""
 
     def __init__(self, tokenizer: Any, *, odd: bool = False) -> None:
         self.tokenizer, self.odd, self.characters = tokenizer, odd, 0
+        self.backend_tokenizer = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
     def __call__(self, texts: Any, **options: Any) -> Any:
-        self.characters += len(texts) if isinstance(texts, str) else sum(map(len, texts))
         ids = self.tokenizer(texts, **options)["input_ids"]
         if self.odd:
-            ids = (
-                [*ids, len(texts)]
-                if isinstance(texts, str)
-                else [[*x, len(t)] for x, t in zip(ids, texts, strict=True)]
-            )
+            ids = [*ids, 7] if isinstance(texts, str) else [[*each, 7] for each in ids]
         return {"input_ids": ids}
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        self.characters += sum(map(len, texts))
+        return self.tokenizer.backend_tokenizer.encode_batch_fast(texts, **options)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -93,11 +93,11 @@ def test_ids_are_those_of_each_whole_text(kind: str, rows: list[Any], monkeypatc
     assert ids == [alone(group, tokenizer) for group in texts]
 
 
-@pytest.mark.parametrize(("make", "shared"), [(lambda: metaspace("first"), True), (lambda: byte_level(False), True),
-    (TOKENIZERS["blanks on the left"], False)])  # fmt: skip
-def test_a_prompt_is_encoded_once(make: Any, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["metaspace first", "bytes", "blanks on the left"])
+def test_a_prompt_is_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_beginnings, "TEXTS_COMPARED", 0)
-    tokenizer = Wrapped(make())
+    tokenizer = Wrapped(TOKENIZERS[kind]())
+    shared = kind in EXACT
     mark = "<|assistant|>" if shared else "<|turn|>"
     prompt = "the capital of France " * 50 + mark
     SharedBeginnings(tokenizer).encode([prompt], [[prompt + "yes", prompt + "no"]])

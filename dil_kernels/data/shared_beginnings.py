@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-TEXTS_COMPARED = 64  # of the first ones, with their ids as of the whole text
+TEXTS_COMPARED = 64  # of the first ones, with their ids as the tokenizer gives them when it is called
+
+Groups = list[list[list[int]]]  # the ids of each text of each prompt
 
 
 class _Cut(NamedTuple):
@@ -22,10 +24,12 @@ class SharedBeginnings:
     A tokenizer takes a text apart at its added tokens before all else, so that what stands before one and what begins
     with one have the ids that they have alone. So of the texts of a prompt only what begins with the last added token
     of the prompt, in most chat templates the mark of the turn that the response is in, is encoded behind the ids of
-    the prompt before it. Where this need not hold, texts are encoded whole: prompts without an added token; tokens that
-    take the blanks before them, are looked for in normalised text or as whole words only, or stand within the text of
-    another added token; tokenizers that are not of the package tokenizers. The first texts are encoded both ways, and
-    none is cut any more where one differs.
+    the prompt before it. Where this need not hold, texts are encoded whole: prompts without an added token, and added
+    tokens that take the blanks before them, are looked for in normalised text or as whole words only, or stand within
+    the text of another.
+
+    The tokenizers of the package tokenizers encode a list of texts on all cores, here without offsets, which nothing
+    needs. The first texts are also encoded by calling the tokenizer; where one differs, so are all.
 
     Args:
         tokenizer: of transformers.
@@ -33,55 +37,48 @@ class SharedBeginnings:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        cuts = getattr(tokenizer, "is_fast", False) and not getattr(tokenizer, "split_special_tokens", False)
-        self._added: dict[int, Any] = dict(tokenizer.added_tokens_decoder) if cuts else {}
+        self._is_quick = bool(getattr(tokenizer, "is_fast", False)) and not tokenizer.split_special_tokens
+        self._added: dict[int, Any] = dict(tokenizer.added_tokens_decoder) if self._is_quick else {}
         self._parting: dict[int, bool] = {}
         self._compared = 0
 
-    def encode(
-        self, prompts: Sequence[str], texts: Sequence[Sequence[str]]
-    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+    def encode(self, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> tuple[list[list[int]], Groups]:
         """The ids of prompts, and of the texts of each."""
+        if self._is_quick and self._compared < TEXTS_COMPARED:
+            some = prompts[:TEXTS_COMPARED], texts[:TEXTS_COMPARED]
+            self._is_quick = self._quick(*some) == self._called(*some)
+            self._compared += len(some[0])
+        return self._quick(prompts, texts) if self._is_quick else self._called(prompts, texts)
+
+    def _called(self, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> tuple[list[list[int]], Groups]:
+        def ids(parts: list[str]) -> list[list[int]]:
+            found: list[list[int]] = self._tokenizer(parts, add_special_tokens=False)["input_ids"] if parts else []
+            return found
+
+        return ids([*prompts]), _grouped(ids([text for group in texts for text in group]), texts)
+
+    def _quick(self, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> tuple[list[list[int]], Groups]:
+        self._tokenizer("", add_special_tokens=False)  # sets what the backend does: no truncation, no padding
         prompt_ids = self._ids(prompts)
         cuts = [self._cut(prompt, ids) for prompt, ids in zip(prompts, prompt_ids, strict=True)]
         starts = [0 if cut is None else cut.characters for cut in cuts]
-        tails = self._by_prompt(
-            [text[start:] for start, group in zip(starts, texts, strict=True) for text in group], texts
-        )
-        found = []
-        for ids, cut, group, ends in zip(prompt_ids, cuts, texts, tails, strict=True):
-            if cut is not None and any(end[:1] != [cut.token] for end in ends):
-                found.append(self._ids(group))
+        ends = self._ids([text[start:] for start, group in zip(starts, texts, strict=True) for text in group])
+        found: Groups = []
+        for ids, cut, group, group_ends in zip(prompt_ids, cuts, texts, _grouped(ends, texts), strict=True):
+            if cut is None:
+                found.append(group_ends)
+            elif all(end[:1] == [cut.token] for end in group_ends):
+                found.append([ids[: cut.ids] + end for end in group_ends])
             else:
-                found.append(ends if cut is None else [ids[: cut.ids] + end for end in ends])
-        return prompt_ids, found if self._compared >= TEXTS_COMPARED else self._compare(texts, found)
-
-    def _compare(self, texts: Sequence[Sequence[str]], found: list[list[list[int]]]) -> list[list[list[int]]]:
-        """The ids that were found, or those of the whole texts if these differ."""
-        compared = texts[:TEXTS_COMPARED]
-        self._compared += sum(map(len, compared))
-        whole = self._by_prompt([text for group in compared for text in group], compared)
-        if whole == found[: len(whole)]:
-            return found
-        self._added = {}
-        return self._by_prompt([text for group in texts for text in group], texts)
+                found.append(self._ids(group))
+        return prompt_ids, found
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        encoded = self._tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
-
-    def _by_prompt(self, texts: list[str], groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-        """The ids of texts, in groups of the sizes of some others."""
-        ids: Iterator[list[int]] = iter(self._ids(texts))
-        return [[next(ids) for _ in group] for group in groups]
+        encoded = self._tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [each.ids for each in encoded]
 
     def _cut(self, prompt: str, ids: list[int]) -> _Cut | None:
-        at = next((at for at in range(len(ids) - 1, -1, -1) if ids[at] in self._added), None) if self._added else None
+        at = next((at for at in range(len(ids) - 1, -1, -1) if ids[at] in self._added), None)
         if at is None or not self._parts(ids[at]):
             return None
         token, text = ids[at], self._added[ids[at]].content
@@ -98,3 +95,9 @@ class SharedBeginnings:
                 and not any(added.content in other.content for key, other in self._added.items() if key != token)
             )
         return self._parting[token]
+
+
+def _grouped(ids: Iterable[list[int]], groups: Sequence[Sequence[str]]) -> Groups:
+    """Ids of the texts of groups, one after another, in these groups."""
+    each: Iterator[list[int]] = iter(ids)
+    return [[next(each) for _ in group] for group in groups]
