@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +23,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated
 
 import pytest
+
+_kept = tempfile.TemporaryDirectory(prefix="dil_kernels_tests_")  # pairs and tokens, which are not for the user's cache
+os.environ["HF_DATASETS_CACHE"] = _kept.name  # before datasets is imported
 
 pytest.register_assert_rewrite("plain_training", "tiny_lora", "tiny_trainer", "trl_runs")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -18,6 +20,8 @@ RESPONSES = COLUMNS[1:]
 UNPAIRED_COLUMNS = ("prompt", "completion", "label")
 KNOWN_COLUMNS = frozenset({*COLUMNS, *UNPAIRED_COLUMNS, *JSON_COLUMNS, *GIVEN_REFERENCE})
 MEDIA_FEATURES = frozenset({"Image", "Video", "Audio"})
+
+_heard: contextvars.ContextVar[dict[str, None] | None] = contextvars.ContextVar("heard", default=None)
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +78,23 @@ def say_unused(names: Sequence[str], source: str) -> None:
 
 def say_once(message: str) -> None:
     """Warn of something in the data, on the first of several processes."""
+    if (heard := _heard.get()) is not None:
+        if message in heard:
+            return
+        heard[message] = None
     if os.environ.get("RANK", "0") == "0":
         logger.warning("%s", message)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[dict[str, None]]:
+    """What `say_once` is given, in its order; within, it says nothing twice."""
+    heard: dict[str, None] = {}
+    token = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(token)
 
 
 def media_error(name: str, prefix: str) -> PreferenceDataError:

@@ -33,7 +33,7 @@ from dil_kernels.data.token_columns import GIVEN_REFERENCE
 PLAIN_SUFFIXES = (".json", ".jsonl", ".csv")
 FILE_SUFFIXES = (*PLAIN_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in PLAIN_SUFFIXES))
 ROWS_PER_CHUNK = 1000
-LONGEST_CELL = 2**31 - 1  # of CSV, in characters
+LONGEST_LINE = 2**26  # of JSON, in bytes; of a cell of CSV, in characters
 BLANKS = b"\xef\xbb\xbf \t\r\n"
 
 Record = tuple[str, Any]  # its place, and what stands there
@@ -45,17 +45,27 @@ def kind_of_file(path: Path) -> str | None:
     return next((kind for kind in ("".join(suffixes[-2:]), *suffixes[-1:]) if kind in FILE_SUFFIXES), None)
 
 
-def read_file(path: Path) -> Iterator[Record]:
-    """Every record of a file of one of FILE_SUFFIXES.
+def check_file(path: Path) -> str:
+    """Which of FILE_SUFFIXES a file has.
 
     Raises:
-        PreferenceDataError: it is no such file, or broken; names the line or row.
+        PreferenceDataError: none of them, or there is no such file.
     """
     kind = kind_of_file(path)
     if kind is None:
         raise PreferenceDataError(f"{path}: unknown kind of file; expected {', '.join(FILE_SUFFIXES)}")
     if not path.is_file():
         raise PreferenceDataError(f"{path}: no such file")
+    return kind
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """Every record of a file of one of FILE_SUFFIXES.
+
+    Raises:
+        PreferenceDataError: it is no such file, or broken; names the line or row.
+    """
+    kind = check_file(path)
     if kind == ".parquet":
         return _read_parquet(path)
     return read_csv(path, str(path)) if kind.startswith(".csv") else read_json(path, str(path))
@@ -87,9 +97,13 @@ def read_json(path: Path, name: str) -> Iterator[Record]:
         name: what errors call it.
     """
     with _opened(path, name) as file:
-        head = list(itertools.islice((line.strip(BLANKS) for line in file if line.strip(BLANKS)), 2))
+        lines = ((line.strip(BLANKS), size) for line, size in _lines(file))
+        sized = list(itertools.islice((each for each in lines if each[0]), 2))
+    head = [line for line, _ in sized]
     if not head or _is_row(head[0]):
         return _read_json_lines(path, name)
+    if sized[0][1] > LONGEST_LINE and [line[:1] for line in head] == [b"{", b"{"]:
+        return _read_json_lines(path, name)  # which names the first
     with _opened(path, name) as file:
         text = file.read()
     try:
@@ -99,7 +113,10 @@ def read_json(path: Path, name: str) -> Iterator[Record]:
         if not head[0].startswith(b"[") and head[0][-1:] not in b"[{" and (len(head) < 2 or head[1].startswith(b"{")):
             return _read_json_lines(path, name)
         raise
-    rows = value if isinstance(value, list) else _rows_within(value, name) or [value]
+    rows = value if isinstance(value, list) else _rows_within(value, name)
+    if rows is None and len(text) > LONGEST_LINE:
+        raise _too_long(name, 1, len(text))
+    rows = [value] if rows is None else rows
     return ((f"{name}, row {number}", record) for number, record in enumerate(rows, start=1))
 
 
@@ -127,9 +144,26 @@ def _rows_within(value: Any, name: str) -> list[Any] | None:
     return value[key]
 
 
+def _lines(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """The lines of a file, each with its size; of one that is too long, only its beginning."""
+    while line := file.readline(LONGEST_LINE + 1):
+        part, size = line, len(line)
+        while size > LONGEST_LINE and part[-1:] != b"\n" and (part := file.readline(LONGEST_LINE)):
+            size += len(part)
+        yield line, size
+
+
+def _too_long(name: str, line: int, size: int) -> PreferenceDataError:
+    return PreferenceDataError(
+        f"{name}, line {line}: {size:,} bytes, but a row may have at most {LONGEST_LINE:,}; is a line break missing?"
+    )
+
+
 def _read_json_lines(path: Path, name: str) -> Iterator[Record]:
     with _opened(path, name) as file:
-        for number, line in enumerate(file, start=1):
+        for number, (line, size) in enumerate(_lines(file), start=1):
+            if size > LONGEST_LINE:
+                raise _too_long(name, number, size)
             if line.strip():
                 yield f"{name}, line {number}", _parse(line.rstrip(b"\r\n"), name, number)
 
@@ -158,7 +192,7 @@ def read_csv(path: Path, name: str) -> Iterator[Record]:
         path: the file.
         name: what errors call it.
     """
-    csv.field_size_limit(LONGEST_CELL)  # the module's own is 128 KiB
+    csv.field_size_limit(LONGEST_LINE)  # the module's own is 128 KiB
     with _opened(path, name) as file:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
         line = 1

@@ -17,10 +17,15 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is no JSON (`json.JSONDecodeError`, `UnicodeDecodeError`), or holds what would be lost or cannot
             be read: a key that stands twice in an object, a number of too many digits, nesting that is too deep.
     """
-    if isinstance(text, bytes) and json.detect_encoding(text).startswith(("utf-16", "utf-32")):
-        raise ValueError(f"expected UTF-8, got {json.detect_encoding(text)[:6].upper()}")
+    if isinstance(text, bytes):
+        encoding = json.detect_encoding(text)
+        if encoding.startswith(("utf-16", "utf-32")):
+            raise ValueError(f"expected UTF-8, got {encoding[:6].upper()}")
+        text = text.decode(encoding, "surrogatepass")
+    elif text.startswith("\ufeff"):
+        raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("objects or lists are nested too deeply") from None
 
@@ -55,3 +60,6 @@ def _integer(digits: str) -> int:
         return int(digits)
     except ValueError:
         raise ValueError(f"a number of {len(digits):,} digits ({digits[:12]}...) cannot be read") from None
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)  # `json.loads` makes one at every call

@@ -27,17 +27,13 @@ from dil_kernels.data.columns import (
     unused_columns,
     without_padding,
 )
-from dil_kernels.data.files import ROWS_PER_CHUNK, Record, kind_of_file, read_csv, read_file, read_json
+from dil_kernels.data.files import ROWS_PER_CHUNK, Record, check_file, kind_of_file, read_csv, read_file, read_json
+from dil_kernels.data.kept_pairs import kept_pairs
 from dil_kernels.data.messages import EXTRA, PreferenceDataError
-from dil_kernels.data.pair_storage import (
-    concatenate_stored,
-    parts_of_columns,
-    set_source,
-    storable,
-    store_pairs,
-    stored_features,
-)
+from dil_kernels.data.pair_storage import parts_of_columns, set_source, storable, stored_features
 from dil_kernels.data.pairs import Pair, check_pair, is_conversational, response_columns
+
+CHARACTERS_PER_CHUNK = 2**24
 
 
 def is_local_file(source: str | os.PathLike[str]) -> bool:
@@ -94,12 +90,13 @@ def load_preference_pairs(
             raise PreferenceDataError(f"{path}: a local file has only the split 'train', not {split!r}")
         if given := [option for option, value in of_sets.items() if value is not None]:
             raise PreferenceDataError(f"{path}: a local file has no {given[0]}; got {of_sets[given[0]]!r}")
-        return _checked_records(read_file(path), str(path))
+        kind = check_file(path)
+        return kept_pairs([path], str(path), [kind], lambda: _checked_chunks(read_file(path), str(path)))
     try:
         builder = datasets.load_dataset_builder(str(source), **of_sets)
         read = _reader_of(builder)
         if read is not None:
-            records = _records_of_split(builder, str(source), split, read)
+            files, records = _records_of_split(builder, str(source), split, read)
         else:
             builder.download_and_prepare()
             return _checked_dataset(builder.as_dataset(split=split), str(source))
@@ -109,7 +106,8 @@ def load_preference_pairs(
         raise PreferenceDataError(
             f"{source}: not a local file, and loading it as a data set failed: {' '.join(str(error).split())}"
         ) from error
-    return _checked_records(records, str(source))
+    how = [split, read.__name__, *map(str, files)]
+    return kept_pairs(files, str(source), how, lambda: _checked_chunks(records(), str(source)))
 
 
 def _reader_of(builder: Any) -> Callable[[Path, str], Iterator[Record]] | None:
@@ -125,8 +123,10 @@ def _reader_of(builder: Any) -> Callable[[Path, str], Iterator[Record]] | None:
 
 def _records_of_split(
     builder: Any, source: str, split: str, read_one: Callable[[Path, str], Iterator[Record]]
-) -> Iterator[Record]:
-    """The records of a directory or hub set of JSON or CSV files; `datasets` would give a column one type.
+) -> tuple[list[Path], Callable[[], Iterator[Record]]]:
+    """The files of a split of a directory or hub set of JSON or CSV files, and what reads their records.
+
+    `datasets` would give a column one type.
 
     Args:
         builder: of `datasets`.
@@ -136,43 +136,70 @@ def _records_of_split(
     """
     config = datasets.DownloadConfig(token=builder.token, storage_options=builder.storage_options)
     downloads = datasets.DownloadManager(builder.dataset_name, download_config=config, base_path=builder.base_path)
-
-    def read(name: str) -> Iterator[Record]:
-        names = builder.config.data_files[name]
-        for shown, path in zip(names, downloads.download_and_extract(list(names)), strict=True):
-            for file in downloads.iter_files([path]):
-                yield from read_one(Path(file), str(shown))
-
     known = list(map(str, builder.config.data_files))
     parts = [re.split(r"\W", part.strip(), maxsplit=1)[0] for part in split.split("+")]
     if unknown := [name for name in parts if name not in known]:
         raise PreferenceDataError(f"{source}: has no split {unknown[0]!r}; it has {', '.join(known)}")
+    files: dict[str, list[tuple[Path, str]]] = {}
+    for part in dict.fromkeys(parts):
+        names = builder.config.data_files[part]
+        paths = downloads.download_and_extract(list(names))
+        files[part] = [
+            (Path(file), str(name))
+            for name, path in zip(names, paths, strict=True)
+            for file in downloads.iter_files([path])
+        ]
+
+    def read(part: str) -> Iterator[Record]:
+        return itertools.chain.from_iterable(read_one(*file) for file in files[part])
+
     # Only a part of a split needs to know how many records it has.
-    sizes = {name: sum(1 for _ in read(name)) if "[" in split else sys.maxsize for name in parts}
-    instruction = datasets.ReadInstruction.from_spec(split)
-    return itertools.chain.from_iterable(
-        itertools.islice(read(part.splitname), part.from_, part.to) for part in instruction.to_absolute(sizes)
-    )
+    sizes = {part: sum(1 for _ in read(part)) if "[" in split else sys.maxsize for part in files}
+    instructions = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+
+    def records() -> Iterator[Record]:
+        return itertools.chain.from_iterable(
+            itertools.islice(read(part.splitname), part.from_, part.to) for part in instructions
+        )
+
+    return [path for group in files.values() for path, _ in group], records
 
 
-def _checked_records(records: Iterator[Record], source: str) -> datasets.Dataset:
-    """The checked pairs; only one chunk of them exists as Python objects at a time."""
-    chunks: list[datasets.Dataset] = []
+def _checked_chunks(records: Iterator[Record], source: str) -> Iterator[list[Pair]]:
+    """The checked pairs, some at a time; only these exist as Python objects."""
     first: Pair | None = None
-    names: dict[str, None] = {}  # of all columns, in their order
-    while chunk := list(itertools.islice(records, ROWS_PER_CHUNK)):
-        pairs = []
-        for where, record in chunk:
-            pairs.append(check_pair(record, where, first))
-            if first is None:
-                first = pairs[0]
-                _say_text(record, first, source)
+    names: dict[str, None] = {}  # of the columns with a value, in their order
+    pairs: list[Pair] = []
+    size = 0
+    for where, record in records:
+        pair = check_pair(record, where, first)
+        if first is None:
+            first = pair
+            _say_text(record, first, source)
+        if record.keys() - names:
             names |= dict.fromkeys(name for name, value in record.items() if value is not None)
-        chunks.append(store_pairs(pairs))
-    if not chunks:
+        pairs.append(pair)
+        size += _characters(pair)
+        if len(pairs) == ROWS_PER_CHUNK or size > CHARACTERS_PER_CHUNK:
+            yield pairs
+            pairs, size = [], 0
+    if first is None:
         raise PreferenceDataError(f"{source}: holds no preference pair")
+    if pairs:
+        yield pairs
     say_unused(unused_columns(names), source)
-    return set_source(concatenate_stored(chunks), source)
+
+
+def _characters(pair: Pair) -> int:
+    """About how many a pair has."""
+    count = 0
+    for value in pair.values():
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, list):
+            for message in value:
+                count += len(message.get("content") or "")
+    return count
 
 
 def _checked_dataset(dataset: datasets.Dataset, source: str) -> datasets.Dataset:

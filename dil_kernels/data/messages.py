@@ -64,6 +64,8 @@ def check_messages(value: Any, where: str, column: str) -> Messages:
     Raises:
         PreferenceDataError: not a list of messages, or a broken one.
     """
+    if (plain := plain_messages(value)) is not None:
+        return plain
     where = f"{where}, column {column!r}"
     if not isinstance(value, Sequence) or isinstance(value, bytes):
         kind = type(value).__name__
@@ -71,6 +73,31 @@ def check_messages(value: Any, where: str, column: str) -> Messages:
     if not value:
         raise PreferenceDataError(f"{where}: the list of messages is empty")
     return [_check_message(message, f"{where}, message {number}") for number, message in enumerate(value, start=1)]
+
+
+def plain_messages(value: Any) -> Messages | None:
+    """Messages of nothing but a role and a content, which most are; None where they must be looked at more closely."""
+    if type(value) is not list or not value:
+        return None
+    messages = []
+    for message in value:
+        if type(message) is not dict or len(message) != 2:
+            return None
+        role, content = message.get("role"), message.get("content")
+        if type(role) is not str or type(content) is not str:
+            return None
+        if not (role.isascii() and content.isascii()) and not _is_unicode(role + content):
+            return None
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_message(value: Any, where: str) -> Message:
@@ -270,15 +297,20 @@ def storable_messages(messages: Messages, *, extra: bool) -> Messages:
     """
     stored = []
     for message in messages:
-        others = {key: value for key, value in message.items() if key not in ("role", "content")}
-        field = {EXTRA: json.dumps(others, default=str) if others else None} if extra else {}
+        field = {EXTRA: stored_extra(message)} if extra else {}
         stored.append({"role": message["role"], "content": message["content"], **field})
     return stored
 
 
+def stored_extra(message: Message) -> str | None:
+    """The keys of a message beside role and content, as JSON text; None without any."""
+    others = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return json.dumps(others, default=str) if others else None
+
+
 def has_extra(messages: Messages) -> bool:
     """Whether a message has keys beside role and content."""
-    return any(message.keys() - {"role", "content"} for message in messages)
+    return max(map(len, messages)) > 2  # each has a role and a content
 
 
 def check_unicode(text: str, where: str) -> None:

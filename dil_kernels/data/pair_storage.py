@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 
-from dil_kernels.data.messages import EXTRA, JSON_COLUMNS, has_extra, storable_messages
+from dil_kernels.data.messages import EXTRA, JSON_COLUMNS, has_extra, storable_messages, stored_extra
 from dil_kernels.data.token_columns import GIVEN_REFERENCE
 
 _SOURCE = "_dil_kernels_source"  # an attribute, which `datasets` keeps only where the rows stay the same
 OPTIONAL = frozenset({*JSON_COLUMNS, EXTRA})  # what only some pairs of a data set may have
 
 
-def store_pairs(pairs: list[dict[str, Any]]) -> datasets.Dataset:
-    """A data set of pairs that `check_pair` has brought into one form."""
-    parts = frozenset().union(*map(_parts_of_pair, pairs))
-    rows = [storable(pair, parts) for pair in pairs]
-    return datasets.Dataset.from_list(rows, features=stored_features(pairs[0], parts))
+def pairs_table(pairs: list[dict[str, Any]], parts: frozenset[str]) -> pa.Table:
+    """A table, with these optional parts, of pairs that `check_pair` has brought into one form."""
+    schema = stored_features(pairs[0], parts).arrow_schema
+    return pa.Table.from_arrays([_column(pairs, field) for field in schema], schema=schema)
+
+
+def _column(pairs: list[dict[str, Any]], field: pa.Field) -> pa.Array:
+    if field.name in JSON_COLUMNS:
+        return pa.array([stored_json(pair, field.name) for pair in pairs], field.type)
+    if not pa.types.is_list(field.type):
+        return pa.array([pair[field.name] for pair in pairs], field.type)
+    lists = [pair[field.name] for pair in pairs]
+    messages = [message for each in lists for message in each]
+    texts = {
+        "role": [message["role"] for message in messages],
+        "content": [message["content"] for message in messages],
+    }
+    struct = field.type.value_type
+    if struct.get_field_index(EXTRA) >= 0:
+        texts[EXTRA] = [stored_extra(message) for message in messages]
+    values = pa.StructArray.from_arrays([pa.array(texts[part.name], part.type) for part in struct], fields=list(struct))
+    ends = itertools.accumulate(map(len, lists), initial=0)
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), values, type=field.type)
 
 
 def concatenate_stored(chunks: list[datasets.Dataset]) -> datasets.Dataset:
-    """Data sets of `store_pairs` as one, of which some may lack what is optional."""
+    """Data sets of checked pairs as one, of which some may lack what is optional."""
     parts = frozenset().union(*map(parts_of_columns, chunks))
     features = stored_features(chunks[0][0], parts)
     return datasets.concatenate_datasets(
@@ -60,9 +80,16 @@ def parts_of_columns(dataset: datasets.Dataset) -> frozenset[str]:
     return found
 
 
-def _parts_of_pair(pair: Mapping[str, Any]) -> frozenset[str]:
-    messages = [value for name, value in pair.items() if isinstance(value, list) and name not in JSON_COLUMNS]
-    return frozenset(pair.keys() & {*JSON_COLUMNS} | ({EXTRA} if any(map(has_extra, messages)) else set()))
+def parts_of_pairs(pairs: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """Which optional parts checked pairs have."""
+    found: set[str] = set()
+    for pair in pairs:
+        for name, value in pair.items():
+            if name in JSON_COLUMNS:
+                found.add(name)
+            elif EXTRA not in found and isinstance(value, list) and has_extra(value):
+                found.add(EXTRA)
+    return frozenset(found)
 
 
 def storable(pair: Mapping[str, Any], parts: frozenset[str]) -> dict[str, Any]:
@@ -72,9 +99,12 @@ def storable(pair: Mapping[str, Any], parts: frozenset[str]) -> dict[str, Any]:
         for name, value in pair.items()
         if name not in JSON_COLUMNS
     }
-    return row | {
-        name: json.dumps(pair[name], default=str) if name in pair else None for name in JSON_COLUMNS if name in parts
-    }
+    return row | {name: stored_json(pair, name) for name in JSON_COLUMNS if name in parts}
+
+
+def stored_json(pair: Mapping[str, Any], name: str) -> str | None:
+    """Tools or template options of a checked pair as a column holds them."""
+    return json.dumps(pair[name], default=str) if name in pair else None
 
 
 def stored_features(pair: Mapping[str, Any], parts: frozenset[str]) -> datasets.Features:

@@ -16,10 +16,14 @@ from dil_kernels.data.messages import (
     check_messages,
     check_unicode,
     messages_of_text,
+    plain_messages,
     split_conversations,
     split_strings,
 )
 from dil_kernels.data.token_columns import GIVEN_REFERENCE
+
+PLAIN_COLUMNS = frozenset(COLUMNS)
+NOT_PLAIN = frozenset({*MEDIA, *JSON_COLUMNS, *GIVEN_REFERENCE, "completion", "label"})
 
 Pair = dict[str, Any]  # prompt, chosen, rejected: strings, or lists of messages; or prompt, completion, label
 
@@ -48,6 +52,8 @@ def check_pair(record: Any, where: str, like: Pair | None = None) -> Pair:
     Raises:
         PreferenceDataError: the record is broken.
     """
+    if like is not None and (plain := _plain_pair(record, like)) is not None:
+        return plain
     if not isinstance(record, Mapping):
         raise PreferenceDataError(f"{where}: expected an object with {', '.join(COLUMNS)}, got {type(record).__name__}")
     for name in MEDIA & record.keys():
@@ -75,6 +81,28 @@ def check_pair(record: Any, where: str, like: Pair | None = None) -> Pair:
             "strings"
         )
     return pair | options
+
+
+def _plain_pair(record: Any, like: Pair) -> Pair | None:
+    """A pair of three lists of plain messages, which most are; None where it must be looked at more closely.
+
+    Nothing is formatted for it that only a message would say.
+    """
+    if type(record) is not dict or not NOT_PLAIN.isdisjoint(record):
+        return None
+    if like.keys() != PLAIN_COLUMNS or not is_conversational(like):
+        return None
+    pair = {}
+    for column in COLUMNS:
+        messages = plain_messages(record.get(column))
+        if messages is None:
+            return None
+        if column != "prompt":
+            last = messages[-1]
+            if messages[0]["role"] != "assistant" or last["role"] != "assistant" or not last["content"].strip():
+                return None
+        pair[column] = messages
+    return pair
 
 
 def _check_kinds(record: Mapping[str, Any], where: str, columns: tuple[str, ...]) -> None:

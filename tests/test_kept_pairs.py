@@ -1,0 +1,209 @@
+"""Pairs that are kept on disk: read once, the same as before, read again when anything changes, never in part."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from refusals import CHAT, PLAIN, refusal, said
+from tiny_model import make_tokenizer, write_lines
+
+from dil_kernels.data import PreferenceDataError, files, kept_pairs, load_preference_pairs, loading
+from dil_kernels.data.tokenization import tokenize_dataset
+
+CALL = {"type": "function", "function": {"name": "w7", "arguments": {"w1": None}}}
+CALLED = {**CHAT, "chosen": [said("assistant", None, tool_calls=[CALL]), said("assistant", "w3")]}
+WITH_TOOLS = {**CHAT, "tools": [{"name": "w8"}]}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, datasets_cache: None) -> Path:
+    return tmp_path / "cache" / "dil_kernels"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The places of the records that are read."""
+    places: list[str] = []
+    check = loading.check_pair
+
+    def noted(record: Any, where: str, like: Any = None) -> Any:
+        places.append(where)
+        return check(record, where, like)
+
+    monkeypatch.setattr(loading, "check_pair", noted)
+    return places
+
+
+def test_a_file_is_read_once(tmp_path: Path, cache: Path, reads: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", PLAIN, {**PLAIN, "score": 1})
+    for _ in range(2):
+        caplog.clear()
+        loaded = load_preference_pairs(path)
+        assert loaded.to_list() == [PLAIN, PLAIN]
+        assert caplog.messages == [f"{path}: not used: column 'score'"], "said each time"
+    assert reads == [f"{path}, line 1", f"{path}, line 2"]
+    assert [Path(file["filename"]).parent.parent for file in loaded.cache_files] == [cache]
+    assert not [left for left in cache.iterdir() if left.name.startswith(".")]
+
+
+@pytest.mark.parametrize("change", ["content", "code", "damage", "cut", "no notes"])
+def test_it_is_read_again_when_something_changes(
+    tmp_path: Path, cache: Path, reads: list[str], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", PLAIN, PLAIN)
+    kept = Path(load_preference_pairs(path).cache_files[0]["filename"])
+    stat = path.stat()
+    if change == "content":  # of the same size and time
+        path.write_text(path.read_text().replace("w5", "w6"))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "code":
+        monkeypatch.setattr(kept_pairs, "code_key", lambda: "other")
+    elif change == "damage":
+        kept.write_bytes(kept.read_bytes().replace(b"w5", b"w9"))
+    elif change == "cut":
+        kept.write_bytes(kept.read_bytes()[:-100])
+    else:
+        kept.with_name(kept_pairs.ABOUT_NAME).write_text("{}")
+    rows = load_preference_pairs(path).to_list()
+    assert rows == [{**PLAIN, "rejected": "w6"} if change == "content" else PLAIN] * 2
+    assert len(reads) == 4
+
+
+@pytest.mark.parametrize("form", ["set", "lines in an array"])
+def test_sets_and_arrays_are_kept_too(tmp_path: Path, cache: Path, reads: list[str], form: str) -> None:
+    if form == "set":
+        source = write_lines(tmp_path / "set" / "train.jsonl", PLAIN, PLAIN).parent
+        write_lines(source / "test.jsonl", CHAT)
+    else:
+        source = tmp_path / "pairs.json"
+        source.write_text(json.dumps([PLAIN, PLAIN]))
+    for _ in range(2):
+        assert load_preference_pairs(source).to_list() == [PLAIN, PLAIN]
+    assert len(reads) == 2
+    if form == "set":
+        assert load_preference_pairs(source, split="test").to_list() == [CHAT]
+        assert load_preference_pairs(source, split="train[1:]").to_list() == [PLAIN]
+        write_lines(source / "train.jsonl", PLAIN)
+        assert load_preference_pairs(source).to_list() == [PLAIN]
+
+
+def test_what_only_later_rows_have_finds_room(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "ROWS_PER_CHUNK", 2)
+    rows = [CHAT, CHAT, CHAT, CALLED, CHAT, WITH_TOOLS, CHAT]
+    loaded = load_preference_pairs(write_lines(tmp_path / "pairs.jsonl", *rows))
+    alone = [load_preference_pairs(write_lines(tmp_path / f"{n}.jsonl", row))[0] for n, row in enumerate(rows)]
+    assert loaded.column_names == ["prompt", "chosen", "rejected", "tools"]
+    for row, expected in zip(loaded, alone, strict=True):
+        assert row["tools"] == expected.get("tools")
+        for name in ("prompt", "chosen", "rejected"):
+            assert row[name] == [{"extra": None, **message} for message in expected[name]]
+    assert loaded.features == datasets.Dataset.from_file(loaded.cache_files[0]["filename"]).features
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_long_rows_are_written_a_few_at_a_time(
+    tmp_path: Path, cache: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "CHARACTERS_PER_CHUNK", 16 * size - 1)  # a row has 16
+    rows = [{**PLAIN, "chosen": "w1 w2 w3", "rejected": f"w{n}"} for n in range(9)]
+    loaded = load_preference_pairs(write_lines(tmp_path / "pairs.jsonl", *rows))
+    assert loaded.to_list() == rows
+    assert [len(chunk) for chunk in loaded.data.column("prompt").chunks] == [size] * (9 // size)
+
+
+@pytest.mark.parametrize("problem", ["no directory", "disk full"])
+def test_where_nothing_can_be_kept_pairs_are_held_in_memory(
+    tmp_path: Path, cache: Path, problem: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "ROWS_PER_CHUNK", 2)
+    path = write_lines(tmp_path / "pairs.jsonl", *[CHAT] * 3, {**CALLED, "score": 1})
+    if problem == "no directory":
+        cache.parent.mkdir()
+        cache.write_text("")
+    else:
+        write = kept_pairs._PairWriter.write
+
+        def full(self: Any, pairs: Any) -> None:
+            if len(pairs) == 2 and self._schema is not None:
+                raise OSError(28, "No space left on device")
+            write(self, pairs)
+
+        monkeypatch.setattr(kept_pairs._PairWriter, "write", full)
+    loaded = load_preference_pairs(path)
+    assert [row["chosen"][-1]["content"] for row in loaded] == ["w3 w4"] * 3 + ["w3"]
+    assert not loaded.cache_files
+    held, unused = caplog.messages
+    assert held.startswith(f"{path}: held in memory, since it cannot be kept in {cache}")
+    assert unused == f"{path}: not used: column 'score'"
+    if problem == "disk full":
+        assert [left.suffix for left in cache.iterdir()] == [".lock"]
+
+
+def test_nothing_is_kept_of_a_broken_file_or_one_that_changes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", PLAIN, {**PLAIN, "chosen": ""})
+    assert refusal(path) == f"{path}, line 2, column 'chosen': the response is empty"
+    path = write_lines(tmp_path / "growing.jsonl", PLAIN, PLAIN)
+    check = loading.check_pair
+
+    def growing(record: Any, where: str, like: Any = None) -> Any:
+        with path.open("a") as file:
+            file.write("\n")
+        return check(record, where, like)
+
+    monkeypatch.setattr(loading, "check_pair", growing)
+    assert refusal(path) == f"{path}: it changed while it was read; read it again when it is complete"
+    assert {left.suffix for left in cache.iterdir()} == {".lock"}
+
+
+def test_without_caching_pairs_are_on_disk_until_the_process_ends(tmp_path: Path, cache: Path) -> None:
+    datasets.disable_caching()
+    try:
+        loaded = load_preference_pairs(write_lines(tmp_path / "pairs.jsonl", PLAIN))
+        assert loaded.to_list() == [PLAIN]
+        assert cache not in Path(loaded.cache_files[0]["filename"]).parents
+        assert not cache.exists()
+    finally:
+        datasets.enable_caching()
+
+
+def test_tokenised_rows_of_a_file_are_kept_beside_its_pairs(tmp_path: Path, cache: Path) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", PLAIN, PLAIN)
+    lengths = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
+    for _ in range(2):
+        tokenize_dataset(load_preference_pairs(path), make_tokenizer(), **lengths)
+    assert len([*cache.rglob("cache-*.arrow")]) == 1
+    shutil.rmtree(cache)
+    assert load_preference_pairs(path).to_list() == [PLAIN, PLAIN]
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "first.jsonl", "pairs.jsonl.gz", "pairs.csv", "one.json"])
+def test_a_row_that_is_too_long_is_named_with_its_size(
+    tmp_path: Path, cache: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LONGEST_LINE", 1000)
+    path = tmp_path / name
+    long = {**PLAIN, "chosen": "w1 " * 1000}
+    if name == "pairs.csv":
+        path.write_text(f"prompt,chosen,rejected\nw1,w2,w3\nw1,{long['chosen']},w3\n")
+        assert refusal(path) == f"{path}, line 3: broken CSV: field larger than field limit (1000)"
+        return
+    if name == "one.json":
+        path.write_text(json.dumps(long, indent=1))
+        place, size = "line 1", path.stat().st_size
+    else:
+        write_lines(path, *[PLAIN] * (name != "first.jsonl"), long, PLAIN)
+        place, size = "line 1" if name == "first.jsonl" else "line 2", len(json.dumps(long)) + 1
+        if name.endswith(".gz"):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(PreferenceDataError) as caught:
+        load_preference_pairs(path)
+    assert str(caught.value).startswith(f"{path}, {place}: {size:,} bytes, but a row may have at most 1,000;")
