@@ -59,6 +59,7 @@ def rejected_truth(u: float, p: LossParameters) -> tuple[mpf, mpf]:
     return weight * P, weight * dP
 
 
+@functools.cache
 def truth(u_w: float, u_l: float, p: LossParameters) -> tuple[float, float, float]:
     if p.loss_type in COUPLED:
         if math.isinf(u_w) and u_w == u_l:  # no limit: it depends on which is larger
@@ -127,6 +128,7 @@ def test_scalar_functions(loss_type: str) -> None:
             assert_same(in_torch_, rounded(value), what)
 
 
+@functools.cache
 def truth_of_link(u_w: float, u_l: float, p: LossParameters) -> tuple[float, float, float]:
     with mp.workdps(400):
         k, beta = mpf(p.power), mpf(p.beta)

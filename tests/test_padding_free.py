@@ -235,8 +235,6 @@ def test_what_cannot_be_packed_is_refused_by_the_trainer(tmp_path: Path) -> None
             processing_class=make_tokenizer(),
             data_collator=PreferenceCollator(0),
         )
-    with pytest.raises(ValueError, match="padding_free=True was given, but with torch_compile=True"):
-        DILConfig(str(tmp_path), padding_free=True, torch_compile=True)
 
 
 def test_a_padded_batch_names_no_boundaries() -> None:

@@ -205,8 +205,6 @@ def test_what_cannot_share_prefixes_is_refused_by_the_trainer(tmp_path: Path) ->
         make_trainer(tmp_path, model=make_model(attn_implementation="eager"), prefix_sharing=True)
     with pytest.raises(ValueError, match="prefix_sharing=True makes the rows of batches itself; give no data_collator"):
         make_trainer(tmp_path, prefix_sharing=True, data_collator=PreferenceCollator(0))
-    with pytest.raises(ValueError, match="prefix_sharing=True was given, but with torch_compile=True"):
-        DILConfig(str(tmp_path), prefix_sharing=True, torch_compile=True)
     with pytest.raises(ValueError, match="pad_to_multiple_of=8 was given, but prefix_sharing=True pads nothing"):
         DILConfig(str(tmp_path), prefix_sharing=True, pad_to_multiple_of=8, use_cpu=True)
     with pytest.raises(ValueError, match="with prefix_sharing=True its noise goes by the length of the joined row"):

@@ -49,6 +49,33 @@ def test_a_mode_of_execution_changes_nothing(tmp_path: Path, mode: str, fused_he
         torch.testing.assert_close(weights[name], value, rtol=ROUNDING, atol=ROUNDING, msg=name)
 
 
+@pytest.mark.parametrize("option", ["padding_free", "prefix_sharing"])
+def test_a_compiled_model_takes_joined_rows_of_any_lengths(
+    tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve batches, no two of the same lengths, and ten layers: more graphs than torch makes would be an error."""
+    layer_graphs, compile_graph = [], torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor], **options: Any) -> Any:
+        layer_graphs.extend(node.name for node in graph.graph.nodes if "silu" in str(node.target))
+        return compile_graph(graph, inputs, **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "aot_eager", backend)
+    options = {"train_dataset": make_pairs(24, seed=3), "per_device_train_batch_size": 2, "max_steps": 12}
+
+    def losses(**more: Any) -> list[float]:
+        models = {"model": make_model(num_hidden_layers=10), "ref_model": make_model(1, num_hidden_layers=10)}
+        trainer = make_trainer(tmp_path, **models, optim="sgd", logging_steps=1, **options, **{option: True}, **more)
+        trainer.train()
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        compiled = losses(**COMPILED)
+    assert 1 <= len(layer_graphs) <= 8
+    assert compiled == pytest.approx(losses(), rel=ROUNDING, abs=ROUNDING)
+
+
 def test_recomputing_really_recomputes(tmp_path: Path) -> None:
     """The layers run twice for the policy, and once for the reference, which has no backward."""
     calls = {"policy": 0, "reference": 0}

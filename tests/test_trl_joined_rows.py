@@ -28,6 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "beginnings": {"max_length": 12, "truncation_mode": "keep_start"},
     "ends": {"max_length": 9, "truncation_mode": "keep_end"},
     "recomputed": {"gradient_checkpointing": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "logits": {"fused_head": False, "loss_type": "dpo", "beta": 0.3},
     "unscored": {"data_collator": Unscored},
 }

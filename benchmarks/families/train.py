@@ -108,7 +108,8 @@ CPU_GRID = (
     TrainCase("smollm2-135m", "real", 4, 256, "precomputed", FP32),
     TrainCase("smollm2-135m", "equal", 1, 256, "model", FP32),
     TrainCase("smollm2-135m", "real", 4, 512, "model", FP32),
-    TrainCase("smollm2-135m", "real", 4, 2048, "model", FP32),
+    TrainCase("smollm2-135m", "real", 2, 2048, "model", FP32),
+    TrainCase("smollm2-135m", "real", 4, 512, "model", BF16),
     TrainCase("smollm2-135m", "summary", 4, 390, "model", FP32),
     TrainCase("smollm2-135m", "prompt-17", 16, 34, "model", FP32),
 )

@@ -52,7 +52,8 @@ class Packed(NamedTuple):
         return {**inputs, **boundaries, **lengths}
 
 
-class Segments(NamedTuple):
+@dataclass  # not a tuple: torch.compile would make a graph for the lengths of every batch
+class Segments:
     """The stretches of tokens of a `SharedPrefixes` row; it stands for the attention mask of the row."""
 
     lengths: tuple[int, ...]

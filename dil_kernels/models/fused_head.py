@@ -230,7 +230,10 @@ class _Scoring(Request):
 
     def __init__(self, sites: list[nn.Module], fused: FusedHead, labels: Tensor, options: dict[str, Any]) -> None:
         super().__init__(sites)
-        self.fused, self.labels, self.options = fused, labels, options
+        self.fused, self.labels, self.options = fused, labels, dict(options)
+        most = self.options.pop("max_scored_tokens", None)
+        # As a size: where the graph breaks in the model, torch.compile would compile the head anew for each int.
+        self.most = None if most is None else labels.new_empty(most, 0)
 
     def _answer(self, site: nn.Module, hidden_states: Tensor) -> tuple[Any, Tensor]:
         if hidden_states.ndim != 3 or hidden_states.shape[:2] != self.labels.shape:
@@ -247,6 +250,7 @@ class _Scoring(Request):
             lm_head_bias=bias,
             logit_scale=self.fused.logit_scale,
             final_logit_softcapping=self.fused.final_logit_softcapping,
+            max_scored_tokens=None if self.most is None else self.most.shape[0],
             **self.options,
         )
         token_logps, statistics = answer if isinstance(answer, tuple) else (answer, (None, None, None))

@@ -6,6 +6,9 @@ taken apart into those of the single sequences, and attention runs sequence by s
 causal. The segments of a `SharedPrefixes` row (prefix_sharing.py), whose positions do not tell them apart, attend to
 their prefixes, too, by the mask that their sequence has.
 
+Under torch.compile both stay outside of the graphs, of which one then serves rows of any sequences: what is between
+two attentions is compiled, layer by layer.
+
 Whether a model keeps the sequences of a row apart is measured, not looked up: see `packing_problem`.
 """
 
@@ -16,7 +19,8 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +103,8 @@ def _logits_alone(model: Any) -> Tensor | None:
     return None
 
 
-class PackedMask(NamedTuple):
+@dataclass  # not a tuple, as Segments
+class PackedMask:
     """What stands for the attention mask of a row of several sequences."""
 
     lengths: tuple[int, ...]  # T of stretches of tokens; they attend to themselves and to one stretch before them
@@ -114,20 +119,33 @@ def _packed_sdpa_attention(
     sdpa = AttentionInterface()["sdpa"]
     if not isinstance(attention_mask, PackedMask):
         return sdpa(module, query, key, value, attention_mask, **kwargs)
+    return _attend_by_stretches(sdpa, module, query, key, value, attention_mask, **kwargs), None
+
+
+@torch.compiler.disable
+def _attend_by_stretches(
+    sdpa: Callable[..., tuple[Tensor, None]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedMask,
+    **kwargs: Any,
+) -> Tensor:
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("its attention adds a bias of positions")
     kwargs["is_causal"] = True  # a mask that is none
-    lengths, masks, prefixes = attention_mask
-    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    queries, keys, values = (x.split(packed.lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for part, mask, prefix in zip(zip(queries, keys, values, strict=True), masks, prefixes, strict=True):
-        q, k, v = part
+    stretches = zip(queries, keys, values, packed.masks, packed.prefixes, strict=True)
+    for q, k, v, mask, prefix in stretches:
         if prefix is not None:
             k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
         outputs.append(sdpa(module, q, k, v, mask, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
+@torch.compiler.disable
 def _packed_sdpa_mask(
     *, kv_length: int, mask_function: Callable[..., Tensor], attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | PackedMask | None:
@@ -171,7 +189,7 @@ def _take_apart(mask_function: Callable[..., Tensor], num_tokens: int, device: t
 
 def _mask_of_segments(mask_function: Callable[..., Tensor], segments: Segments, device: torch.device) -> PackedMask:
     """The mask of each prefix, and of each segment after its prefix, in the positions of its sequence."""
-    lengths, prefixes = segments
+    lengths, prefixes = segments.lengths, segments.prefixes
     before = [0 if prefix is None else lengths[prefix] for prefix in prefixes]
     bounds = [(0, start, start + length) for start, length in zip(before, lengths, strict=True)]
     masks = _stretch_masks(mask_function, bounds, device)

@@ -72,6 +72,7 @@ def _body(model: Any) -> nn.Module:
     return body
 
 
+@torch.compiler.disable
 def _take_segments(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     segments, attention = kwargs.get("attention_mask"), attention_of(body)
     segments_of_row.set(None)
@@ -86,6 +87,7 @@ def _take_segments(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return args, kwargs
 
 
+@torch.compiler.disable
 def _forget_segments(*_: Any) -> None:
     segments_of_row.set(None)
 

@@ -65,7 +65,7 @@ def flash_inputs(segments: Segments, device: torch.device) -> dict[str, Any]:
         Boundaries of the queries and of the keys, int32 [stretches + 1], the tokens of the longest of each, and the
         token of each key, int64.
     """
-    lengths, prefixes = segments
+    lengths, prefixes = segments.lengths, segments.prefixes
     places = torch.arange(sum(lengths)).split(lengths)
     keys = [
         place if prefix is None else torch.cat([places[prefix], place])

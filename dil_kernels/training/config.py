@@ -224,8 +224,6 @@ def check_joined_rows(args: Any) -> None:
     for option in JOINED_ROWS:
         if not getattr(args, option):
             continue
-        if args.torch_compile:
-            raise ValueError(f"{option}=True was given, but with torch_compile=True every batch would be compiled")
         if args.pad_to_multiple_of is not None:
             raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} was given, but {option}=True pads nothing")
         if args.neftune_noise_alpha is not None:
