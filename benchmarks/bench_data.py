@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -124,19 +125,12 @@ def run(what: str, provider: str, path: Path, tokenizer: str, cache: str) -> dic
     """One measurement in a process of its own."""
     command = [sys.executable, __file__, "--one", what, provider, str(path), tokenizer]
     # Everything that could be kept is in the directory of this measurement.
-    done = subprocess.run(
-        command, env={**_environment(), "HF_DATASETS_CACHE": cache}, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "HF_DATASETS_CACHE": cache}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{what} with {provider}: {done.stderr.strip()[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
 
 
 def main(arguments: list[str] | None = None) -> int:
