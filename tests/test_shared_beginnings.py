@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from refusals import tokenising_refusal
 from tiny_tokenizers import EXACT, byte_level, word_piece
@@ -82,6 +82,7 @@ class Wrapped:
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+@example(rows=[("a<|turn|>", ["the captain"]), (" <|turn|>", ["is", " is"])])
 @given(rows=ROWS)
 def test_ids_are_those_of_each_whole_text(kind: str, rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_beginnings, "TEXTS_COMPARED", 0)

@@ -71,7 +71,7 @@ def kept_pairs(files: Sequence[Path], source: str, how: Sequence[str], chunks: C
                     dataset = _load(directory)  # which another process may have written meanwhile
                     if dataset is None:
                         _write(directory, chunks, said, lambda: _refuse_changes(files, before))
-                        dataset = _load(directory)
+                        dataset = _mapped(directory)
         except _CannotKeepError as error:
             say_once(f"{source}: held in memory, since it cannot be kept in {directory.parent}: {error}")
         if dataset is None:
@@ -132,7 +132,7 @@ def _load(directory: Path) -> datasets.Dataset | None:
         about: dict[str, Any] = json.loads((directory / ABOUT_NAME).read_text())
         if file_digest(directory / PAIRS_NAME) != about["digest"]:
             raise ValueError("its checksum does not fit")
-        table = MemoryMappedTable.from_file(str(directory / PAIRS_NAME))
+        dataset = _mapped(directory)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:  # those of Arrow are ValueErrors
@@ -140,7 +140,11 @@ def _load(directory: Path) -> datasets.Dataset | None:
         return None
     for note in about["said"]:
         say_once(note)
-    return datasets.Dataset(table, fingerprint=directory.name)
+    return dataset
+
+
+def _mapped(directory: Path) -> datasets.Dataset:
+    return datasets.Dataset(MemoryMappedTable.from_file(str(directory / PAIRS_NAME)), fingerprint=directory.name)
 
 
 def _write(directory: Path, chunks: Chunks, said: Mapping[str, None], check: Callable[[], None]) -> None:

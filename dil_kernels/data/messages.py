@@ -8,7 +8,7 @@ stand as JSON text in a field `extra` of their message, and tools and template o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dil_kernels.data.json_text import looks_like_messages, parse_json
@@ -308,7 +308,7 @@ def stored_extra(message: Message) -> str | None:
     return json.dumps(others, default=str) if others else None
 
 
-def has_extra(messages: Messages) -> bool:
+def has_extra(messages: Iterable[Message]) -> bool:
     """Whether a message has keys beside role and content."""
     return max(map(len, messages)) > 2  # each has a role and a content
 

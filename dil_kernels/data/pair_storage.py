@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -80,15 +80,12 @@ def parts_of_columns(dataset: datasets.Dataset) -> frozenset[str]:
     return found
 
 
-def parts_of_pairs(pairs: Iterable[Mapping[str, Any]]) -> frozenset[str]:
-    """Which optional parts checked pairs have."""
-    found: set[str] = set()
-    for pair in pairs:
-        for name, value in pair.items():
-            if name in JSON_COLUMNS:
-                found.add(name)
-            elif EXTRA not in found and isinstance(value, list) and has_extra(value):
-                found.add(EXTRA)
+def parts_of_pairs(pairs: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Which optional parts checked pairs of one form have."""
+    found = {name for name in JSON_COLUMNS if any(name in pair for pair in pairs)}
+    columns = [name for name, value in pairs[0].items() if isinstance(value, list) and name not in JSON_COLUMNS]
+    if any(has_extra(itertools.chain.from_iterable([pair[name] for pair in pairs])) for name in columns):
+        found.add(EXTRA)
     return frozenset(found)
 
 
