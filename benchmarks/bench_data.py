@@ -1,12 +1,12 @@
 """Time reading and tokenising preference pairs beside stock `datasets` and TRL.
 
-    python benchmarks/bench_data.py --pairs pairs.jsonl --tokenizer DIR --rows 100000 --tokenized-rows 20000
-    python benchmarks/bench_data.py --pairs pairs.jsonl --tokenizer DIR --only read --no-peers --rows 1000000
+    python benchmarks/bench_data.py --pairs pairs.jsonl                     # 100,000 pairs read, 20,000 tokenised
+    python benchmarks/bench_data.py --pairs pairs.jsonl --only read --no-peers --rows 1000000
 
 The rows of the file are written again and again, each with a number before its prompt, which makes them distinct. Every
-measurement is a process of its own with a cache of its own; reading is timed first with nothing kept, then with what
-that kept. Memory is sampled: `anon` is what the process holds, `resident` has the mapped files with it, which the
-system takes back where memory is short. Ratios are against the same run's. The CSV gets a row a measurement.
+measurement is a process of its own; providers have caches of their own. Reading is timed first with nothing kept, then
+with what that kept. Memory is sampled: `anon` is what the process holds, `resident` has the mapped files with it, which
+the system takes back where memory is short; both begin at what the imports take. Ratios are to the first of the run.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def run(what: str, provider: str, path: Path, tokenizer: str, cache: str) -> dic
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, help="JSON lines of conversations: prompt, chosen, rejected")
-    parser.add_argument("--tokenizer", default="", help="a directory with a tokenizer that has a chat template")
+    parser.add_argument("--tokenizer", help="a directory with a tokenizer that has a chat template; else SmolLM2's")
     parser.add_argument("--rows", type=int, default=100_000, help="that are read")
     parser.add_argument("--tokenized-rows", type=int, default=20_000)
     parser.add_argument("--only", choices=PROVIDERS, help="of the two")
@@ -149,8 +149,13 @@ def main(arguments: list[str] | None = None) -> int:
         what, provider, *given = options.one
         print(json.dumps(PROVIDERS[what][provider](*given)))
         return 0
-    if options.pairs is None or (options.only != "read" and not options.tokenizer):
-        parser.error("--pairs and, to tokenise, --tokenizer are needed")
+    if options.pairs is None:
+        parser.error("--pairs is needed")
+    tokenizer = options.tokenizer
+    if tokenizer is None and options.only != "read":
+        from dil_kernels.quickstart.smollm2 import prepare
+
+        tokenizer = str(prepare(Path(__file__).parents[1] / "runs" / "smollm2"))
     found: list[dict[str, Any]] = []
     print(" ".join(f"{name:>12}" for name in COLUMNS))
     for what, providers in PROVIDERS.items():
@@ -162,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_rows(options.pairs, path, rows)
             for provider in list(providers)[: 1 if options.no_peers else None]:
                 for repeat in range(REPEATS[what]):
-                    values = run(what, provider, path, options.tokenizer, f"{scratch}/cache-{provider}")
+                    values = run(what, provider, path, tokenizer or "", f"{scratch}/cache-{provider}")
                     first = next((each for each in found if each["what"] == what), values)
                     row = {
                         "what": what,

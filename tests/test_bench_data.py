@@ -69,7 +69,7 @@ def test_measurements_are_written(
     ]
     assert "datasets again" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main(["--pairs", str(source)])
+        main(["--only", "read"])
 
 
 def test_what_fails_is_said(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import os
@@ -151,6 +152,7 @@ def test_nothing_is_kept_of_a_broken_file_or_one_that_changes(
 ) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", PLAIN, {**PLAIN, "chosen": ""})
     assert refusal(path) == f"{path}, line 2, column 'chosen': the response is empty"
+    assert gc.isenabled()
     path = write_lines(tmp_path / "growing.jsonl", PLAIN, PLAIN)
     check = loading.check_pair
 

@@ -78,7 +78,7 @@ def load_preference_pairs(
     Returns:
         A data set with the columns prompt, chosen and rejected (or prompt, completion and label), all strings or all
         lists of messages, in the order of the source, and those named above. Other columns are dropped, and named in a
-        warning.
+        warning. The rows are mapped from the cache of `datasets`, where they are kept for the next time.
 
     Raises:
         PreferenceDataError: the source cannot be read, or a pair is broken.
