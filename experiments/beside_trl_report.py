@@ -1,57 +1,181 @@
-"""Table and figure of the experiment beside TRL."""
+"""Tables and figures of the experiment beside TRL."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.figures import BLUE, GREEN, VERMILLION, finish_panel, new_figure, save
-from experiments.tables import write_csv
+from experiments.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    finish_panel,
+    new_figure,
+    save,
+)
+from experiments.tables import mean_and_sd, write_csv
 
-COLOURS = {"dil lsif": BLUE, "dil dpo": GREEN, "trl dpo": VERMILLION}
+COLOURS = {
+    "trl dpo": VERMILLION,
+    "dil dpo": GREEN,
+    "dil lsif": BLUE,
+    "dil bce": PURPLE,
+    "dil bce, alpha 1/2": ORANGE,
+    "dil ukl": SKY,
+}
 PANELS = (
     ("margin", "Held-out margin", "log ratio a token, chosen - rejected"),
-    ("accuracy", "Held-out accuracy", "share of pairs"),
     ("chosen_logp", "Chosen responses", "log-prob a token, nats"),
     ("rejected_logp", "Rejected responses", "log-prob a token, nats"),
 )
+Records = Sequence[Mapping[str, Any]]
 
 
-def write_report(records: Sequence[Mapping[str, Any]], output: Path) -> None:
-    """Write summary.csv, curves.csv, curves.png and environment.txt, and print the summary."""
-    rows = [summary(record) for record in records]
-    write_csv(output / "summary.csv", rows)
-    curves = [{"arm": record["arm"], **entry} for record in records for entry in record["held_out"]]
-    write_csv(output / "curves.csv", curves)
-    (output / "environment.txt").write_text(records[0]["environment"].rstrip() + "\n")
-    figure = new_figure(10, 6.4)
-    for axes, (metric, title, label) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        for record in records:
-            steps = [entry["step"] for entry in record["held_out"]]
-            values = [entry[metric] for entry in record["held_out"]]
-            axes.plot(steps, values, color=COLOURS[record["arm"]], label=record["arm"], marker="o", markersize=3)
-        finish_panel(axes, title, "optimizer step", label)
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    save(figure, output / "curves.png")
-    for row in rows:
-        cells = (f"{name}={value:.4g}" for name, value in row.items() if name != "arm")
-        print(f"{row['arm']:<10}{'  '.join(cells)}")
+def write_report(records: Records, output: Path) -> None:
+    """Write the tables and figures of finished runs, and print the summary.
+
+    Args:
+        records: of the runs, with their kind, arm and seed.
+        output: for tuning.csv, runs.csv, summary.csv, curves.csv, items.csv, environment.txt, accuracy.png, curves.png.
+    """
+    runs = [record for record in records if record["kind"] == "run"]
+    tuning = [
+        {"arm": record["arm"], "learning_rate": record["learning_rate"], **record["validation"]}
+        for record in records
+        if record["kind"] == "tuning"
+    ]
+    if tuning:
+        write_csv(output / "tuning.csv", tuning)
+    rows = [of_run(record) for record in runs]
+    write_csv(output / "runs.csv", rows)
+    summary = summarise(rows)
+    write_csv(output / "summary.csv", summary)
+    write_csv(output / "curves.csv", [{**_key(record), **entry} for record in runs for entry in record["held_out"]])
+    items = _items(records)
+    if items:
+        write_csv(output / "items.csv", items)
+    (output / "environment.txt").write_text(runs[0]["environment"].rstrip() + "\n")
+    _draw_accuracy(runs, output / "accuracy.png")
+    _draw_curves(runs, output / "curves.png")
+    for row in summary:
+        cells = (f"{name}={value:.4g}" for name, value in row.items() if name != "arm" and value != "")
+        print(f"{row['arm']:<20}{'  '.join(cells)}")
 
 
-def summary(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What one arm came to at the largest held-out margin, and what a step cost."""
-    best = max(record["held_out"], key=lambda entry: entry["margin"])
-    start = record["held_out"][0]
+def _key(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"arm": record["arm"], "seed": record["seed"]}
+
+
+def of_run(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What one run came to at its end, and what a step cost."""
+    start, end = record["held_out"][0], record["held_out"][-1]
+    kl = record.get("kl", {})
     return {
-        "arm": record["arm"],
+        **_key(record),
+        "learning_rate": record["learning_rate"],
         "steps": record["steps"],
-        "best_step": best["step"],
-        "margin": best["margin"],
-        "accuracy": best["accuracy"],
-        "chosen_logp_change": best["chosen_logp"] - start["chosen_logp"],
-        "rejected_logp_change": best["rejected_logp"] - start["rejected_logp"],
+        "accuracy": end["accuracy"],
+        "margin": end["margin"],
+        "chosen_logp_change": end["chosen_logp"] - start["chosen_logp"],
+        "rejected_logp_change": end["rejected_logp"] - start["rejected_logp"],
+        "kl_nats_a_token": kl.get("nats_a_token", ""),
+        "kl_nats_an_answer": kl.get("nats_an_answer", ""),
+        "kl_standard_error": kl.get("standard_error", ""),
         "seconds_per_step": record["seconds_per_step"],
+        "cpu_seconds_per_step": record["cpu_seconds_per_step"],
         "tokens_per_second": record["tokens_per_second"],
         "peak_gb": record["peak_bytes"] / 1e9,
     }
+
+
+def summarise(rows: Records) -> list[dict[str, Any]]:
+    """Means over the seeds of each arm, and the standard deviations of what was learned."""
+    summary = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        of_arm = [row for row in rows if row["arm"] == arm]
+        line: dict[str, Any] = {"arm": arm, "seeds": len(of_arm)}
+        for name in of_arm[0]:
+            if name in ("arm", "seed") or "" in (row[name] for row in of_arm):
+                continue
+            mean, deviation = mean_and_sd([row[name] for row in of_arm])
+            line[name] = mean
+            if name in ("accuracy", "margin", "chosen_logp_change", "rejected_logp_change"):
+                line[f"{name}_sd"] = deviation
+        summary.append(line)
+    return summary
+
+
+def _items(records: Records) -> list[dict[str, Any]]:
+    """Share of forced-choice items answered rightly before and after, and the difference with its standard error."""
+    starts = [record for record in records if record["kind"] == "start"]
+    if not starts:
+        return []
+    before, rows = starts[0]["items"], []
+    kinds = starts[0]["kinds"]
+    for record in records:
+        if record["kind"] != "run":
+            continue
+        for kind in (*dict.fromkeys(kinds), "all"):
+            places = [place for place, of in enumerate(kinds) if kind in (of, "all")]
+            changes = [float(record["items"][place]) - float(before[place]) for place in places]
+            change, deviation = mean_and_sd(changes)
+            rows.append(
+                {
+                    **_key(record),
+                    "kind": kind,
+                    "items": len(places),
+                    "before": sum(before[place] for place in places) / len(places),
+                    "after": sum(record["items"][place] for place in places) / len(places),
+                    "change": change,
+                    "standard_error": deviation / len(places) ** 0.5,
+                }
+            )
+    return rows
+
+
+def _by_arm(runs: Records) -> dict[str, list[Mapping[str, Any]]]:
+    grouped: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for record in runs:
+        grouped[record["arm"]].append(record)
+    return dict(grouped)
+
+
+def _draw_accuracy(runs: Records, path: Path) -> None:
+    """Held-out accuracy over the time of training: the mean of the seeds, each seed beside it."""
+    figure = new_figure(7.2, 4.2)
+    axes = figure.subplots()
+    for arm, of_arm in _by_arm(runs).items():
+        colour = COLOURS.get(arm, GREY)
+        minutes = [record["seconds_per_step"] / 60 for record in of_arm]
+        curves = [[entry["accuracy"] for entry in record["held_out"]] for record in of_arm]
+        steps = [entry["step"] for entry in of_arm[0]["held_out"]]
+        minute = sum(minutes) / len(minutes)
+        at = [step * minute for step in steps]
+        for curve in curves if len(curves) > 1 else ():
+            axes.plot(at, curve, color=colour, linewidth=0.7, alpha=0.35)
+        mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+        axes.plot(at, mean, color=colour, linewidth=2, marker="o", markersize=4, label=arm)
+    finish_panel(axes, "Held-out pairs won, over the time of training", "minutes of training", "share of pairs")
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def _draw_curves(runs: Records, path: Path) -> None:
+    """What becomes of margin and likelihoods, by optimizer step."""
+    figure = new_figure(11, 3.6)
+    for axes, (metric, title, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for arm, of_arm in _by_arm(runs).items():
+            for number, record in enumerate(of_arm):
+                steps = [entry["step"] for entry in record["held_out"]]
+                values = [entry[metric] for entry in record["held_out"]]
+                colour, name = COLOURS.get(arm, GREY), arm if number == 0 else None
+                axes.plot(steps, values, color=colour, label=name, marker="o", markersize=3, linewidth=1.2)
+        finish_panel(axes, title, "optimizer step", label)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    save(figure, path)

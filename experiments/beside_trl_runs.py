@@ -1,0 +1,311 @@
+"""The runs of the experiment beside TRL: one trainer, loss, learning rate and seed each."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from dil_kernels.cli.environment import describe_environment
+from dil_kernels.data.tokenization import tokenize_dataset
+from dil_kernels.models.evaluation import evaluating
+from experiments import forced_choice
+from experiments.scorer import Scorer, Sequences
+
+if TYPE_CHECKING:
+    from experiments.beside_trl import Run
+
+SPLIT_SEED = 20250305
+HELD_OUT = 0.2  # share of the pairs
+VALIDATION = 0.15  # share of the rest, on which learning rates are chosen
+ANSWERED_PROMPT_TOKENS = 512  # longer held-out prompts are not answered
+ANSWERED_TOGETHER = 8  # prompts
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained, and on what."""
+
+    model: Any  # the policy in fp32, as it starts
+    tokenizer: Any
+    train: Any  # rows of text
+    judged: Any  # held-out pairs; in a tuning run, pairs of the training side that it does not train on
+
+
+class Evaluation:
+    """Means over pairs of log-probs and log ratios a token, in nats.
+
+    Args:
+        scorer: of the policy, as it is now: the reference.
+        pairs: token ids.
+    """
+
+    def __init__(self, scorer: Scorer, pairs: Sequence[dict[str, Any]]) -> None:
+        self.scorer = scorer
+        self.sequences: Sequences = [
+            (pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")
+        ]
+        self.reference = self._score()
+
+    def _score(self) -> Tensor:  # [pairs, 2]
+        lengths = torch.tensor([len(response) for _, response in self.sequences])
+        return (self.scorer(self.sequences) / lengths).view(-1, 2)
+
+    def __call__(self) -> dict[str, float]:
+        """Of the policy now."""
+        logps = self._score()
+        ratios = logps - self.reference
+        return {
+            "chosen_logp": logps[:, 0].mean().item(),
+            "rejected_logp": logps[:, 1].mean().item(),
+            "margin": (ratios[:, 0] - ratios[:, 1]).mean().item(),
+            "accuracy": (ratios[:, 0] > ratios[:, 1]).double().mean().item(),
+        }
+
+
+class Watch(TrainerCallback):
+    """Times the steps and evaluates between them; what it saw is kept beside each checkpoint."""
+
+    def __init__(self, evaluation: Evaluation, every: int, path: Path) -> None:
+        self.evaluation, self.every, self.path = evaluation, every, path
+        self.seen: dict[str, list[Any]] = {"step_seconds": [], "step_cpu_seconds": [], "curve": []}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate the model as it starts, or take what was seen before the checkpoint."""
+        if state.global_step == 0:
+            self._evaluate(0)
+            return
+        earlier = json.loads(self.path.read_text())
+        steps = state.global_step
+        self.seen = {name: earlier[name][:steps] for name in ("step_seconds", "step_cpu_seconds")}
+        self.seen["curve"] = [entry for entry in earlier["curve"] if entry["step"] <= steps]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clocks."""
+        _synchronize()
+        self.started = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop them; evaluate where it is time to."""
+        _synchronize()
+        self.seen["step_seconds"].append(time.perf_counter() - self.started[0])
+        self.seen["step_cpu_seconds"].append(time.process_time() - self.started[1])
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._evaluate(state.global_step)
+            self.path.write_text(json.dumps(self.seen))  # before the checkpoint of this step
+
+    def _evaluate(self, step: int) -> None:
+        entry = {"step": step, **self.evaluation()}
+        self.seen["curve"].append(entry)
+        print(" ".join(f"{name}={value:.4g}" for name, value in entry.items()), flush=True)
+
+
+def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Make a run and say what was seen."""
+    tuning = run.kind == "tuning"
+    problem = load_problem(options, tuning)
+    scorer, questions = Scorer(problem.model), forced_choice.items()[:: 16 if options.quick else 1]
+    if run.kind == "start":
+        return {
+            "items": forced_choice.score(scorer, problem.tokenizer, questions),
+            "kinds": [q.kind for q in questions],
+        }
+    evaluation = Evaluation(scorer, _tokenized(problem.judged, problem.tokenizer, options.max_length))
+    folder = run.folder(options)
+    watch = Watch(evaluation, options.eval_steps, folder.with_name(f"{folder.name}.part"))
+    steps = options.max_steps or options.epochs * (len(problem.train) // options.batch_size)
+    if tuning:
+        steps = max(1, len(problem.train) // options.batch_size // 3)
+    config: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": max(1, steps // 10),
+        "logging_steps": 1,
+        "save_strategy": "no" if tuning else "steps",
+        "save_steps": options.eval_steps,
+        "save_total_limit": 1,
+        "report_to": [],
+        "bf16": torch.cuda.is_available(),
+        "gradient_checkpointing": False,
+        "max_length": options.max_length,
+        "precompute_ref_log_probs": not options.random_llama,
+        "seed": 42 + run.seed,
+        "disable_tqdm": True,
+    }
+    trainer = _make_trainer(run, problem, config, options, watch)
+    checkpoints = list(folder.glob("checkpoint-*"))
+    result = trainer.train(resume_from_checkpoint=bool(checkpoints))
+    seconds = watch.seen["step_seconds"]
+    first = 2 if len(seconds) > 4 else 0  # compilation and warm-up
+    tokens = options.batch_size * _tokens_a_pair(_tokenized(problem.train, problem.tokenizer, options.max_length))
+    record = {
+        "learning_rate": learning_rate,
+        "steps": len(seconds),
+        "seconds_per_step": median(seconds[first:]),
+        "cpu_seconds_per_step": median(watch.seen["step_cpu_seconds"][first:]),
+        "tokens_per_second": tokens / median(seconds[first:]),
+        "peak_bytes": _peak_bytes(),
+        "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "last_loss": result.training_loss,
+        "environment": describe_environment(),
+    }
+    if tuning:
+        return {**record, "validation": watch.seen["curve"][-1]}
+    record["held_out"] = watch.seen["curve"]
+    if not options.random_llama:
+        record["items"] = forced_choice.score(scorer, problem.tokenizer, questions)
+        record["kl"] = _kl(scorer, load_problem(options, tuning), options)
+    return record
+
+
+def _make_trainer(run: Run, problem: Problem, config: dict[str, Any], options: argparse.Namespace, watch: Watch) -> Any:
+    """`DILTrainer`, each prompt once, or TRL's `DPOTrainer`."""
+    what = {"model": problem.model, "train_dataset": problem.train, "processing_class": problem.tokenizer}
+    what["callbacks"] = [watch]
+    assert run.arm is not None
+    config |= run.arm.options
+    if run.arm.trainer == "trl":
+        from trl import DPOConfig, DPOTrainer
+
+        micro_batch = options.trl_micro_batch or options.batch_size
+        config["per_device_train_batch_size"] = config["precompute_ref_batch_size"] = micro_batch
+        config["gradient_accumulation_steps"] = options.batch_size // micro_batch
+        reference = None if config["precompute_ref_log_probs"] else copy.deepcopy(problem.model)
+        return DPOTrainer(ref_model=reference, args=DPOConfig(**config), **what)
+    from dil_kernels.trainer import DILConfig, DILTrainer
+
+    config["per_device_train_batch_size"] = options.batch_size
+    return DILTrainer(args=DILConfig(**config, prefix_sharing=True), **what)
+
+
+@torch.no_grad()
+def _kl(scorer: Scorer, start: Problem, options: argparse.Namespace) -> dict[str, float]:
+    """KL of the policy from the reference, on answers that the policy samples to held-out prompts.
+
+    Answers end after `options.answer_tokens`; the estimate is the mean log ratio of the answers, in nats each.
+    """
+    torch.manual_seed(0)
+    pairs = _tokenized(start.judged, start.tokenizer, options.max_length)
+    prompts = [pair["prompt_ids"] for pair in pairs if len(pair["prompt_ids"]) <= ANSWERED_PROMPT_TOKENS]
+    prompts.sort(key=len)
+    end, sequences = start.tokenizer.eos_token_id, []
+    for first in range(0, len(prompts), ANSWERED_TOGETHER):
+        group = [prompt for prompt in prompts[first : first + ANSWERED_TOGETHER] for _ in range(options.answers)]
+        longest = max(map(len, group))
+        ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in group])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in group])
+        with evaluating(scorer.model):
+            answers = scorer.model.generate(
+                input_ids=ids.to(scorer.model.device),
+                attention_mask=mask.to(scorer.model.device),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                max_new_tokens=options.answer_tokens,
+                pad_token_id=end,
+                eos_token_id=end,
+            )
+        for prompt, answer in zip(group, answers[:, longest:].tolist(), strict=True):
+            sequences.append((prompt, answer[: answer.index(end) + 1] if end in answer else answer))
+    ratios = scorer(sequences) - Scorer(start.model)(sequences)
+    tokens = sum(len(answer) for _, answer in sequences)
+    return {
+        "answers": len(sequences),
+        "nats_an_answer": ratios.mean().item(),
+        "standard_error": (ratios.std() / len(sequences) ** 0.5).item() if len(sequences) > 1 else 0.0,
+        "nats_a_token": ratios.sum().item() / tokens,
+        "tokens_an_answer": tokens / len(sequences),
+    }
+
+
+def load_problem(options: argparse.Namespace, tuning: bool) -> Problem:
+    """Model, tokenizer and pairs, none longer than the maximum; no prompt is both trained on and judged by."""
+    from dil_kernels.data import load_preference_pairs
+    from dil_kernels.quickstart.embedded import load_embedded_pairs
+
+    model, tokenizer = _load_model(options)
+    pairs = load_embedded_pairs("train") if options.pairs is None else load_preference_pairs(options.pairs)
+    lengths = _tokenized(pairs, tokenizer, None)["length"]
+    pairs = pairs.select([index for index, length in enumerate(lengths) if length <= options.max_length])
+    train, held_out = _split(pairs.shuffle(seed=SPLIT_SEED), HELD_OUT)
+    return Problem(model, tokenizer, *(_split(train, VALIDATION) if tuning else (train, held_out)))
+
+
+def _split(pairs: Any, share: float) -> tuple[Any, Any]:
+    """The rest, and this share of the pairs or a little more: all pairs of the first prompts."""
+    of_prompts: dict[str, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        of_prompts.setdefault(json.dumps(pair["prompt"]), []).append(index)
+    rows: list[int] = []
+    for of_prompt in of_prompts.values():
+        if len(rows) >= max(1.0, share * len(pairs)):
+            break
+        rows += of_prompt
+    return pairs.select(sorted({*range(len(pairs))} - {*rows})), pairs.select(rows)
+
+
+def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    if options.quick:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+        from shared import load_model as load_tiny
+
+        return load_tiny(None)
+    from dil_kernels.quickstart.smollm2 import prepare
+
+    directory = options.model or prepare("runs/smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if not options.random_llama:
+        return AutoModelForCausalLM.from_pretrained(directory), tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config), tokenizer
+
+
+def _tokenized(pairs: Any, tokenizer: Any, max_length: int | None) -> Any:
+    """Token ids of the pairs."""
+    half = None if max_length is None else max_length // 2
+    return tokenize_dataset(pairs, tokenizer, max_length=max_length, max_prompt_length=half, truncation_mode="keep_end")
+
+
+def _tokens_a_pair(pairs: Any) -> float:
+    """Tokens of prompts and responses that a pair has on average, padding not counted."""
+    total = sum(2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    return total / len(pairs)
+
+
+def _peak_bytes() -> int:
+    """On a GPU of what torch allocated; else of the whole process, evaluation included."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
