@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+COMMA := ,
 
-.PHONY: help install quickstart wheel docs docs-links test test-oldest test-newest trainers sanitize lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
+.PHONY: help install quickstart wheel docs docs-links test test-oldest test-newest trainers sanitize sanitize-memory sanitize-threads fuzz faults lint format bench gpu-check gpu-sanitize gpu-bench gpu-profile gpu-train aot-report env clean
 
 help:
 	@echo "make quickstart   train SmolLM2-135M with the fused DIL loss and show what it learned"
@@ -22,7 +23,9 @@ help:
 	@echo "make aot-report   what the compilers make of every Triton kernel, without a GPU"
 	@echo "make docs         the documentation site into build/docs/, any warning an error; docs-links asks the network for its outer links"
 	@echo "make wheel        sdist and wheel into dist/, the wheel tested where no compiler is"
-	@echo "make sanitize     the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize     the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make fuzz         coverage-guided fuzzing of the public functions and the readers of data, 10 minutes each"
+	@echo "make faults       every fault at every moment of a run: the table of docs/faults.md"
 	@echo "make lint         ruff, mypy, import-linter, clang-format; make format applies the formatters"
 	@echo "make env          versions, backends, and why one is unavailable"
 
@@ -113,21 +116,56 @@ docs: $(VENV)/.installed-dev
 docs-links: $(VENV)/.installed-dev
 	$(SPHINX) -b linkcheck docs build/docs-links
 
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, at every SIMD level; first a read beyond a tensor that must be seen.
-# Masked vectors, of which the bf16 product is made, AddressSanitizer does not see: its own tests have guard pages instead.
-CPU_SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
-CPU_SANITIZED := cd tests && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/build/sanitize/lib \
-  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" $(abspath $(BIN))/python
+# The CPU kernels under sanitizers, in an extension that is built for each into build/.
+CPU_BUILT_WITH = rm -rf build/$(1); CXX=g++ CXXFLAGS="$(2) -O1 -g" DIL_KERNELS_BUILD=cpu \
+  $(BIN)/python setup.py -q build --build-base build/$(1)/temp --build-lib build/$(1)/lib
+PRELOADED = $$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=libstdc++.so.6)
 CPU_SANITIZED_TESTS := $(addprefix test_,bf16_mm.py fused_loss.py fused_loss_unpaired.py infinite_log_ratios.py layouts.py linear.py linear_autograd.py \
   linear_bounds.py linear_logits_path.py logps.py losses.py ops.py scalar_losses.py softcapping.py)
-sanitize: $(VENV)/.installed-dev
-	rm -rf build/sanitize
-	CXX=g++ CXXFLAGS="$(CPU_SANITIZERS)" DIL_KERNELS_BUILD=cpu $(BIN)/python setup.py -q build --build-base build/sanitize/temp --build-lib build/sanitize/lib
-	if ($(CPU_SANITIZED) sanitizers/read_beyond.py) 2> build/sanitize/seen.txt; then echo "a read beyond a tensor was not seen"; exit 1; fi
+CPU_SANITIZED_PYTEST := -m pytest -p no:cacheprovider -q -k "cpp or mm" $(CPU_SANITIZED_TESTS) $(ARGS)
+sanitize: sanitize-memory sanitize-threads
+
+# AddressSanitizer and UndefinedBehaviorSanitizer, at every SIMD level; first a read beyond a tensor that must be seen. Masked vectors, of
+# which the bf16 product is made, AddressSanitizer does not see: its own tests have guard pages instead.
+SANITIZED_MEMORY = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call PRELOADED,asan)" \
+  PYTHONPATH=$(CURDIR)/build/sanitize/lib $(abspath $(BIN))/python
+build/sanitize/.built: $(VENV)/.installed-dev $(SOURCES)
+	$(call CPU_BUILT_WITH,sanitize,-fsanitize=address$(COMMA)undefined -fno-sanitize-recover=undefined)
+	@touch $@
+sanitize-memory: build/sanitize/.built
+	cd tests && if ($(SANITIZED_MEMORY) sanitizers/read_beyond.py) 2> ../build/sanitize/seen.txt; then echo "a read beyond a tensor was not seen"; exit 1; fi
 	grep -q "ERROR: AddressSanitizer" build/sanitize/seen.txt
-	for level in avx512_bf16 avx512 avx2 baseline; do \
-	  echo $$level; (export DIL_KERNELS_CPU_CAPABILITY=$$level; $(CPU_SANITIZED) -m pytest -p no:cacheprovider -q -k "cpp or mm" $(CPU_SANITIZED_TESTS) $(ARGS)) || exit 1; \
+	cd tests && for level in avx512_bf16 avx512 avx2 baseline; do \
+	  echo $$level; DIL_KERNELS_CPU_CAPABILITY=$$level $(SANITIZED_MEMORY) $(CPU_SANITIZED_PYTEST) || exit 1; \
 	done
+
+# ThreadSanitizer, in the place of torch's loops some on std::thread, which it sees through; torch itself has one thread. First a race
+# that must be seen. It sees what csrc reads and writes, and nothing of torch, which is not built for it.
+SANITIZED_THREADS = OMP_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" PYTHONPATH=$(CURDIR)/build/sanitize_threads/lib \
+  LD_PRELOAD="$(call PRELOADED,tsan) $(CURDIR)/build/sanitize_threads/threads.so" $(abspath $(BIN))/python
+sanitize-threads: $(VENV)/.installed-dev
+	$(call CPU_BUILT_WITH,sanitize_threads,-fsanitize=thread)
+	g++ -std=c++17 -O1 -g -fsanitize=thread -fPIC -shared -pthread tests/sanitizers/threads.cpp -o build/sanitize_threads/threads.so
+	cd tests && if (DIL_PLANTED_RACE=1 $(SANITIZED_THREADS) sanitizers/loop.py) 2> ../build/sanitize_threads/seen.txt; then echo "a race was not seen"; exit 1; fi
+	grep -q "WARNING: ThreadSanitizer: data race" build/sanitize_threads/seen.txt
+	cd tests && $(SANITIZED_THREADS) $(CPU_SANITIZED_PYTEST)
+
+# Coverage-guided fuzzing (atheris, by the coverage of the Python code) of the public functions and of the readers of preference data. What that finds of
+# calls that differ runs again on the extension with AddressSanitizer, whose own symbols for coverage keep atheris from seeing any. It begins with the
+# inputs of tests/fuzz/corpus; one that fails is kept in build/fuzz: mend what it shows, and add it to the corpus, which the suite runs.
+FUZZ_SECONDS ?= 600
+FUZZED = PYTHONPATH=$(CURDIR)/build/fuzz/packages:$(CURDIR) $(abspath $(BIN))/python run.py $(1) ../../build/fuzz/$(1) corpus/$(1) \
+  -artifact_prefix=../../build/fuzz/$(1)- -max_total_time=$(FUZZ_SECONDS) -max_len=$(2) -timeout=60 -rss_limit_mb=8192 -print_final_stats=1
+fuzz: build/sanitize/.built
+	mkdir -p build/fuzz/ops build/fuzz/readers
+	$(PIP) --target build/fuzz/packages --upgrade atheris==3.0.0
+	cd tests/fuzz && $(call FUZZED,ops,64) $(ARGS)
+	cd tests/fuzz && $(SANITIZED_MEMORY) replay.py ops corpus/ops ../../build/fuzz/ops
+	cd tests/fuzz && $(call FUZZED,readers,2048) -dict=readers.dict $(ARGS)
+
+# Every cell of docs/faults.md.
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/test_faults.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

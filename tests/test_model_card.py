@@ -122,7 +122,7 @@ def test_the_recipe_of_the_card_has_options_of_options(tmp_path: Path) -> None:
     assert recipe_of(config)["lr_scheduler_kwargs"] == kwargs
 
 
-def test_before_is_that_of_the_first_run_when_resumed(tmp_path: Path) -> None:
+def test_before_is_that_of_the_first_run_when_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def run(output_dir: Path, **options: Any) -> Any:
         config = config_of(output_dir, save_strategy="steps", save_steps=2, eval_strategy="no")
         return run_training(make_model(), make_tokenizer(), config, make_pairs(9), make_pairs(5, seed=1), **options)
@@ -132,8 +132,12 @@ def test_before_is_that_of_the_first_run_when_resumed(tmp_path: Path) -> None:
         path.rename(tmp_path / "gone")
     resumed = run(tmp_path / "run", resume_from_checkpoint=True)
     assert resumed == whole
-    (tmp_path / "run" / BEFORE_NAME).unlink()
-    assert run(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")) is None
+    kept, checkpoint = tmp_path / "run" / BEFORE_NAME, str(tmp_path / "run" / "checkpoint-2")
+    kept.write_text(kept.read_text()[:40])
+    assert run(tmp_path / "run", resume_from_checkpoint=checkpoint) is None
+    assert f"{kept} cannot be used (" in caplog.text
+    kept.unlink()
+    assert run(tmp_path / "run", resume_from_checkpoint=checkpoint) is None
 
 
 def test_unpaired_responses_have_a_table_of_sides(tmp_path: Path, capsys) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dil_kernels.cli.environment import version_of
 from dil_kernels.losses import divergence_names
+from dil_kernels.user_cache import make_private
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -34,7 +35,7 @@ def help_text() -> str:
         pass
     text = _make_text()
     with contextlib.suppress(OSError):  # it is written for speed alone
-        directory.mkdir(parents=True, exist_ok=True)
+        make_private(directory)
         with tempfile.TemporaryDirectory(dir=directory) as fresh:
             (Path(fresh) / path.name).write_text(f"{key}\n{text}", encoding="utf-8")
             os.replace(Path(fresh) / path.name, path)

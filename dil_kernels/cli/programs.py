@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -93,29 +94,33 @@ def train(options: RunOptions, config: DILConfig) -> None:
         NotImplementedError: a set-up that `DILTrainer` refuses, such as several GPUs in one process.
         TrainingError: training failed.
     """
-    from dil_kernels.training.output_dir import output_directory
+    from dil_kernels.training.agreement import done_by_all
+    from dil_kernels.training.output_dir import OutputDirError, output_directory
     from dil_kernels.training.preflight import check_before_loading
 
-    checkpoint = _resolve_checkpoint(options, config)
     try:
         check_before_loading(config)
     except ValueError as error:
         raise InputError(str(error)) from error
-    with output_directory(
-        str(config.output_dir),
-        overwrite=options.overwrite_output_dir,
-        checkpoint=checkpoint,
-        inputs={"--model": options.model, "--ref-model": options.ref_model},
-    ):
+    checkpoint = _resolve_checkpoint(options, config)
+    with contextlib.ExitStack() as stack:
+        directory = output_directory(
+            str(config.output_dir),
+            overwrite=options.overwrite_output_dir,
+            checkpoint=checkpoint,
+            inputs={"--model": options.model, "--ref-model": options.ref_model},
+        )
+        done_by_all(lambda: stack.enter_context(directory), OutputDirError)
         _load_and_train(options, config, checkpoint)
 
 
 def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | None) -> None:
-    tokenizer = _load_tokenizer(options)  # which is small, before the data
-    train_dataset, eval_dataset = _load_data(options, config)
+    from dil_kernels.training.agreement import done_by_all
     from dil_kernels.training.output_dir import continues
     from dil_kernels.training.run import run_training
 
+    tokenizer = done_by_all(lambda: _load_tokenizer(options), InputError)  # which is small, before the data
+    train_dataset, eval_dataset = done_by_all(lambda: _load_data(options, config), InputError)
     model = _with_lora(_load_model(options.model, options), options, config)
     ref_model = None if options.ref_model is None else _load_model(options.ref_model, options)
     run_training(
@@ -137,13 +142,16 @@ def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | None:
     Raises:
         InputError: there is none, it is not whole, or it was trained with other options.
     """
-    from dil_kernels.training.start import check_same_run, find_checkpoint, options_record
+    from dil_kernels.training.agreement import done_by_all
+    from dil_kernels.training.start import CannotStartError, agreed_checkpoint, check_same_run, options_record
 
     if options.resume_from_checkpoint is False:
         return None
     try:
-        checkpoint = find_checkpoint(options.resume_from_checkpoint, str(config.output_dir))
-        check_same_run(checkpoint, options_record(config), config.resume_with_changes)
+        checkpoint = agreed_checkpoint(options.resume_from_checkpoint, str(config.output_dir))
+        done_by_all(
+            lambda: check_same_run(checkpoint, options_record(config), config.resume_with_changes), CannotStartError
+        )
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"--resume-from-checkpoint: {error}") from error
     return str(checkpoint)
@@ -199,10 +207,8 @@ def _load_tokenizer(options: RunOptions) -> Any:
 def _of_the_hub(name: str, options: RunOptions) -> dict[str, Any]:
     """Arguments of `from_pretrained`, of tokenizer and model; the revision is that of --model."""
     revision = options.model_revision if name == options.model else None
-    return {
-        **({} if revision is None else {"revision": revision}),
-        **({"trust_remote_code": True} if options.trust_remote_code else {}),
-    }
+    # Where this is not said, transformers asks at the terminal.
+    return {**({} if revision is None else {"revision": revision}), "trust_remote_code": options.trust_remote_code}
 
 
 def _load_model(name: str, options: RunOptions) -> Any:
@@ -241,5 +247,6 @@ def _with_lora(model: Any, options: RunOptions, config: DILConfig) -> Any:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"dil-train: error: {message}", file=sys.stderr)
+    shown = "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in message)
+    print(f"dil-train: error: {shown}", file=sys.stderr)
     return status

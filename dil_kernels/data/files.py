@@ -245,5 +245,5 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                 said = say_lost_nulls(table.data, str(path))
             for record in table:
                 yield f"{path}, row {next(number)}", without_padding(record, table.features)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise PreferenceDataError(f"{path}: broken Parquet file: {error}") from error

@@ -32,6 +32,7 @@ from dil_kernels.data.files import ROWS_PER_CHUNK
 from dil_kernels.data.messages import PreferenceDataError
 from dil_kernels.data.pair_storage import concatenate_stored, pairs_table, parts_of_pairs, set_source
 from dil_kernels.data.pairs import Pair
+from dil_kernels.user_cache import make_private
 
 FORMAT = 1
 PAIRS_NAME, ABOUT_NAME = "pairs.arrow", "about.json"
@@ -131,7 +132,7 @@ def _locked(directory: Path) -> Iterator[None]:
     """One process at a time."""
     lock = FileLock(directory.with_suffix(".lock"))
     with _keeping():
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        make_private(directory.parent)
         lock.acquire()
     try:
         yield

@@ -12,6 +12,7 @@ from dil_kernels.data.cache_key import code_key
 from dil_kernels.data.chat_template import ChatRenderer
 from dil_kernels.data.columns import without_padding
 from dil_kernels.data.encoding import TextEncoder
+from dil_kernels.data.kept_rows import kept_rows
 from dil_kernels.data.loading import open_pairs, place
 from dil_kernels.data.messages import PreferenceDataError
 from dil_kernels.data.pair_storage import source_of
@@ -118,16 +119,19 @@ def tokenize_and_report(
         rows = [row(pair, ids, index) for (pair, ids), index in zip(found, indices, strict=True)]
         return {name: [each[name] for each in rows] for name in rows[0]}
 
-    tokenized = dataset.map(
-        tokenize,
-        with_indices=True,
-        batched=True,
-        batch_size=ROWS_PER_BATCH,
-        remove_columns=[name for name in dataset.column_names if name not in GIVEN_REFERENCE],
-        num_proc=num_proc,
-        # `datasets` keeps results by the arguments, not by the code that this calls.
-        fn_kwargs={"code": code_key()},
-        desc="Tokenizing preference pairs",
+    tokenized = kept_rows(
+        lambda load: dataset.map(
+            tokenize,
+            with_indices=True,
+            batched=True,
+            batch_size=ROWS_PER_BATCH,
+            remove_columns=[name for name in dataset.column_names if name not in GIVEN_REFERENCE],
+            num_proc=num_proc,
+            # `datasets` keeps results by the arguments, not by the code that this calls.
+            fn_kwargs={"code": code_key()},
+            load_from_cache_file=load,
+            desc="Tokenizing preference pairs",
+        )
     )
     names = ("dropped", "prompt_lost", "responses_lost", "responses_cut", "identical")
     counts = {name: tokenized.with_format("numpy")[name][:] for name in names}

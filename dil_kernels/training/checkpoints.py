@@ -8,11 +8,13 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,6 +25,9 @@ from dil_kernels.wording import describe_error
 logger = logging.getLogger(__name__)
 
 NO_CHECKPOINT = "no checkpoint had been written before it"
+CHECKSUMS_NAME = "dil_checksums.json"  # in every checkpoint
+# What is read on resuming; the parts of FSDP and DeepSpeed are in directories of their own, and left out.
+CHECKED = re.compile(rf".*\.(safetensors|bin|pt|pth)|{re.escape(TRAINER_STATE_NAME)}")
 
 
 def checkpoint_directories(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -68,6 +73,65 @@ def where_to_resume(output_dir: str | os.PathLike[str], step: float = math.inf) 
         return f"the last good checkpoint is {last_complete_checkpoint(output_dir, before=step)}"
     except FileNotFoundError:
         return NO_CHECKPOINT
+
+
+@contextlib.contextmanager
+def writing_checkpoint(directory: Path, wait_for_everyone: Callable[[], None], *, main: bool) -> Iterator[None]:
+    """While all processes write a checkpoint: last the trainer state, without which it is not whole, then checksums.
+
+    Args:
+        directory: of the checkpoint; it may be left from a run that did not write it to its end.
+        wait_for_everyone: returns when every process has called it.
+        main: whether this process writes what there is one of.
+
+    Raises:
+        SavingError: as of `saving`.
+    """
+    with saving(str(directory), directory.parent):
+        if main:
+            directory.mkdir(parents=True, exist_ok=True)
+            for name in (TRAINER_STATE_NAME, CHECKSUMS_NAME):
+                (directory / name).unlink(missing_ok=True)
+            _order_by_step(directory.parent)
+        yield
+        wait_for_everyone()
+        if main:
+            checksums = {path.name: _checksum(path) for path in _files(directory)}
+            (directory / CHECKSUMS_NAME).write_text(json.dumps(checksums, indent=2) + "\n")
+
+
+def _order_by_step(output_dir: Path) -> None:
+    """Let no checkpoint be from the future: transformers removes the oldest first, and a clock may be set back."""
+    now = time.time()
+    directories = sorted(checkpoint_directories(output_dir), key=lambda path: int(path.name.rpartition("-")[2]))
+    if any(path.stat().st_mtime > now for path in directories):
+        for age, path in enumerate(reversed(directories), start=1):
+            os.utime(path, (now - 10 * age, now - 10 * age))
+
+
+def changed_file(checkpoint: Path) -> str | None:
+    """A file of a checkpoint that is not as it was written, or gone; None if there is none, or no checksums."""
+    try:
+        checksums: dict[str, str] = json.loads((checkpoint / CHECKSUMS_NAME).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return CHECKSUMS_NAME
+    files = {path.name: path for path in _files(checkpoint)}
+    changed = (name for name, value in checksums.items() if name not in files or _checksum(files[name]) != value)
+    return next(changed, None)
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.iterdir() if CHECKED.fullmatch(path.name) and path.is_file())
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class SavingError(OSError):

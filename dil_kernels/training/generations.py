@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dil_kernels.models.evaluation import evaluating
+from dil_kernels.training.agreement import told_by_all
+from dil_kernels.training.markdown import escaped
 from dil_kernels.training.model_checks import pad_token_id, position_limit, vocabulary_size
 
 GENERATIONS_NAME, RECORD_NAME = "generations.md", "generations.jsonl"
@@ -57,14 +58,19 @@ class SampleGenerations(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop the answers of another run, or those after the step from which this one is resumed; then answer."""
-        self._last_step = None
+        """Drop the answers of another run, or those after the step that this one is resumed at; without any, answer."""
+        kept = []
         if state.is_world_process_zero:
             path = Path(str(args.output_dir)) / RECORD_NAME
-            kept = [row for row in _read(path) if row["step"] < state.global_step]
+            kept = [row for row in _read(path) if row["step"] <= state.global_step > 0]
+            steps = [row["step"] for row in kept]
+            if steps and steps.count(steps[-1]) < len(self._prompts):  # of which a killed run wrote a part
+                kept = [row for row in kept if row["step"] != steps[-1]]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._answer(state)
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        self._last_step = told_by_all(kept[-1]["step"] if kept else None)[0]
+        if self._last_step is None:
+            self._answer(state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Answer, within training."""
@@ -158,14 +164,10 @@ def _as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A section a prompt, in it a line a step."""
     parts = ["# Greedy answers to held-out prompts"]
     for number, prompt in enumerate(dict.fromkeys(row["prompt"] for row in rows), start=1):
-        lines = [f"| {row['step']} | {_cell(row['completion'])} |" for row in rows if row["prompt"] == prompt]
+        lines = [f"| {row['step']} | {escaped(row['completion'])} |" for row in rows if row["prompt"] == prompt]
         table = "\n".join(["| step | answer |", "|---:|---|", *lines])
-        parts.append(f"## Prompt {number}\n\n> {_cell(prompt)}\n\n{table}")
+        parts.append(f"## Prompt {number}\n\n> {escaped(prompt)}\n\n{table}")
     return "\n\n".join(parts) + "\n"
-
-
-def _cell(text: str) -> str:
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", "<br>")
 
 
 def _report(trainer: Any, rows: list[dict[str, Any]]) -> None:

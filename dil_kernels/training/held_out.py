@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dil_kernels.training.metrics import PREDICTIONS
+
+logger = logging.getLogger(__name__)
 
 BEFORE_NAME = "held_out_before.json"
 
@@ -96,12 +99,23 @@ class HeldOutBefore(TrainerCallback):
         """Score, or read what the run that is resumed scored."""
         path = Path(str(args.output_dir)) / BEFORE_NAME
         if state.global_step > 0:
-            self.scores = HeldOutScores(**json.loads(path.read_text())) if path.is_file() else None
+            self.scores = _kept_scores(path)
             return
         self.scores = score_held_out(self._trainer)
         if state.is_world_process_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(asdict(self.scores)) + "\n")
+
+
+def _kept_scores(path: Path) -> HeldOutScores | None:
+    """Those of a file; None where there is none, or, with a warning, a damaged one."""
+    try:
+        return HeldOutScores(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s cannot be used (%s): there will be no table of before and after", path, error)
+        return None
 
 
 def _change(value: float) -> str:

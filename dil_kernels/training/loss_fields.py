@@ -107,3 +107,7 @@ class FusedLossFields(LossFields):
         default="auto",
         metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
     )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without tokens of the hub: transformers pickles the options beside the weights, and uploads both."""
+        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}

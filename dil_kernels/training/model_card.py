@@ -7,16 +7,18 @@ import enum
 import importlib.metadata
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import ModelCardData
 
 from dil_kernels.losses import LossOptions
 from dil_kernels.training.held_out import BeforeAfter
+from dil_kernels.training.markdown import code, escaped, fenced, table
 from dil_kernels.training.plots import plot_training_curves
 
 CARD_NAME, PLOT_NAME = "README.md", "training_curves.png"
@@ -73,7 +75,7 @@ def write_model_card(trainer: Any, notes: CardNotes, **given: Any) -> Path:
     title = given.get("model_name") or directory.resolve().name
     sections = [
         f"---\n{_metadata(trainer, notes, given)}\n---",
-        f"# {title}",
+        f"# {escaped(title)}",
         _introduction(trainer, notes, given),
         "## Results\n\n" + _results(trainer, notes, has_plot),
         "## Data\n\n" + _data(trainer, notes),
@@ -123,9 +125,9 @@ def _public(source: str) -> str:
 
 def _introduction(trainer: Any, notes: CardNotes, given: Mapping[str, Any]) -> str:
     base = given.get("finetuned_from") or _base_model(trainer, notes)
-    model = f"[{base}](https://huggingface.co/{base})" if base else "A language model"
+    model = f"[{escaped(base)}](https://huggingface.co/{quote(base)})" if base else "A language model"
     if base is None and "model" in notes.sources:
-        model = f"The local model `{Path(notes.sources['model']).name}`"
+        model = f"The local model {code(Path(notes.sources['model']).name)}"
     return (
         f"{model}, trained on preference data {_method(LossOptions(**trainer.args.loss_options()))} and "
         f"`dil_kernels` {_version('dil-kernels')}."
@@ -144,7 +146,7 @@ def _results(trainer: Any, notes: CardNotes, has_plot: bool) -> str:
     parts = []
     if notes.results is not None:
         head, *rows = notes.results.rows()
-        parts.append(_table([head, *rows]))
+        parts.append(table([head, *rows]))
         parts.append("Log-probs in nats, over the scored tokens of the responses.")
 
     def last_log(*names: str) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def _results(trainer: Any, notes: CardNotes, has_plot: bool) -> str:
     if sides:
         head = ("last logged", *(f"{title}, step {log['step']}" for title, _, log in sides))
         rows = [(f"`{name}`", *(_number(log.get(prefix + name)) for _, prefix, log in sides)) for name in names]
-        parts.append(_table([head, *rows]))
+        parts.append(table([head, *rows]))
         parts.append("Rewards are log ratios of policy and reference, times beta.")
     if has_plot:
         parts.append(f"![training curves]({PLOT_NAME})")
@@ -183,13 +185,13 @@ def _data(trainer: Any, notes: CardNotes) -> str:
                 continue
             rows = f"{len(part):,} {'responses' if 'label' in part.column_names else 'pairs'}"
             source, split = notes.sources.get(f"{key}_file"), notes.sources.get(f"{key}_split")
-            where = "" if source is None else f" of `{_public(source)}`"
+            where = "" if source is None else f" of {code(_public(source))}"
             if key == "train" and "datasets" in notes.sources:
-                where = " of " + ", ".join(f"`{_public(entry['path'])}`" for entry in notes.sources["datasets"])
-            where += "" if split is None or source is None else f", split `{split}`"
-            lines.append(f"- {title}{f' ({name})' if name else ''}: {rows}{where}.")
+                where = " of " + ", ".join(code(_public(entry["path"])) for entry in notes.sources["datasets"])
+            where += "" if split is None or source is None else f", split {code(split)}"
+            lines.append(f"- {title}{f' ({escaped(name)})' if name else ''}: {rows}{where}.")
     reports = getattr(trainer, "data_report", {})  # what truncation did to each data set, where that was counted
-    lines += [f"- Tokenised (`{name}`): {report}." for name, report in reports.items()]
+    lines += [f"- Tokenised ({code(name)}): {report}." for name, report in reports.items()]
     return "\n".join(lines or ["Not known."])
 
 
@@ -235,7 +237,7 @@ def _training(trainer: Any) -> str:
         ("device", _device(trainer)),
         ("versions", ", ".join(f"{name} {_version(name)}" for name in ("dil-kernels", *PACKAGES) if _version(name))),
     ]
-    return _table(rows)
+    return table(rows)
 
 
 def _device(trainer: Any) -> str:
@@ -257,7 +259,7 @@ def _reproduction(trainer: Any, notes: CardNotes) -> str:
     processes = trainer.accelerator.num_processes
     launch = "" if processes == 1 else f"accelerate launch --num_processes {processes} -m dil_kernels.cli "
     command = (launch or "dil-train ") + "--config recipe.yaml --output-dir out"
-    return f"```\n{command}\n```\n\nwith this `recipe.yaml`:\n\n```yaml\n{recipe}```"
+    return f"{fenced(command)}\n\nwith this `recipe.yaml`:\n\n{fenced(recipe, 'yaml')}"
 
 
 def recipe_of(args: Any) -> dict[str, Any]:
@@ -288,8 +290,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dil_kernels.training.checkpoints import checkpoint_directories
+from dil_kernels.training.run_lock import LOCK_NAME, OutputDirError, only_run
 
 # What a run writes: weights, adapters, tokenizers, states and reports of its own.
 WRITTEN = re.compile(
@@ -24,10 +25,6 @@ WRITTEN = re.compile(
     rf"|runs|{PREFIX_CHECKPOINT_DIR}-\d+"
 )
 NAMED = 8  # entries of a directory that a message lists
-
-
-class OutputDirError(ValueError):
-    """A directory that a run must not or cannot write into; the message says why, and what can be done."""
 
 
 @contextlib.contextmanager
@@ -48,23 +45,27 @@ def output_directory(
         inputs: directories that the run reads from, by the names that messages have for them.
 
     Raises:
-        OutputDirError: it holds what this run did not write, is an input, or cannot be written.
+        OutputDirError: it holds what this run did not write, is an input, cannot be written, or another run is in it.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    path, made = Path(output_dir), []
+    path, made, lock = Path(output_dir), [], contextlib.ExitStack()
     try:
         try:
-            _refuse(path, overwrite, checkpoint, inputs or {})
+            if path.exists() and not path.is_dir():
+                raise OutputDirError(f"output_dir={path}: it is a file, not a directory")
             made = [directory for directory in (path, *path.parents) if not directory.exists()]
             path.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(only_run(path))
+            _refuse(path, overwrite, checkpoint, inputs or {})
             with tempfile.TemporaryFile(dir=path) as file:
                 file.write(b"can be written")
         except OSError as error:
             raise OutputDirError(f"output_dir={path}: it cannot be written to: {error.strerror}") from error
         yield
     finally:
+        lock.close()
         for directory in made:
             with contextlib.suppress(OSError):  # it was not made, or is not empty
                 directory.rmdir()
@@ -92,9 +93,7 @@ class RemoveCheckpoints(TrainerCallback):
 def _refuse(
     path: Path, overwrite: bool | None, checkpoint: str | os.PathLike[str] | None, inputs: Mapping[str, str | None]
 ) -> None:
-    if path.exists() and not path.is_dir():
-        raise OutputDirError(f"output_dir={path}: it is a file, not a directory")
-    if path.is_dir() and not continues(path, checkpoint):
+    if not continues(path, checkpoint):
         _refuse_inputs(path, {**inputs, "resume_from_checkpoint": checkpoint})
         _refuse_entries(path, overwrite)
 
@@ -121,7 +120,7 @@ def _refuse_inputs(path: Path, inputs: Mapping[str, str | os.PathLike[str] | Non
 
 
 def _refuse_entries(path: Path, overwrite: bool | None) -> None:
-    entries = sorted(entry.name for entry in path.iterdir())
+    entries = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_NAME)
     if not entries:
         return
     replaced = [name for name in entries if WRITTEN.fullmatch(name)]

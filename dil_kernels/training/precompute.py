@@ -127,7 +127,8 @@ class ReferencePass:
         values = broadcast_object_list(found)[0]
         done = "" if entry is None else f"read from {entry.path}"
         if values is None:
-            values = self._compute(dataset, batch_size)
+            with torch.random.fork_rng():  # training is the same where they are read
+                values = self._compute(dataset, batch_size)
             problem = self.cache if entry is None else entry.store(values)
             done = (
                 f"computed and not kept: {problem}" if problem or entry is None else f"computed; kept in {entry.path}"

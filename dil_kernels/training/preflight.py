@@ -12,6 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from dil_kernels.backends import resolve_backend
+from dil_kernels.training.agreement import refuse_lone_processes
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.metrics import METRICS, SIDE_METRICS
 from dil_kernels.wording import describe_error
@@ -24,7 +25,9 @@ def check_before_loading(config: DILConfig) -> None:
 
     Raises:
         ValueError: names the option and says why.
+        NotImplementedError: several processes were launched, but each would train alone.
     """
+    refuse_lone_processes(config.world_size)
     try:
         resolve_backend(config.backend, config.device, torch.float32)
     except RuntimeError as error:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import dil_kernels
 from dil_kernels.data.token_counts import response_id_columns, token_counts, token_ids
 from dil_kernels.training.adapters import adapters_in_use
+from dil_kernels.user_cache import make_private
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class CacheEntry:
         data = save({"logps": np.ascontiguousarray(logps), "lengths": self.lengths}, metadata)
         scratch = self.path.with_name(f".{self.path.stem}-{uuid.uuid4().hex}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(self.path.parent)
             with scratch.open("wb") as file:
                 file.write(data)
                 file.flush()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_probl
 from dil_kernels.models.packed_attention import UnsupportedPackingError, attention_of, install_packed_attention
 from dil_kernels.models.prefix_sharing import install_prefix_sharing
 from dil_kernels.models.tensor_parallel import tensor_parallel_size
+from dil_kernels.training.agreement import refuse_lone_processes
 from dil_kernels.training.config import JOINED_ROWS
 from dil_kernels.training.model_checks import check_causal_lm, keep_gradients_of_4_bits
 
@@ -36,7 +36,7 @@ def causal_lm(model: Any, name: str) -> Any:
         NotImplementedError: its weights take no gradients.
     """
     if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     if model is not None or name == "model":
         check_causal_lm(model, name)
         keep_gradients_of_4_bits(model, name)
@@ -52,7 +52,7 @@ def tokenizer_of(model: Any, tokenizer: Any) -> Any:
     """
     if tokenizer is None and not isinstance(model, str):
         raise ValueError("processing_class must be the tokenizer of the model, got None")
-    return AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=False) if tokenizer is None else tokenizer
 
 
 def refuse_inexact_setups(trainer: Trainer) -> None:
@@ -79,12 +79,7 @@ def refuse_split_batches(trainer: Trainer, *, tensor_parallelism: bool = False) 
         NotImplementedError: the message is the reason.
     """
     accelerator: Any = trainer.accelerator
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes < launched:
-        raise NotImplementedError(
-            f"{launched} processes were launched, but each would train alone, on all of the data: give "
-            "use_cpu=True (--use-cpu) if they are to train together on CPUs"
-        )
+    refuse_lone_processes(accelerator.num_processes)
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(
             f"{trainer.args.n_gpu} GPUs in one process would split a batch across its pairs; use torchrun, or make "

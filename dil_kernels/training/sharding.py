@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,10 @@ except ImportError as error:
     raise ImportError(f"training needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
 from dil_kernels.functional.vocab_parallel import is_dtensor
+from dil_kernels.models.evaluation import evaluating
+from dil_kernels.models.probes import weights_are_whole
 from dil_kernels.models.tensor_parallel import copied, tensor_parallel_size
+from dil_kernels.training.adapters import has_adapters
 
 
 def zero_stage(accelerator: Any) -> int | None:
@@ -70,6 +74,64 @@ def keep_outputs_exact(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def prepare_processes(trainer: Any) -> None:
+    """What a `DILTrainer` of several processes needs before its models are looked at and wrapped."""
+    agree_on_whole_weights(trainer.model, trainer.accelerator)
+    keep_outputs_exact(trainer.accelerator)
+    expect_all_gradients(trainer.model, trainer.accelerator, trainer.args.ddp_find_unused_parameters)
+
+
+def expect_all_gradients(model: nn.Module, accelerator: Any, given: bool | None) -> None:
+    """Spare DDP the search for parameters without a gradient, in every step, where there can be none.
+
+    It warns of such a search. Left to it are mixtures of experts, models that skip layers and those that are not of
+    transformers, in which it depends on the data what is used.
+
+    Args:
+        model: the policy, not yet wrapped.
+        accelerator: of the trainer.
+        given: `ddp_find_unused_parameters`.
+    """
+    handler = getattr(accelerator, "ddp_handler", None)
+    others = accelerator.num_processes == 1 or is_wrapped_late(accelerator) or processes_of_a_batch(accelerator) > 1
+    if handler is not None and not others and given is None and _uses_all_parameters(model):
+        handler.find_unused_parameters = False
+
+
+def _uses_all_parameters(model: Any) -> bool:
+    base: Any = model.get_base_model() if has_adapters(model) else model
+    config: Any = getattr(base, "config", None)
+    if not type(base).__module__.startswith("transformers.models.") or not weights_are_whole(model):
+        return False
+    options = config.get_text_config().to_dict()
+    if any(re.search("expert|moe", name) or ("layerdrop" in name and value) for name, value in options.items()):
+        return False
+    ids = torch.ones(1, 2, dtype=torch.int64, device=base.device)
+    try:
+        with evaluating(model), torch.enable_grad():
+            logits = model(input_ids=ids, attention_mask=ids, use_cache=False).logits
+    except Exception:  # whatever a model's own code may raise: training raises it, too
+        return False
+    used = _leaves(logits)
+    return all(id(parameter) in used for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _leaves(output: torch.Tensor) -> set[int]:
+    """The ids of the parameters that a tensor was computed from."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    nodes: list[Any] = [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        nodes += [function for function, _ in node.next_functions]
+    return found
 
 
 def frozen_copy(model: nn.Module, accelerator: Any) -> nn.Module:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
+import socket
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +20,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from dil_kernels.training.checkpoints import last_complete_checkpoint, step_of
+from dil_kernels.training.agreement import done_by_all, told_by_all
+from dil_kernels.training.checkpoints import changed_file, last_complete_checkpoint, step_of, where_to_resume
 from dil_kernels.training.ref_cache import dataset_fingerprint
 from dil_kernels.training.reference_sync import REFERENCE_NAME
+from dil_kernels.training.run_lock import OutputDirError, only_run
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,12 @@ FREE = re.compile(
     r"|enable_jit_checkpoint|precompute_ref_batch_size|pad_to_multiple_of|activation_offloading"
 )
 ADAPTER_OPTIONS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora")
+
+
+TO_SHARE = (
+    "every process reads the checkpoint: let output_dir be on a file system that all machines share, or copy the "
+    "checkpoint to the same path on each of them"
+)
 
 
 class CannotStartError(ValueError):
@@ -218,12 +228,56 @@ def checkpoint_to_resume(trainer: Any, asked: str | bool | None, record: Mapping
     """
     if not asked:
         return None
-    checkpoint = find_checkpoint(asked, trainer.args.output_dir)
-    if trainer.is_world_process_zero():  # which may be the only one that has loaded the weights
-        check_same_run(checkpoint, record, allowed=trainer.args.resume_with_changes)
-    if trainer.args.sync_ref_model and not (checkpoint / REFERENCE_NAME).is_file():
-        raise CannotStartError(f"{checkpoint} has no reference that follows the policy (sync_ref_model=True)")
+    checkpoint = agreed_checkpoint(asked, trainer.args.output_dir)
+
+    def check() -> None:
+        if trainer.args.sync_ref_model and not (checkpoint / REFERENCE_NAME).is_file():
+            raise CannotStartError(f"{checkpoint} has no reference that follows the policy (sync_ref_model=True)")
+        changed = changed_file(checkpoint) if trainer.is_local_process_zero() else None
+        if changed is not None:
+            raise CannotStartError(
+                f"{checkpoint} cannot be resumed from: {changed} is not as it was written (its checksum differs, or it "
+                f"is gone); {where_to_resume(checkpoint.parent, step_of(checkpoint) or 0)}"
+            )
+        if trainer.is_world_process_zero():  # which may be the only one that has loaded the weights
+            check_same_run(checkpoint, record, allowed=trainer.args.resume_with_changes)
+
+    done_by_all(check, CannotStartError)
     return str(checkpoint)
+
+
+def agreed_checkpoint(asked: Any, output_dir: str | os.PathLike[str]) -> Path:
+    """As `find_checkpoint`, by every process on its own file system.
+
+    Raises:
+        CannotStartError: one has none, or another one; the same on every process.
+    """
+    checkpoint = done_by_all(
+        lambda: find_checkpoint(asked, output_dir), lambda message: CannotStartError(f"{message}; {TO_SHARE}")
+    )
+    state = (checkpoint / TRAINER_STATE_NAME).read_bytes()
+    told = told_by_all((socket.gethostname(), str(checkpoint), xxhash.xxh3_128_hexdigest(state)))
+    for rank, (host, path, digest) in enumerate(told):
+        if digest != told[0][2]:
+            raise CannotStartError(
+                f"process 0 on {told[0][0]} would resume from {told[0][1]}, but process {rank} on {host} from {path}, "
+                f"which is another one; {TO_SHARE}"
+            )
+    return checkpoint
+
+
+def only_run_of_all(trainer: Any) -> contextlib.AbstractContextManager[Any]:
+    """The lock on the output directory of a `DILTrainer`, which its main process has.
+
+    Raises:
+        OutputDirError: another run is in it; the same on every process.
+    """
+    lock = contextlib.ExitStack()
+    if trainer.is_world_process_zero():
+        done_by_all(lambda: lock.enter_context(only_run(trainer.args.output_dir)), OutputDirError)
+    else:
+        done_by_all(lambda: None, OutputDirError)
+    return lock
 
 
 class StopWhenFinished(TrainerCallback):

@@ -35,7 +35,7 @@ from dil_kernels.functional import DILOutput
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
 from dil_kernels.training.adapters import with_adapter
 from dil_kernels.training.batch_loss import BatchLoss
-from dil_kernels.training.checkpoints import check_weights, last_complete_checkpoint, saving
+from dil_kernels.training.checkpoints import check_weights, last_complete_checkpoint, writing_checkpoint
 from dil_kernels.training.config import DILConfig
 from dil_kernels.training.generations import SampleGenerations
 from dil_kernels.training.loss_watch import LogRatioRange, NonFinitePairs
@@ -55,12 +55,13 @@ from dil_kernels.training.set_up import (
     refuse_inexact_setups,
     tokenizer_of,
 )
-from dil_kernels.training.sharding import agree_on_whole_weights, gather_rows, is_sharded, keep_outputs_exact
+from dil_kernels.training.sharding import gather_rows, is_sharded, prepare_processes
 from dil_kernels.training.start import (
     RECORD_NAME,
     StopWhenFinished,
     checkpoint_to_resume,
     fingerprint_of_weights,
+    only_run_of_all,
     refuse_no_step,
     run_record,
 )
@@ -161,8 +162,7 @@ class DILTrainer(FilledByTokens):
             optimizers=optimizers,
         )
         refuse_inexact_setups(self)
-        agree_on_whole_weights(model, self.accelerator)
-        keep_outputs_exact(self.accelerator)
+        prepare_processes(self)
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
         self.model_accepts_loss_kwargs = True
         if hasattr(model, "add_model_tags"):
@@ -237,7 +237,8 @@ class DILTrainer(FilledByTokens):
 
         Raises:
             CannotStartError: there would be no step, or the checkpoint is not whole or was trained with other options,
-                data or reference.
+                data or reference, on any process.
+            OutputDirError: another run is writing into `output_dir`.
             SavingError: a checkpoint could not be written.
             FloatingPointError: a loss, or a weight that training left, is not finite.
         """
@@ -247,7 +248,8 @@ class DILTrainer(FilledByTokens):
         if checkpoint is not None and self._reference_sync is not None:
             self._reference_sync.load(Path(checkpoint))
         self._start_record()
-        output = super().train(checkpoint, *args, **kwargs)
+        with only_run_of_all(self):
+            output = super().train(checkpoint, *args, **kwargs)
         check_weights(self.model, self.state.global_step, self.accelerator.gather)
         return output
 
@@ -328,9 +330,8 @@ class DILTrainer(FilledByTokens):
         self._non_finite.check(self.accelerator.gather, self.args.output_dir)
         check_weights(model, self.state.global_step, self.accelerator.gather)
         directory = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with saving(str(directory), self.args.output_dir):
+        with writing_checkpoint(directory, self.accelerator.wait_for_everyone, main=self.args.should_save):
             if self.args.should_save:
-                directory.mkdir(parents=True, exist_ok=True)
                 (directory / RECORD_NAME).write_text(json.dumps(self._run_record, indent=2) + "\n")
                 if self._reference_sync is not None:
                     self._reference_sync.save(directory)

@@ -1,0 +1,66 @@
+"""A directory has one run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+LOCK_NAME = "_dil_run.lock"  # what begins so is not uploaded to the hub
+_held: set[Path] = set()  # by this process
+
+
+class OutputDirError(ValueError):
+    """A directory that a run must not or cannot write into; the message says why, and what can be done."""
+
+
+@contextlib.contextmanager
+def only_run(output_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other runs out of a directory that exists; within this process it may be nested.
+
+    The lock ends with the process, however that ends. On a file system without locks it keeps nobody out.
+
+    Raises:
+        OutputDirError: another process has it.
+    """
+    path = Path(output_dir).resolve() / LOCK_NAME
+    file = None if path in _held else _lock(path, output_dir)
+    if file is None:
+        yield
+        return
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.discard(path)
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is locked
+        os.close(file)
+
+
+def _lock(path: Path, output_dir: str | os.PathLike[str]) -> int | None:
+    """A descriptor of the locked file; None where there are no locks."""
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:  # a directory that cannot be written is refused elsewhere
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise OutputDirError(
+                f"output_dir={output_dir}: {holder} is training in it: wait for its end, or name another directory"
+            ) from None
+        except OSError:
+            os.close(file)
+            return None
+        if os.fstat(file).st_nlink:
+            with contextlib.suppress(OSError):  # on a full disk
+                os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".ljust(200).encode(), 0)
+            return file
+        os.close(file)  # of a run that has just ended
