@@ -247,7 +247,7 @@ def linear_token_logps(
     (head,) = split("linear_token_logps", options, HeadOptions)
     with checked_heads(head, hidden_states, lm_head_weight=lm_head_weight, lm_head_bias=lm_head_bias) as checks:
         checked = check_scored_head(hidden_states, lm_head_weight, lm_head_bias, labels, head, checks)
-    scored = head_logps(checked, head, checks.shard(), return_statistics=return_statistics)
+    scored = head_logps(checked, head, checks.shard(), return_statistics=bool(return_statistics))
     return scored.logps if scored.statistics is None else (scored.logps, scored.statistics)
 
 

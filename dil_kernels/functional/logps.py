@@ -78,7 +78,7 @@ def token_logps(
     (scoring,) = split("token_logps", options, LogitsOptions)
     with checked_logits(logits, scoring) as checks:
         checked = check_scored_logits(logits, labels, scoring, checks)
-    logps, statistics = logps_of_labels(checked, scoring, checks.shard(), return_statistics=return_statistics)
+    logps, statistics = logps_of_labels(checked, scoring, checks.shard(), return_statistics=bool(return_statistics))
     return logps if statistics is None else (logps, statistics)
 
 
