@@ -129,7 +129,7 @@ sanitize: sanitize-memory sanitize-threads
 # which the bf16 product is made, AddressSanitizer does not see: its own tests have guard pages instead.
 SANITIZED_MEMORY = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(call PRELOADED,asan)" \
   PYTHONPATH=$(CURDIR)/build/sanitize/lib $(abspath $(BIN))/python
-build/sanitize/.built: $(VENV)/.installed-dev $(SOURCES)
+build/sanitize/.built: $(VENV)/.installed-dev $(SOURCES) $(wildcard dil_kernels/*.py dil_kernels/*/*.py)
 	$(call CPU_BUILT_WITH,sanitize,-fsanitize=address$(COMMA)undefined -fno-sanitize-recover=undefined)
 	@touch $@
 sanitize-memory: build/sanitize/.built

@@ -136,7 +136,7 @@ class ScoringOptions:
             raise TypeError(f"ignore_index must be an integer, got {self.ignore_index!r}")
         if not -(2**63) <= self.ignore_index < 2**63:
             raise ValueError(f"ignore_index must be an int64 as the labels are, got {self.ignore_index}")
-        if not isinstance(self.shift, int):
+        if not isinstance(self.shift, int) or self.shift not in (0, 1):
             raise TypeError(f"shift must be true or false, got {self.shift!r}")
 
     @property

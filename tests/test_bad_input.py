@@ -42,6 +42,7 @@ TOKEN_CASES = [
     ({"final_logit_softcapping": "30"}, TypeError, "final_logit_softcapping must be a number, got '30'"),
     ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
     ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+    ({"shift": 2}, TypeError, "shift must be true or false, got 2"),
     ({"ignore_index": 2**63}, ValueError, f"ignore_index must be an int64 as the labels are, got {2**63}"),
     ({"labels": LABELS.tolist()}, TypeError, "labels must be a Tensor, got list"),
     ({"logits": LOGITS.numpy()}, TypeError, "logits must be a Tensor, got ndarray"),
