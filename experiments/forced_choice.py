@@ -42,8 +42,10 @@ def score(scorer: Scorer, tokenizer: Any, questions: Sequence[Item]) -> list[boo
         # The options begin with a space, before which byte-pair tokenizers cut.
         sequences += [(context, tokenizer(option, add_special_tokens=False)["input_ids"]) for option in item.options]
     logps = scorer(sequences)
+    if not bool(logps.isfinite().all()):
+        raise FloatingPointError("the model has log-probs that are not finite")
     ends = [*places[1:], len(sequences)]
-    return [bool(logps[start:end].argmax() == 0) for start, end in zip(places, ends, strict=True)]
+    return [bool(logps[start] > logps[start + 1 : end].max()) for start, end in zip(places, ends, strict=True)]
 
 
 def _sum(rng: random.Random) -> tuple[str, tuple[str, ...]]:

@@ -264,7 +264,7 @@ def child(
 
     faults: dict[str, Callable[[], Any]] = {
         "kill -9": lambda: os.kill(os.getpid(), signal.SIGKILL),
-        "SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT),
+        "SIGINT": lambda: signal.raise_signal(signal.SIGINT),  # to this thread, before it goes on
         "disk full": fill_disk,
         "read-only directory": lambda: make_read_only(out, folder / "caches"),
         "damaged checkpoint": lambda: damage_last_checkpoint(out),

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,19 @@ def test_a_row_that_is_too_long_is_named_with_its_size(
     with pytest.raises(PreferenceDataError) as caught:
         load_preference_pairs(path)
     assert str(caught.value).startswith(f"{path}, {place}: {size:,} bytes, but a row may have at most 1,000;")
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zip"])
+def test_a_compressed_file_of_a_directory_is_read_again_when_it_changes(
+    tmp_path: Path, cache: Path, ending: str
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for prompt in ("old", "new, longer"):
+        line = json.dumps({"prompt": prompt, "chosen": "yes", "rejected": "no"}).encode()
+        if ending.endswith("gz"):
+            (folder / f"train.{ending}").write_bytes(gzip.compress(line))
+        else:
+            with zipfile.ZipFile(folder / f"train.{ending}", "w") as archive:
+                archive.writestr("train.jsonl", line)
+        assert load_preference_pairs(folder)["prompt"][:] == [prompt]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import os
 import pickle
@@ -335,3 +336,12 @@ def test_copies_of_options_are_those(tmp_path: Path) -> None:
     copied = pickle.loads(pickle.dumps(config))
     assert (copied.alpha, copied.hub_token, config.hub_token) == (0.25, None, "hf_secret")
     assert copied == pickle.loads(pickle.dumps(copied))
+    for copied in (copy.copy(config), copy.deepcopy(config)):
+        assert (copied.alpha, copied.hub_token) == (0.25, "hf_secret")
+
+
+def test_the_padding_token_is_no_secret(tmp_path: Path) -> None:
+    trl_config = pytest.importorskip("dil_kernels.integrations.trl").DILConfig
+    config = trl_config(str(tmp_path), use_cpu=True, pad_token="<pad>", hub_token="hf_secret")
+    copied = pickle.loads(pickle.dumps(config))
+    assert (copied.pad_token, copied.hub_token) == ("<pad>", None)

@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from refusals import tokenising_refusal
 from tiny_tokenizers import EXACT, byte_level, word_piece
-from transformers import AddedToken
+from tokenizers import Tokenizer, models
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from dil_kernels.data import shared_beginnings
 from dil_kernels.data.shared_beginnings import SharedBeginnings
@@ -97,6 +98,7 @@ def test_ids_are_those_of_each_whole_text(kind: str, rows: list[Any], monkeypatc
 @pytest.mark.parametrize("kind", ["metaspace first", "bytes", "blanks on the left"])
 def test_a_prompt_is_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_beginnings, "TEXTS_COMPARED", 0)
+    monkeypatch.setattr(shared_beginnings, "_encodes_by_its_backend", lambda tokenizer: True)
     tokenizer = Wrapped(TOKENIZERS[kind]())
     shared = kind in EXACT
     mark = "<|assistant|>" if shared else "<|turn|>"
@@ -105,7 +107,8 @@ def test_a_prompt_is_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert tokenizer.characters == (len(prompt) + 2 * len(mark) + 5 if shared else 3 * len(prompt) + 5)
 
 
-def test_the_first_texts_show_where_it_does_not_hold() -> None:
+def test_the_first_texts_show_where_it_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_beginnings, "_encodes_by_its_backend", lambda tokenizer: True)
     tokenizer = Wrapped(byte_level(False), odd=True)
     encoder = SharedBeginnings(tokenizer)
     for start in ("yes", "no"):
@@ -125,3 +128,43 @@ def test_the_first_broken_row_is_named_whatever_is_broken_in_it(sound: int) -> N
     assert tokenising_refusal(datasets.Dataset.from_list(rows[:sound] + rows[:-3:-1])).startswith(
         f"row {sound + 1}, column 'chosen'"
     )
+
+
+def characters(specials: list[str], unknown: str | None = None) -> PreTrainedTokenizerFast:
+    """One id for each character of a small alphabet; no other text has one."""
+    vocabulary = {text: number for number, text in enumerate([*filter(None, [unknown]), *"<>#unkabcp "])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown))
+    backend.add_special_tokens(specials)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unknown)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "text"),
+    [
+        (characters(["###"]), "p ####", "p ####" + "#c"),
+        (characters(["###"]), "p ####", "p ####c"),
+        (characters(["<unk>", "<<"], unknown="<unk>"), "<<unk>é", "<<unk>éc"),
+    ],
+    ids=["overlaps itself", "ends within itself", "unknown text"],
+)
+def test_tokens_that_may_overlap_part_no_text(tokenizer: Any, prompt: str, text: str) -> None:
+    encoder = SharedBeginnings(tokenizer)
+    encoder.encode(["a"] * 80, [["ab"]] * 80)  # all that is compared
+    assert encoder.encode([prompt], [[text]]) == (
+        tokenizer([prompt], add_special_tokens=False)["input_ids"],
+        [tokenizer([text], add_special_tokens=False)["input_ids"]],
+    )
+
+
+class WithCodeOfItsOwn(PreTrainedTokenizerFast):
+    def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        replaced = [each.replace("a", "b") for each in text] if isinstance(text, list) else text.replace("a", "b")
+        return super()._encode_plus(replaced, *args, **kwargs)
+
+
+def test_code_around_the_backend_is_not_passed_by() -> None:
+    tokenizer = WithCodeOfItsOwn(tokenizer_object=characters([]).backend_tokenizer)
+    encoder = SharedBeginnings(tokenizer)
+    encoder.encode(["p"] * 80, [["pc"]] * 80)
+    (prompt,), ((text,),) = encoder.encode(["a"], [["ac"]])
+    assert (prompt, text) == (tokenizer("b")["input_ids"], tokenizer("bc")["input_ids"])

@@ -135,6 +135,7 @@ def _records_of_split(
         read_one: reads a file, by its path and its name in messages.
     """
     config = datasets.DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+    config.force_extract = True  # what was extracted before is found by its path, whatever the file has by now
     downloads = datasets.DownloadManager(builder.dataset_name, download_config=config, base_path=builder.base_path)
     known = list(map(str, builder.config.data_files))
     parts = [re.split(r"\W", part.strip(), maxsplit=1)[0] for part in split.split("+")]

@@ -25,8 +25,8 @@ class SharedBeginnings:
     with one have the ids that they have alone. So of the texts of a prompt only what begins with the last added token
     of the prompt, in most chat templates the mark of the turn that the response is in, is encoded behind the ids of
     the prompt before it. Where this need not hold, texts are encoded whole: prompts without an added token, and added
-    tokens that take the blanks before them, are looked for in normalised text or as whole words only, or stand within
-    the text of another.
+    tokens that take the blanks before them, are looked for in normalised text or as whole words only, stand within the
+    text of another, may begin in the text of one, or are what the tokenizer has for unknown text.
 
     The tokenizers of the package tokenizers encode a list of texts on all cores, here without offsets, which nothing
     needs. The first texts are also encoded by calling the tokenizer; where one differs, so are all.
@@ -38,6 +38,7 @@ class SharedBeginnings:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._is_quick = bool(getattr(tokenizer, "is_fast", False)) and not tokenizer.split_special_tokens
+        self._is_quick &= _encodes_by_its_backend(tokenizer)
         self._added: dict[int, Any] = dict(tokenizer.added_tokens_decoder) if self._is_quick else {}
         self._parting: dict[int, bool] = {}
         self._compared = 0
@@ -92,9 +93,22 @@ class SharedBeginnings:
             self._parting[token] = (
                 added.special
                 and not (added.lstrip or added.single_word or added.normalized)
+                and token != self._tokenizer.unk_token_id
                 and not any(added.content in other.content for key, other in self._added.items() if key != token)
+                and not any(_may_overlap(other.content, added.content) for other in self._added.values())
             )
         return self._parting[token]
+
+
+def _encodes_by_its_backend(tokenizer: Any) -> bool:
+    """Whether its class adds no code of its own around what the package tokenizers does."""
+    others = (cls for cls in type(tokenizer).__mro__ if cls.__module__.partition(".")[0] != "transformers")
+    return not any({"__call__", "_encode_plus", "_batch_encode_plus"} & vars(cls).keys() for cls in others)
+
+
+def _may_overlap(first: str, second: str) -> bool:
+    """Whether a text may begin within another one that stands before it, and end behind that."""
+    return any(first.endswith(second[:length]) for length in range(1, len(second)))
 
 
 def _grouped(ids: Iterable[list[int]], groups: Sequence[Sequence[str]]) -> Groups:

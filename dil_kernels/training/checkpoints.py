@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dil_kernels.wording import describe_error
@@ -101,10 +102,14 @@ def writing_checkpoint(directory: Path, wait_for_everyone: Callable[[], None], *
 
 
 def _order_by_step(output_dir: Path) -> None:
-    """Let no checkpoint be from the future: transformers removes the oldest first, and a clock may be set back."""
+    """Let checkpoints be as old as their steps say: transformers removes the oldest first.
+
+    A clock may be set back, and a copy is as old as its copying.
+    """
     now = time.time()
     directories = sorted(checkpoint_directories(output_dir), key=lambda path: int(path.name.rpartition("-")[2]))
-    if any(path.stat().st_mtime > now for path in directories):
+    times = [*(path.stat().st_mtime for path in directories), now]
+    if any(later < earlier for earlier, later in itertools.pairwise(times)):
         for age, path in enumerate(reversed(directories), start=1):
             os.utime(path, (now - 10 * age, now - 10 * age))
 
@@ -123,7 +128,8 @@ def changed_file(checkpoint: Path) -> str | None:
 
 
 def _files(checkpoint: Path) -> list[Path]:
-    return sorted(path for path in checkpoint.iterdir() if CHECKED.fullmatch(path.name) and path.is_file())
+    files = (path for path in checkpoint.iterdir() if CHECKED.fullmatch(path.name) and path.is_file())
+    return sorted(path for path in files if path.name != TRAINING_ARGS_NAME)  # a pickle, which nothing reads
 
 
 def _checksum(path: Path) -> str:

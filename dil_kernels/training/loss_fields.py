@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
+
+from typing_extensions import Self
+
+HUB_TOKENS = ("hub_token", "push_to_hub_token")
 
 
 @dataclass
@@ -110,4 +115,16 @@ class FusedLossFields(LossFields):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without tokens of the hub: transformers pickles the options beside the weights, and uploads both."""
-        return {name: None if name.endswith("_token") else value for name, value in vars(self).items()}
+        return {name: None if name in HUB_TOKENS else value for name, value in vars(self).items()}
+
+    def __copy__(self) -> Self:
+        """With all fields, unlike a pickle."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """With all fields, unlike a pickle."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied

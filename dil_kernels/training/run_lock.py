@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK_NAME = "_dil_run.lock"  # what begins so is not uploaded to the hub
-_held: set[Path] = set()  # by this process
+_held: dict[Path, int] = {}  # by this process, with the descriptor
+
+
+def _forget_what_the_parent_holds() -> None:
+    """A child that is forked, a worker of a loader, say, neither has the lock nor keeps it when its parent is gone."""
+    for file in _held.values():
+        os.close(file)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_what_the_parent_holds)
 
 
 class OutputDirError(ValueError):
@@ -31,11 +41,11 @@ def only_run(output_dir: str | os.PathLike[str]) -> Iterator[None]:
     if file is None:
         yield
         return
-    _held.add(path)
+    _held[path] = file
     try:
         yield
     finally:
-        _held.discard(path)
+        del _held[path]
         with contextlib.suppress(OSError):
             path.unlink()  # while it is locked
         os.close(file)
