@@ -1,4 +1,4 @@
-"""What checked and tokenised rows depend on beside the data: the code, which `datasets` does not see in its key."""
+"""What checked and tokenised rows depend on: content of files, and code, which `datasets` does not see in its key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
+import xxhash
+
+BLOCK = 2**20  # bytes that are read at a time
 PACKAGES = ("datasets", "jinja2", "tokenizers", "transformers")
 
 
@@ -22,4 +25,13 @@ def source_digest(package: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted((package / "data").glob("*.py")):
         digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """A digest of the content of a file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
     return digest.hexdigest()

@@ -26,7 +26,7 @@ from datasets.table import MemoryMappedTable
 from datasets.utils import tqdm
 from filelock import FileLock
 
-from dil_kernels.data.cache_key import code_key
+from dil_kernels.data.cache_key import code_key, file_digest
 from dil_kernels.data.columns import listening, say_once
 from dil_kernels.data.files import ROWS_PER_CHUNK
 from dil_kernels.data.messages import PreferenceDataError
@@ -36,7 +36,6 @@ from dil_kernels.user_cache import make_private
 
 FORMAT = 1
 PAIRS_NAME, ABOUT_NAME = "pairs.arrow", "about.json"
-BLOCK = 2**20
 
 Chunks = Callable[[], Iterator[list[Pair]]]
 
@@ -80,15 +79,6 @@ def kept_pairs(files: Sequence[Path], source: str, how: Sequence[str], chunks: C
             tables = (pairs_table(pairs, parts_of_pairs(pairs)) for pairs in chunks())
             dataset = concatenate_stored([datasets.Dataset(table) for table in tables])
     return set_source(dataset, source)
-
-
-def file_digest(path: Path) -> str:
-    """A digest of the content of a file."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

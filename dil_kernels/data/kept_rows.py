@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from dil_kernels.data.kept_pairs import file_digest
+from dil_kernels.data.cache_key import file_digest
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dil_kernels.data.cache_key import file_digest
 from dil_kernels.wording import describe_error
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,10 @@ CHECKED = re.compile(rf".*\.(safetensors|bin|pt|pth)|{re.escape(TRAINER_STATE_NA
 
 
 def checkpoint_directories(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """What a run has written as checkpoints, and nothing that only begins as their names do."""
+    """What a run has written as checkpoints, by their steps, and nothing that only begins as their names do."""
     paths = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted(path for path in paths if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name) and path.is_dir())
+    found = (path for path in paths if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name) and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -97,7 +98,7 @@ def writing_checkpoint(directory: Path, wait_for_everyone: Callable[[], None], *
         yield
         wait_for_everyone()
         if main:
-            checksums = {path.name: _checksum(path) for path in _files(directory)}
+            checksums = {path.name: file_digest(path) for path in _files(directory)}
             (directory / CHECKSUMS_NAME).write_text(json.dumps(checksums, indent=2) + "\n")
 
 
@@ -107,7 +108,7 @@ def _order_by_step(output_dir: Path) -> None:
     A clock may be set back, and a copy is as old as its copying.
     """
     now = time.time()
-    directories = sorted(checkpoint_directories(output_dir), key=lambda path: int(path.name.rpartition("-")[2]))
+    directories = checkpoint_directories(output_dir)
     times = [*(path.stat().st_mtime for path in directories), now]
     if any(later < earlier for earlier, later in itertools.pairwise(times)):
         for age, path in enumerate(reversed(directories), start=1):
@@ -123,21 +124,13 @@ def changed_file(checkpoint: Path) -> str | None:
     except (OSError, ValueError):
         return CHECKSUMS_NAME
     files = {path.name: path for path in _files(checkpoint)}
-    changed = (name for name, value in checksums.items() if name not in files or _checksum(files[name]) != value)
+    changed = (name for name, value in checksums.items() if name not in files or file_digest(files[name]) != value)
     return next(changed, None)
 
 
 def _files(checkpoint: Path) -> list[Path]:
     files = (path for path in checkpoint.iterdir() if CHECKED.fullmatch(path.name) and path.is_file())
     return sorted(path for path in files if path.name != TRAINING_ARGS_NAME)  # a pickle, which nothing reads
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 class SavingError(OSError):
