@@ -41,10 +41,9 @@ class Arm:
         return f"{self.trainer} {self.name}"
 
 
-SUMS = {"beta": 0.1, "average_log_prob": False}
 TRL, DPO, LSIF, BCE, HALF, UKL = ARMS = (
     Arm("trl", "dpo", {"loss_type": "sigmoid", "beta": 0.1}),
-    Arm("dil", "dpo", {"loss_type": "dpo", **SUMS}),
+    Arm("dil", "dpo", {"loss_type": "dpo", "beta": 0.1, "average_log_prob": False}),
     Arm("dil", "lsif", {"loss_type": "lsif"}),
     Arm("dil", "bce", {"loss_type": "bce"}),
     Arm("dil", "bce, alpha 1/2", {"loss_type": "bce", "alpha": 0.5}),

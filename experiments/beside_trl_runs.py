@@ -148,7 +148,7 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
     }
     trainer = _make_trainer(run, problem, config, options, watch)
     checkpoints = list(folder.glob("checkpoint-*"))
-    result = trainer.train(resume_from_checkpoint=bool(checkpoints))
+    trainer.train(resume_from_checkpoint=bool(checkpoints))
     seconds = watch.seen["step_seconds"]
     first = 2 if len(seconds) > 4 else 0  # compilation and warm-up
     tokens = options.batch_size * _tokens_a_pair(_tokenized(problem.train, problem.tokenizer, options.max_length))
@@ -160,7 +160,6 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         "tokens_per_second": tokens / median(seconds[first:]),
         "peak_bytes": _peak_bytes(),
         "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "last_loss": result.training_loss,
         "environment": describe_environment(),
     }
     if tuning:
