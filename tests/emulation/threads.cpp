@@ -4,12 +4,12 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
-#include <thread>
 
 #include "../../csrc/cpu/density_ratio.cpp"
 #include "../../csrc/cpu/linear_head.cpp"
 #include "../../csrc/cpu/logps.cpp"
 #include "../../csrc/cpu/row_kernels_baseline.cpp"
+#include "loop_on_threads.h"
 
 namespace dil {
 const RowKernels& row_kernels() { return kRowKernelsBaseline; }
@@ -21,21 +21,13 @@ namespace {
 int64_t num_threads = 1;
 int64_t shared_parts = 0;  // of loops that were shared out
 bool planted_race = false;
-int64_t visits = 0;
 
 }  // namespace
 
 // In the place of torch's: a part of [begin, end) for each thread, none below the grain.
 extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc f, void* context) {
   const int64_t most = (end - begin + grain - 1) / grain, parts = most < num_threads ? most : num_threads;
-  std::vector<std::thread> threads;
-  for (int64_t i = 0; i < parts; ++i) {
-    threads.emplace_back([=] {
-      if (planted_race) ++visits;
-      f(begin + (end - begin) * i / parts, begin + (end - begin) * (i + 1) / parts, context);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  loop_on_threads(parts, begin, end, f, context, planted_race);
   if (parts > 1) shared_parts += parts;
   return 0;
 }
