@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import multiprocessing
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from file_modes import make_read_only, set_rights
 from tiny_model import make_model, make_pairs, save_model, write_lines
 
 MOMENTS = ("tokenising", "precomputing", "training", "checkpointing", "evaluating", "final save")
@@ -184,24 +184,6 @@ def fill_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def make_read_only(*folders: Path) -> None:
-    for path in sorted((each for folder in folders for each in (folder, *folder.rglob("*"))), reverse=True):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    if os.geteuid() == 0:
-        _lose_the_rights_of_root()
-
-
-def _lose_the_rights_of_root() -> None:
-    """Modes of files hold for root, too, once this thread has no CAP_DAC_OVERRIDE."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    if libc.capget(header, data):
-        raise OSError(ctypes.get_errno(), "capget")
-    data[0] &= ~(1 << 1)
-    if libc.capset(header, data):
-        raise OSError(ctypes.get_errno(), "capset")
-
-
 def flip_a_byte(path: Path) -> None:
     with path.open("r+b") as file:
         middle = path.stat().st_size // 2
@@ -266,7 +248,7 @@ def child(
         "kill -9": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "SIGINT": lambda: signal.raise_signal(signal.SIGINT),  # to this thread, before it goes on
         "disk full": fill_disk,
-        "read-only directory": lambda: make_read_only(out, folder / "caches"),
+        "read-only directory": lambda: (make_read_only(out, folder / "caches"), set_rights(0)),
         "damaged checkpoint": lambda: damage_last_checkpoint(out),
         "two runs in one directory": meet,
         "clock moved back": lambda: move_clock_back(out),

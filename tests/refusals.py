@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 from tiny_model import make_tokenizer
 
@@ -39,3 +40,12 @@ def tokenising_refusal(dataset: datasets.Dataset) -> str:
     with pytest.raises(PreferenceDataError) as caught:
         tokenize_dataset(dataset, make_tokenizer(), **LENGTHS)
     return str(caught.value)
+
+
+def write_arrow(path: Path, *rows: dict[str, object]) -> Path:
+    """A file of a format that `datasets` reads, of a directory of which it keeps the checked rows, too."""
+    table = pa.Table.from_pylist([*rows])
+    path.parent.mkdir(exist_ok=True)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return path

@@ -11,7 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from refusals import LENGTHS, ONE_TURN, PLAIN, refusal, tokenising_refusal
+from refusals import LENGTHS, ONE_TURN, PLAIN, refusal, tokenising_refusal, write_arrow
 from tiny_model import CHAT_TEMPLATE, make_tokenizer, write_lines
 
 from dil_kernels.cli import programs
@@ -38,7 +38,7 @@ def test_columns_of_a_table_that_cannot_be_used_are_named(tmp_path: Path) -> Non
     directory = tmp_path / "set"
     directory.mkdir()
     pq.write_table(pa.table({"question": ["w1"], "answer": ["w2"]}), directory / "train.parquet")
-    assert refusal(directory) == f"{directory}: column 'chosen' is missing (columns: question, answer)"
+    assert refusal(directory) == f"{directory}/train.parquet: column 'chosen' is missing (columns: question, answer)"
     asked = datasets.Dataset.from_list([{"question": "w1", "answer": "w2"}])
     assert tokenising_refusal(asked) == "column 'chosen' is missing (columns: question, answer)"
     content = [{"role": "assistant", "content": b"w1"}]
@@ -144,7 +144,7 @@ def test_warnings_of_data_come_from_one_of_several_processes(
 def test_cached_rows_are_those_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tmp_path / "set"
     directory.mkdir()
-    datasets.Dataset.from_list([PLAIN]).to_parquet(directory / "train.parquet")
+    write_arrow(directory / "train.arrow", PLAIN)
     kept = []
     for key in ("one", "one", "other"):
         monkeypatch.setattr(loading, "code_key", lambda key=key: key)

@@ -199,5 +199,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     )
     assert "Config name is missing. Please pick one among the available configs: ['a', 'b']" in refusal(directory)
     (directory / "README.md").unlink()
-    (directory / "train.jsonl").rename(directory / "train.parquet")
+    table = (directory / "train.jsonl").rename(directory / "train.parquet")
+    assert refusal(directory).startswith(f"{table}: broken Parquet file: ")
+    table.rename(directory / "train.arrow")
     assert refusal(directory).startswith(f"{directory}: not a local file, and loading it as a data set failed: ")

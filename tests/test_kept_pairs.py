@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from refusals import CHAT, PLAIN, refusal, said
 from tiny_model import make_tokenizer, write_lines
 
 from dil_kernels.data import PreferenceDataError, files, kept_pairs, load_preference_pairs, loading
+from dil_kernels.data.cache_key import file_digest
 from dil_kernels.data.tokenization import tokenize_dataset
 
 CALL = {"type": "function", "function": {"name": "w7", "arguments": {"w1": None}}}
@@ -55,9 +57,14 @@ def test_a_file_is_read_once(tmp_path: Path, cache: Path, reads: list[str], capl
     assert not [left for left in cache.iterdir() if left.name.startswith(".")]
 
 
-@pytest.mark.parametrize("change", ["content", "code", "damage", "cut", "no notes"])
+@pytest.mark.parametrize("change", ["content", "code", "damage", "cut", "{}", "[]", '{"digest": "DIGEST"}'])
 def test_it_is_read_again_when_something_changes(
-    tmp_path: Path, cache: Path, reads: list[str], change: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    cache: Path,
+    reads: list[str],
+    change: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", PLAIN, PLAIN)
     kept = Path(load_preference_pairs(path).cache_files[0]["filename"])
@@ -72,10 +79,11 @@ def test_it_is_read_again_when_something_changes(
     elif change == "cut":
         kept.write_bytes(kept.read_bytes()[:-100])
     else:
-        kept.with_name(kept_pairs.ABOUT_NAME).write_text("{}")
+        kept.with_name(kept_pairs.ABOUT_NAME).write_text(change.replace("DIGEST", file_digest(kept)))
     rows = load_preference_pairs(path).to_list()
     assert rows == [{**PLAIN, "rejected": "w6"} if change == "content" else PLAIN] * 2
     assert len(reads) == 4
+    assert len(caplog.messages) == (change not in ("content", "code")), "said once"
 
 
 @pytest.mark.parametrize("form", ["set", "lines in an array"])
@@ -167,6 +175,57 @@ def test_nothing_is_kept_of_a_broken_file_or_one_that_changes(
     assert {left.suffix for left in cache.iterdir()} == {".lock"}
 
 
+@pytest.mark.parametrize("way", ["another in its place", "written to, with its time set back", "a hard link"])
+def test_a_file_that_changes_within_its_size_and_time_is_seen(
+    tmp_path: Path, cache: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", PLAIN, PLAIN)
+    check = loading.check_pair
+
+    def changing(record: Any, where: str, like: Any = None) -> Any:
+        stat, text = path.stat(), path.read_text().replace("w5", "w6")
+        if way.startswith("another"):
+            path.with_name("new").write_text(text)
+            path.with_name("new").replace(path)
+        elif way.startswith("written"):
+            path.write_text(text)
+        elif not path.with_name("link").exists():
+            path.with_name("link").hardlink_to(path)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        return check(record, where, like)
+
+    monkeypatch.setattr(loading, "check_pair", changing)
+    if way == "a hard link":
+        assert load_preference_pairs(path).to_list() == [PLAIN, PLAIN], "its content is the same"
+    else:
+        assert refusal(path) == f"{path}: it changed while it was read; read it again when it is complete"
+
+
+def test_what_killed_writers_left_is_removed_once_it_is_old(tmp_path: Path, cache: Path) -> None:
+    kept = Path(load_preference_pairs(write_lines(tmp_path / "pairs.jsonl", PLAIN)).cache_files[0]["filename"]).parent
+    digest, writer, day = kept.name, "0" * 32, 86400
+    made = {}
+    for name, age in (
+        (f".{digest}-{writer}/pairs.arrow", 2),
+        (f".{writer}-{writer}/pairs.arrow", 2),
+        (f".{writer}-{digest}/pairs.arrow", 0),  # of one that is at work
+        (f".{writer}-notes/mine", 2),
+        (f"{digest}/tmp_a1b2c3d", 2),  # as `datasets` writes rows
+        (f"{digest}/tmp_a1b2c3e", 0),
+        (f"{digest}/tmpnotes.txt", 2),
+    ):
+        path = cache / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        made[name] = path, time.time() - age * day
+    for path, then in made.values():
+        for each in (path, path.parent) if path.parent != kept else (path,):
+            os.utime(each, (then, then))
+    assert load_preference_pairs(write_lines(tmp_path / "others.jsonl", PLAIN)).to_list() == [PLAIN]
+    assert [path.exists() for path, _ in made.values()] == [False, False, True, True, False, True, True]
+    assert load_preference_pairs(tmp_path / "pairs.jsonl").to_list() == [PLAIN]
+
+
 def test_without_caching_pairs_are_on_disk_until_the_process_ends(tmp_path: Path, cache: Path) -> None:
     datasets.disable_caching()
     try:
@@ -226,3 +285,29 @@ def test_a_compressed_file_of_a_directory_is_read_again_when_it_changes(
             with zipfile.ZipFile(folder / f"train.{ending}", "w") as archive:
                 archive.writestr("train.jsonl", line)
         assert load_preference_pairs(folder)["prompt"][:] == [prompt]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+def test_a_file_of_a_directory_is_read_again_when_only_its_content_changes(
+    tmp_path: Path, cache: Path, ending: str
+) -> None:
+    path = tmp_path / "set" / f"train.{ending}"
+    path.parent.mkdir()
+    for prompt in ("old", "new"):
+        data = datasets.Dataset.from_list([{**PLAIN, "prompt": prompt}])
+        {"parquet": data.to_parquet, "csv": data.to_csv, "jsonl": data.to_json}[ending](path)
+        os.utime(path, (1000, 1000))
+        assert load_preference_pairs(path.parent)["prompt"][:] == [prompt]
+
+
+def test_columns_of_a_set_of_tables_are_named_once(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "set").mkdir()
+    for number in range(2):
+        data = datasets.Dataset.from_list([{**PLAIN, "prompt": f"w{number}", "id": number}])
+        data.to_parquet(tmp_path / "set" / f"train-0000{number}-of-00002.parquet")
+    for _ in range(2):
+        caplog.clear()
+        assert load_preference_pairs(tmp_path / "set")["prompt"][:] == ["w0", "w1"]
+        assert caplog.messages == [f"{tmp_path / 'set'}: not used: column 'id'"]

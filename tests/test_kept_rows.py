@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import pytest
+from file_modes import read_only
+from refusals import LENGTHS, write_arrow
 from tiny_model import make_pairs, make_tokenizer, write_lines
 
 from dil_kernels.data import load_preference_pairs
+from dil_kernels.data.mixture import split_off_test
 from dil_kernels.data.tokenization import tokenize_dataset
-
-LENGTHS = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
 
 
 def kept_files(cache: Path) -> list[Path]:
@@ -44,3 +46,49 @@ def test_damaged_rows_are_made_again(
     caplog.clear()
     assert rows() == whole
     assert "made again" not in caplog.text, "the file is whole again"
+
+
+@pytest.mark.parametrize(("kept", "processes"), [("pairs", None), ("pairs", 2), ("tokens, damaged", None)])
+def test_rows_that_cannot_be_kept_are_held_in_memory(
+    kept: str, processes: int | None, tmp_path: Path, datasets_cache: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a cache that another user has filled, or an administrator."""
+    source = write_lines(tmp_path / "data" / "pairs.jsonl", *make_pairs(20))
+
+    def rows() -> datasets.Dataset:
+        return tokenize_dataset(load_preference_pairs(source), make_tokenizer(), num_proc=processes, **LENGTHS)
+
+    load_preference_pairs(source)
+    if kept == "tokens, damaged":
+        rows()
+        (damaged,) = kept_files(tmp_path / "cache")
+        damaged.write_bytes(damaged.read_bytes()[:-100])
+    caplog.clear()
+    with read_only(tmp_path / "cache"):
+        held = rows()
+    said = [message for message in caplog.messages if "held in memory" in message]
+    assert len(said) == 1
+    assert said[0].startswith(f"{source}: rows are held in memory, since they cannot be kept on disk: ")
+    assert said[0].endswith(": Permission denied")
+    assert ("made again" in caplog.text) == (kept == "tokens, damaged")
+    assert not held.cache_files
+    assert held.to_list() == rows().to_list()
+
+
+def test_checked_rows_of_a_set_that_cannot_be_kept_are_held_in_memory(
+    tmp_path: Path, datasets_cache: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_arrow(tmp_path / "data" / "train.arrow", *make_pairs(20)).parent
+    (kept,) = datasets.load_dataset(str(source))["train"].cache_files
+    with read_only(Path(kept["filename"]).parent):  # not its locks, without which `datasets` reads nothing
+        held = load_preference_pairs(source)
+    assert f"{source}: rows are held in memory" in caplog.text
+    assert held.to_list() == load_preference_pairs(source).to_list()
+
+
+def test_a_part_is_held_out_of_what_cannot_be_written(tmp_path: Path, datasets_cache: None) -> None:
+    pairs = load_preference_pairs(write_lines(tmp_path / "data" / "pairs.jsonl", *make_pairs(20)))
+    with read_only(tmp_path / "cache"):
+        parts = split_off_test(pairs, 5, seed=0)
+    drawn = pairs.train_test_split(5, seed=0)
+    assert [part.to_list() for part in parts] == [drawn["train"].to_list(), drawn["test"].to_list()]

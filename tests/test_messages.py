@@ -315,3 +315,41 @@ def test_reference_log_probs_of_a_file_stay(tmp_path: Path) -> None:
     path.write_text(json.dumps(pair) + "\n" + json.dumps(PLAIN))
     with pytest.raises(PreferenceDataError, match="line 2: this record has prompt, chosen, rejected, but those before"):
         load_preference_pairs(path)
+
+
+def test_a_number_in_arguments_that_are_text_does_not_become_infinite() -> None:
+    calls = [call("w7", '{"a": 1e400}')]
+    pair = {"prompt": ASKED, "chosen": [said("assistant", None, tool_calls=calls)], "rejected": "w3"}
+    with pytest.raises(
+        PreferenceDataError, match="call 1: arguments is text, but no JSON: the number 1e400 is too large"
+    ):
+        check_pair({**pair, "rejected": [said("assistant", "w3")]}, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ('{"content": "w9"}', "has content, and so has the message itself"),
+        ('{"role": "user", "name": "w1"}', "has name, role, and so has the message itself"),
+        ('{"a": 1, "a": 2}', "the key 'a' stands twice in one object"),
+        ('{"a": {"b": 1e999}}', "the number 1e999 is too large to be read"),
+        ("[" * 100_000 + "]" * 100_000, "objects or lists are nested too deeply"),
+    ],
+)
+def test_other_keys_as_text_take_nothing_from_a_message(extra: str, problem: str) -> None:
+    pair = {"prompt": ASKED, "chosen": [said("assistant", "w3", name="w2", extra=extra)]}
+    with pytest.raises(PreferenceDataError, match="row 1, column 'chosen', message 1: extra") as caught:
+        check_pair({**pair, "rejected": [said("assistant", "w4")]}, "row 1")
+    assert problem in str(caught.value)
+
+
+def test_an_extra_that_is_no_object_is_the_users_own() -> None:
+    for extra in ("w5", "{w5}", "3", ["w5"]):
+        pair = {
+            "prompt": ASKED,
+            "chosen": [said("assistant", "w3", extra=extra)],
+            "rejected": [said("assistant", "w4")],
+        }
+        assert check_pair(pair, "row 1")["chosen"][0]["extra"] == extra
+    pair["chosen"] = [said("assistant", "w3", extra='{"name": "w5"}', name=None)]
+    assert check_pair(pair, "row 1")["chosen"] == [said("assistant", "w3", name="w5")]

@@ -20,7 +20,7 @@ from tiny_trainer import batch_of, make_trainer, tokenized
 from dil_kernels.cli.arguments import parse_arguments
 from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.trainer import DILConfig, DILTrainer
-from dil_kernels.training.held_out import BEFORE_NAME
+from dil_kernels.training.held_out import BEFORE_NAME, _kept_scores
 from dil_kernels.training.model_card import recipe_of
 from dil_kernels.training.run import run_training
 
@@ -133,7 +133,11 @@ def test_before_is_that_of_the_first_run_when_resumed(tmp_path: Path, caplog: py
     resumed = run(tmp_path / "run", resume_from_checkpoint=True)
     assert resumed == whole
     kept, checkpoint = tmp_path / "run" / BEFORE_NAME, str(tmp_path / "run" / "checkpoint-2")
-    kept.write_text(kept.read_text()[:40])
+    scores = json.loads(kept.read_text())
+    for wrong in (None, [], {}, {**scores, "chosen": None}, {**scores, "rejected": ["1"]}):
+        kept.write_text(json.dumps(wrong))
+        assert _kept_scores(kept) is None, wrong
+    kept.write_text(json.dumps(scores)[:40])
     assert run(tmp_path / "run", resume_from_checkpoint=checkpoint) is None
     assert f"{kept} cannot be used (" in caplog.text
     kept.unlink()

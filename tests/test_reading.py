@@ -8,7 +8,8 @@ from typing import Any
 
 import datasets
 import pytest
-from refusals import ASKED, LENGTHS, ONE_TURN, PLAIN, refusal
+import torch
+from refusals import ASKED, LENGTHS, ONE_TURN, PLAIN, refusal, tokenising_refusal
 from tiny_model import make_tokenizer, write_lines
 
 from dil_kernels.data import PreferenceDataError, check_pair, load_preference_pairs
@@ -78,8 +79,16 @@ def test_an_error_in_json_over_several_lines_is_named_by_its_line(tmp_path: Path
             '{"prompt": "w1", "chosen": "w2", "rejected": "w3", "id": ' + "[" * 100_000 + "]" * 100_000 + "}",
             "objects or lists are nested too deeply",
         ),
+        (
+            '{"prompt": "w1", "chosen": "w2", "rejected": "w3", "id": 1e400}',
+            "the number 1e400 is too large to be read",
+        ),
+        (
+            '{"prompt": "w1", "chosen": "w2", "rejected": "w3", "id": [0.0, -0e5, -0.05e-400]}',
+            "the number -0.05e-400 is too small to be read",
+        ),
     ],
-    ids=["key twice", "key twice in a message", "digits", "nesting"],
+    ids=["key twice", "key twice in a message", "digits", "nesting", "large", "small"],
 )
 def test_json_that_would_lose_a_value_or_cannot_be_read_is_named(tmp_path: Path, line: str, problem: str) -> None:
     path = tmp_path / "pairs.jsonl"
@@ -94,6 +103,23 @@ def test_json_that_would_lose_a_value_or_cannot_be_read_is_named(tmp_path: Path,
 def test_a_number_that_is_no_float_is_named(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", {**PLAIN, "ref_chosen_logps": 10**400})
     assert "line 1, column 'ref_chosen_logps': expected a number" in refusal(path)
+
+
+@pytest.mark.parametrize("form", ["pairs.jsonl", "pairs.csv", "data set"])
+def test_a_reference_log_prob_beyond_float32_is_named(tmp_path: Path, form: str) -> None:
+    row = {**PLAIN, "ref_chosen_logps": -1e39, "ref_rejected_logps": -1.0}
+    path = tmp_path / form
+    if form == "data set":
+        message = tokenising_refusal(datasets.Dataset.from_list([row]))
+    elif form == "pairs.csv":
+        path.write_text(",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n")
+        message = refusal(path)
+    else:
+        message = refusal(write_lines(path, row))
+    assert message.endswith("column 'ref_chosen_logps': -1e+39 is beyond the range of float32")
+    largest = torch.finfo(torch.float32).max
+    loaded = load_preference_pairs(write_lines(tmp_path / "largest.jsonl", {**row, "ref_chosen_logps": -largest}))
+    assert loaded["ref_chosen_logps"][:] == [-largest]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])

@@ -288,6 +288,11 @@ class Recorder(logging.Handler):
 
 def test_log_probs_that_the_data_bring_are_kept_as_they_are(tmp_path: Path) -> None:
     given = tokenized(make_pairs(7)).add_column("ref_chosen_logps", [-1.0 * i for i in range(7)])
+    both = given.add_column("ref_rejected_logps", [-1.0] * 6 + [-1e39])
+    with pytest.raises(
+        ValueError, match="train data set, row 7, column 'ref_rejected_logps': expected a finite number"
+    ):
+        make_trainer(tmp_path, train_dataset=both, precompute_ref_log_probs=True)
     with pytest.raises(ValueError, match="has ref_chosen_logps, but no ref_rejected_logps"):
         precomputed(tmp_path, train_dataset=given)
     trainer, calls = precomputed(tmp_path, train_dataset=given.add_column("ref_rejected_logps", [-2.0] * 7))

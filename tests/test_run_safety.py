@@ -6,8 +6,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from dil_kernels.cli import programs
 from dil_kernels.quickstart import run as quickstart
 from dil_kernels.trainer import DILConfig, DILTrainer
 from dil_kernels.training.checkpoints import writing_checkpoint
-from dil_kernels.training.run_lock import OutputDirError, only_run
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +218,19 @@ def test_a_checkpoint_that_is_not_whole_is_named(inputs: Path, tmp_path: Path, c
     for name, damage, message in (
         ("trainer_state.json", None, "trainer_state.json, which is written last, is missing or broken"),
         ("trainer_state.json", b'{"global_', "trainer_state.json, which is written last, is missing or broken"),
+        (
+            "trainer_state.json",
+            b'{"global_step": "1"}',
+            "trainer_state.json, which is written last, is missing or broken",
+        ),
+        (
+            "trainer_state.json",
+            b'{"log_history": 1}',
+            "trainer_state.json, which is written last, is missing or broken",
+        ),
+        ("dil_checksums.json", b"null", "dil_checksums.json is not as it was written"),
+        ("dil_run.json", b"[]", "dil_run.json is damaged"),
+        ("dil_run.json", b"{", "dil_run.json is damaged"),
         ("optimizer.pt", None, "optimizer.pt is missing"),
         ("scheduler.pt", b"", "scheduler.pt is damaged"),
         ("model.safetensors", None, "it holds no weights"),
@@ -336,32 +346,6 @@ def test_the_quickstart_overwrites_its_own_runs_only(tmp_path: Path, monkeypatch
     (tmp_path / "trainer_state.json").write_text("{}")
     assert quickstart.main(options) == 0
     assert len(runs) == 1
-
-
-def test_a_child_neither_has_the_lock_nor_keeps_it(tmp_path: Path) -> None:
-    """As a worker of a loader would that outlives a killed run."""
-    asks, answers = os.pipe(), os.pipe()
-    with only_run(tmp_path):
-        child = os.fork()
-        if child == 0:
-            try:
-                with only_run(tmp_path):
-                    os.write(answers[1], b"in")
-            except OutputDirError:
-                os.write(answers[1], b"refused")
-            os.read(asks[0], 1)  # stays until the parent has left
-            os._exit(0)
-        assert os.read(answers[0], 9) == b"refused"
-    other = [
-        sys.executable,
-        "-c",
-        f"from {only_run.__module__} import only_run\nwith only_run({str(tmp_path)!r}): pass",
-    ]
-    try:
-        assert subprocess.run(other, capture_output=True, text=True).stderr == ""
-    finally:
-        os.write(asks[1], b".")
-        os.waitpid(child, 0)
 
 
 def test_the_oldest_checkpoint_is_that_of_the_first_step_whatever_the_files_say(tmp_path: Path) -> None:

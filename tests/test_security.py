@@ -226,12 +226,45 @@ def test_generations_show_text_as_it_is() -> None:
         kinds = [token.type for token in tokens]
         assert kinds.count("heading_open") == 2, text  # those of the page
         assert not ({*kinds} & ACTIVE) - {"heading_open", "html_inline"}, text
-        assert {token.content for token in tokens if token.type == "html_inline"} <= {"<br>"}
+        assert {token.content for token in tokens if token.type == "html_inline"} <= {"<br>", "<!-- -->"}
         assert kinds.count("td_open") == 2, text
         lines = re.split(r"\r|\n", text)
         shown = "".join(token.content for token in tokens if token.type in ("text", "text_special"))
         for line in lines:
             assert shown.count(line.strip()) == 2, (text, shown)
+
+
+SHOWN = {
+    "https://x.y/z": "https://x.y/z",
+    "see www.x.y, x.yz, HTTP://x.y, //x.y and ftp://x.y": "see www.x.y, x.yz, HTTP://x.y, //x.y and ftp://x.y",
+    "@name, a@b.cd, mailto:a@b.cd": "@name, a@b.cd, mailto:a@b.cd",
+    "  \tcode": "  \tcode",
+    "\tcode ": "\tcode ",
+    "    four\t": "    four\t",
+    "\x1b[2J\x00\x7f\x9b1m\x85": r"\x1b[2J\x00\x7f\x9b1m\x85",
+    "a\u202eb\u2066c\u2069\u200fd\u061c": r"a\u202eb\u2066c\u2069\u200fd\u061c",
+}
+LINKED = re.compile(r"://|//|\bwww\.|@\w|\w\.[a-z]{2}", re.IGNORECASE)
+
+
+@pytest.mark.parametrize(("text", "shown"), SHOWN.items())
+def test_text_is_no_link_and_loses_nothing(text: str, shown: str) -> None:
+    """As those see it who make links of plain text, which they look for within one run of text."""
+    page = _as_markdown([{"step": 1, "prompt": text, "completion": text}])
+    found = [""]
+    for token in markdown_tokens(page):
+        if token.type in ("text", "text_special"):
+            found[-1] += token.content
+        elif token.type == "html_inline":
+            assert token.content == "<!-- -->"
+            found[-1] += "\0"
+        else:
+            assert token.type not in ACTIVE - {"heading_open"} | {"code_block"}
+            found.append("")
+    assert [each.replace("\0", "") for each in found].count(shown) == 2
+    assert not [run for each in found for run in each.split("\0") if LINKED.search(run)]
+    assert shown in code(text)
+    assert shown in fenced(text)
 
 
 def test_code_blocks_and_tables_end_where_they_should() -> None:
@@ -261,7 +294,7 @@ def test_a_model_card_says_names_and_nothing_more(tmp_path: Path) -> None:
     tokens = markdown_tokens(body)
     kinds = [token.type for token in tokens]
     assert not {*kinds} & {"image", "html_block", "em_open", "s_open"}
-    assert {token.content for token in tokens if token.type == "html_inline"} == {"<br>"}
+    assert {token.content for token in tokens if token.type == "html_inline"} == {"<br>", "<!-- -->"}
     headings = [tokens[i + 1].content for i, kind in enumerate(kinds) if kind == "heading_open"]
     assert headings[1:] == ["Results", "Data", "Training", "How to reproduce", "Citation"]
     links = [token.attrs["href"] for token in tokens if token.type == "link_open"]

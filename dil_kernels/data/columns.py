@@ -31,6 +31,7 @@ def choose_columns(
     features: Mapping[str, Any],
     source: str,
     batches: Callable[[str], Iterable[Any]],
+    said_of: str | None = None,
 ) -> list[str]:
     """The columns of a table that are used; says in one line which are not.
 
@@ -39,6 +40,7 @@ def choose_columns(
         features: of `datasets`, by column.
         source: of the table, for messages; empty if it is not known.
         batches: gives the rows of a column, as Arrow tables or record batches.
+        said_of: what is said to have the columns that are not used, where it is not `source`.
 
     Raises:
         PreferenceDataError: a column that is needed is missing, stands twice, or holds images or sound.
@@ -56,7 +58,7 @@ def choose_columns(
         if name not in names:
             raise PreferenceDataError(f"{prefix}column {name!r} is missing (columns: {', '.join(names)})")
     unused = unused_columns(names)
-    say_unused(unused, source)
+    say_unused(unused, source if said_of is None else said_of)
     return [name for name in names if name not in unused]
 
 

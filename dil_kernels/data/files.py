@@ -67,7 +67,7 @@ def read_file(path: Path) -> Iterator[Record]:
     """
     kind = check_file(path)
     if kind == ".parquet":
-        return _read_parquet(path)
+        return read_parquet(path, str(path), str(path))
     return read_csv(path, str(path)) if kind.startswith(".csv") else read_json(path, str(path))
 
 
@@ -227,23 +227,31 @@ def _cell(column: str, text: str) -> Any:
     return text or None
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def read_parquet(path: Path, name: str, source: str) -> Iterator[Record]:
+    """Every record of a Parquet file, of the columns that are used.
+
+    Args:
+        path: the file.
+        name: what errors call it.
+        source: the set that it is of, which is said to have columns that are not used.
+    """
     try:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
         columns = choose_columns(
             schema.names,
             datasets.Features.from_arrow_schema(schema),
-            str(path),
+            name,
             lambda column: file.iter_batches(batch_size=16, columns=[column]),
+            said_of=source,
         )
         number = itertools.count(1)
         said = False
         for batch in file.iter_batches(batch_size=ROWS_PER_CHUNK, columns=columns):
             table = datasets.Dataset(pa.Table.from_batches([batch]))
             if not said:
-                said = say_lost_nulls(table.data, str(path))
+                said = say_lost_nulls(table.data, source)
             for record in table:
-                yield f"{path}, row {next(number)}", without_padding(record, table.features)
+                yield f"{name}, row {next(number)}", without_padding(record, table.features)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise PreferenceDataError(f"{path}: broken Parquet file: {error}") from error
+        raise PreferenceDataError(f"{name}: broken Parquet file: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -15,7 +16,8 @@ def parse_json(text: str | bytes) -> Any:
 
     Raises:
         ValueError: it is no JSON (`json.JSONDecodeError`, `UnicodeDecodeError`), or holds what would be lost or cannot
-            be read: a key that stands twice in an object, a number of too many digits, nesting that is too deep.
+            be read: a key that stands twice in an object, a number of too many digits or out of the range of a double,
+            nesting that is too deep.
     """
     if isinstance(text, bytes):
         encoding = json.detect_encoding(text)
@@ -62,4 +64,12 @@ def _integer(digits: str) -> int:
         raise ValueError(f"a number of {len(digits):,} digits ({digits[:12]}...) cannot be read") from None
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)  # `json.loads` makes one at every call
+def _fraction(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number) or (not number and re.match(r"-?[0.]*[1-9]", digits)):
+        raise ValueError(f"the number {digits:.40} is too {'small' if not number else 'large'} to be read")
+    return number
+
+
+# `json.loads` makes one at every call.
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_float=_fraction)

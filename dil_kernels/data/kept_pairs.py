@@ -11,9 +11,8 @@ import contextlib
 import gc
 import json
 import logging
-import os
+import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,12 @@ from dil_kernels.data.files import ROWS_PER_CHUNK
 from dil_kernels.data.messages import PreferenceDataError
 from dil_kernels.data.pair_storage import concatenate_stored, pairs_table, parts_of_pairs, set_source
 from dil_kernels.data.pairs import Pair
-from dil_kernels.user_cache import make_private
+from dil_kernels.user_cache import make_private, remove_abandoned, scratch_beside
+from dil_kernels.wording import describe_error
 
 FORMAT = 1
 PAIRS_NAME, ABOUT_NAME = "pairs.arrow", "about.json"
+SCRATCH_OF_DATASETS = re.compile(r"tmp\w{8}")
 
 Chunks = Callable[[], Iterator[list[Pair]]]
 
@@ -61,23 +62,31 @@ def kept_pairs(files: Sequence[Path], source: str, how: Sequence[str], chunks: C
     Raises:
         PreferenceDataError: as of `chunks`, or a file changed while it was read.
     """
-    before = _stamps(files)
-    found = [FORMAT, code_key(), source, *how, *map(file_digest, files)]
+    before = [_stamp(path) for path in files]
+    digests = [file_digest(path) for path in files]
+    found = [FORMAT, code_key(), source, *how, *digests]
     directory = _directory() / xxhash.xxh3_128_hexdigest(json.dumps(found).encode())
+
+    def check() -> None:
+        for path, stamp, digest in zip(files, before, digests, strict=True):
+            if not path.exists() or (_stamp(path) != stamp and file_digest(path) != digest):
+                raise PreferenceDataError(f"{path}: it changed while it was read; read it again when it is complete")
+
     with listening() as said, _no_garbage_collection():
         dataset = _load(directory)
         try:
             if dataset is None:
                 with _locked(directory):
-                    dataset = _load(directory)  # which another process may have written meanwhile
+                    dataset = _load(directory, warn=False)  # which another process may have written meanwhile
                     if dataset is None:
-                        _write(directory, chunks, said, lambda: _refuse_changes(files, before))
+                        _write(directory, chunks, said, check)
                         dataset = _mapped(directory)
         except _CannotKeepError as error:
             say_once(f"{source}: held in memory, since it cannot be kept in {directory.parent}: {error}")
         if dataset is None:
             tables = (pairs_table(pairs, parts_of_pairs(pairs)) for pairs in chunks())
             dataset = concatenate_stored([datasets.Dataset(table) for table in tables])
+            check()
     return set_source(dataset, source)
 
 
@@ -99,14 +108,10 @@ def _directory() -> Path:
     return Path(get_temporary_cache_files_directory()) / "dil_kernels"
 
 
-def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
-    return [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
-
-
-def _refuse_changes(files: Sequence[Path], before: list[tuple[int, int]]) -> None:
-    for path, old, new in zip(files, before, _stamps(files), strict=True):
-        if old != new:
-            raise PreferenceDataError(f"{path}: it changed while it was read; read it again when it is complete")
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What differs once a file was written to or replaced; it may differ without that, as by a hard link."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
 
 
 @contextlib.contextmanager
@@ -130,19 +135,21 @@ def _locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _load(directory: Path) -> datasets.Dataset | None:
+def _load(directory: Path, *, warn: bool = True) -> datasets.Dataset | None:
     """The pairs in a directory, with what was said of them; None where there are none, or, with a warning, broken."""
     try:
-        about: dict[str, Any] = json.loads((directory / ABOUT_NAME).read_text())
-        if file_digest(directory / PAIRS_NAME) != about["digest"]:
+        about = json.loads((directory / ABOUT_NAME).read_text())
+        digest, notes = about["digest"], [*map(str, about["said"])]
+        if file_digest(directory / PAIRS_NAME) != digest:
             raise ValueError("its checksum does not fit")
         dataset = _mapped(directory)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # those of Arrow are ValueErrors
-        logger.warning("%s cannot be used (%s): the pairs are read again", directory, error)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # those of Arrow are ValueErrors
+        if warn:
+            logger.warning("%s cannot be used (%s): the pairs are read again", directory, describe_error(error))
         return None
-    for note in about["said"]:
+    for note in notes:
         say_once(note)
     return dataset
 
@@ -160,8 +167,9 @@ def _write(directory: Path, chunks: Chunks, said: Mapping[str, None], check: Cal
         said: gets what is said of them while they are read.
         check: is called when all are read, and may raise.
     """
-    scratch = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+    scratch = scratch_beside(directory)
     with _keeping():
+        _remove_abandoned(directory.parent)
         scratch.mkdir()
     try:
         writer = _PairWriter(scratch / PAIRS_NAME)
@@ -180,6 +188,13 @@ def _write(directory: Path, chunks: Chunks, said: Mapping[str, None], check: Cal
             scratch.rename(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what killed processes have left: of this module, and of `datasets` beside pairs that are kept."""
+    remove_abandoned(cache)
+    for kept in cache.glob("[0-9a-f]*"):
+        remove_abandoned(kept, SCRATCH_OF_DATASETS)
 
 
 class _PairWriter:

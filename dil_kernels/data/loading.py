@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -27,8 +28,18 @@ from dil_kernels.data.columns import (
     unused_columns,
     without_padding,
 )
-from dil_kernels.data.files import ROWS_PER_CHUNK, Record, check_file, kind_of_file, read_csv, read_file, read_json
+from dil_kernels.data.files import (
+    ROWS_PER_CHUNK,
+    Record,
+    check_file,
+    kind_of_file,
+    read_csv,
+    read_file,
+    read_json,
+    read_parquet,
+)
 from dil_kernels.data.kept_pairs import kept_pairs
+from dil_kernels.data.kept_rows import kept_rows
 from dil_kernels.data.messages import EXTRA, PreferenceDataError
 from dil_kernels.data.pair_storage import parts_of_columns, set_source, storable, stored_features
 from dil_kernels.data.pairs import Pair, check_pair, is_conversational, response_columns
@@ -94,7 +105,7 @@ def load_preference_pairs(
         return kept_pairs([path], str(path), [kind], lambda: _checked_chunks(read_file(path), str(path)))
     try:
         builder = datasets.load_dataset_builder(str(source), **of_sets)
-        read = _reader_of(builder)
+        read = _reader_of(builder, str(source))
         if read is not None:
             files, records = _records_of_split(builder, str(source), split, read)
         else:
@@ -106,25 +117,31 @@ def load_preference_pairs(
         raise PreferenceDataError(
             f"{source}: not a local file, and loading it as a data set failed: {' '.join(str(error).split())}"
         ) from error
-    how = [split, read.__name__, *map(str, files)]
+    how = [split, str(builder.info.builder_name), *map(str, files)]
     return kept_pairs(files, str(source), how, lambda: _checked_chunks(records(), str(source)))
 
 
-def _reader_of(builder: Any) -> Callable[[Path, str], Iterator[Record]] | None:
+def _reader_of(builder: Any, source: str) -> Callable[[Path, str], Iterator[Record]] | None:
     """What reads the files of a builder of `datasets` as they were written, where there is such a thing."""
     if builder.info.builder_name == "json" and builder.config.field is None:
         return read_json
-    # Left to pandas, texts such as "None" and "NA" would be nulls.
-    plain = builder.info.builder_name == "csv" and builder.config == type(builder.config)(
+    # Left to pandas, texts such as "None" and "NA" would be nulls; and a Parquet file that is written anew within a
+    # tick of the clock, or with its old time, would be taken for the old one.
+    readers: dict[str, Callable[[Path, str], Iterator[Record]]] = {
+        "csv": read_csv,
+        "parquet": functools.partial(read_parquet, source=source),
+    }
+    read = readers.get(builder.info.builder_name)
+    plain = read is not None and builder.config == type(builder.config)(
         **{field: getattr(builder.config, field) for field in ("name", "version", "data_dir", "data_files")}
     )
-    return read_csv if plain else None
+    return read if plain else None
 
 
 def _records_of_split(
     builder: Any, source: str, split: str, read_one: Callable[[Path, str], Iterator[Record]]
 ) -> tuple[list[Path], Callable[[], Iterator[Record]]]:
-    """The files of a split of a directory or hub set of JSON or CSV files, and what reads their records.
+    """The files of a split of a directory or hub set of JSON, CSV or Parquet files, and what reads their records.
 
     `datasets` would give a column one type.
 
@@ -215,13 +232,17 @@ def _checked_dataset(dataset: datasets.Dataset, source: str) -> datasets.Dataset
         pair = check_pair(without_padding(record, features), place(source, index + 1), first)
         return storable(pair, parts)
 
-    checked = dataset.map(
-        check,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=stored_features(first, parts),
-        fn_kwargs={"code": code_key()},
-        desc="Checking preference pairs",
+    checked = kept_rows(
+        lambda **keeping: dataset.map(
+            check,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            features=stored_features(first, parts),
+            fn_kwargs={"code": code_key()},
+            desc="Checking preference pairs",
+            **keeping,
+        ),
+        source,
     )
     return set_source(checked, source)
 

@@ -106,7 +106,12 @@ def _check_message(value: Any, where: str) -> Message:
     # Tables have every key in every message; so a null says no more than a key that is not there.
     message = {key: item for key, item in value.items() if key != EXTRA and item is not None}
     if value.get(EXTRA) is not None:
-        message |= _check_extra(value[EXTRA], where)
+        others = _check_extra(value[EXTRA], where)
+        if twice := sorted(others.keys() & message.keys()):
+            raise PreferenceDataError(
+                f"{where}: extra, JSON text of other keys, has {', '.join(twice)}, and so has the message itself"
+            )
+        message |= others
     if "role" not in message and {"from", "value"} <= message.keys():
         message = _from_sharegpt(message, where)
     if not isinstance(message.get("role"), str):
@@ -134,10 +139,14 @@ def _from_sharegpt(message: Message, where: str) -> Message:
 
 def _check_extra(value: Any, where: str) -> dict[str, Any]:
     """The other keys of a message, as `storable_messages` keeps them; any other value is the user's own."""
-    try:
-        keys = json.loads(value)
-    except (TypeError, ValueError):
-        keys = None
+    keys = None
+    if isinstance(value, str):
+        try:
+            keys = parse_json(value)
+        except json.JSONDecodeError:
+            pass  # a text
+        except ValueError as error:
+            raise PreferenceDataError(f"{where}: extra is JSON text of other keys, but {error}") from error
     return keys if isinstance(keys, dict) else {EXTRA: value}
 
 

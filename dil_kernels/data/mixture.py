@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 
 from dil_kernels.data.files import ROWS_PER_CHUNK
 from dil_kernels.data.loading import load_preference_pairs
@@ -139,10 +140,11 @@ def split_off_test(dataset: datasets.Dataset, size: float, seed: int) -> tuple[d
         PreferenceDataError: none would be left on one of the sides.
     """
     source = source_of(dataset)
+    # Of the rows, `datasets` would keep the draw on disk, beside them, and use it again however damaged.
+    numbers = datasets.Dataset.from_dict({"row": np.arange(len(dataset))}).with_format("numpy")
     try:
-        found = dataset.train_test_split(size if size < 1 else int(size), seed=seed)
+        drawn = numbers.train_test_split(size if size < 1 else int(size), seed=seed)
     except ValueError as error:
         raise PreferenceDataError(f"{source}: test_split_size={size:g} of {len(dataset)} rows: {error}") from error
-    return set_source(found["train"], f"the training part of {source}"), set_source(
-        found["test"], f"the held-out part of {source}"
-    )
+    train, test = (dataset.select(drawn[part]["row"][:]) for part in ("train", "test"))
+    return set_source(train, f"the training part of {source}"), set_source(test, f"the held-out part of {source}")

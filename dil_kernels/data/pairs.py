@@ -23,6 +23,7 @@ from dil_kernels.data.messages import (
 from dil_kernels.data.token_columns import GIVEN_REFERENCE
 
 PLAIN_COLUMNS = frozenset(COLUMNS)
+LARGEST_NUMBER = (2 - 2**-23) * 2.0**127  # of float32
 NOT_PLAIN = frozenset({*MEDIA, *JSON_COLUMNS, *GIVEN_REFERENCE, "completion", "label"})
 
 Pair = dict[str, Any]  # prompt, chosen, rejected: strings, or lists of messages; or prompt, completion, label
@@ -160,6 +161,8 @@ def _check_number(value: Any, where: str, column: str) -> float:
         raise PreferenceDataError(
             f"{where}, column {column!r}: expected a number, the sum of log-probs, got {value!r:.40}"
         )
+    if abs(number) > LARGEST_NUMBER:
+        raise PreferenceDataError(f"{where}, column {column!r}: {number!r} is beyond the range of float32")
     return number
 
 

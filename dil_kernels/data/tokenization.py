@@ -120,7 +120,7 @@ def tokenize_and_report(
         return {name: [each[name] for each in rows] for name in rows[0]}
 
     tokenized = kept_rows(
-        lambda load: dataset.map(
+        lambda **keeping: dataset.map(
             tokenize,
             with_indices=True,
             batched=True,
@@ -129,9 +129,10 @@ def tokenize_and_report(
             num_proc=num_proc,
             # `datasets` keeps results by the arguments, not by the code that this calls.
             fn_kwargs={"code": code_key()},
-            load_from_cache_file=load,
             desc="Tokenizing preference pairs",
-        )
+            **keeping,
+        ),
+        source,
     )
     names = ("dropped", "prompt_lost", "responses_lost", "responses_cut", "identical")
     counts = {name: tokenized.with_format("numpy")[name][:] for name in names}

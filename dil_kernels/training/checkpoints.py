@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -41,10 +42,10 @@ def checkpoint_directories(output_dir: str | os.PathLike[str]) -> list[Path]:
 def step_of(checkpoint: Path) -> int | None:
     """The step of a checkpoint that was written to its end, where the trainer state, which comes last, is whole."""
     try:
-        step: int = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return step
+    return state.global_step if type(state.global_step) is int and isinstance(state.log_history, list) else None
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str], before: float = math.inf) -> Path:
@@ -118,10 +119,12 @@ def _order_by_step(output_dir: Path) -> None:
 def changed_file(checkpoint: Path) -> str | None:
     """A file of a checkpoint that is not as it was written, or gone; None if there is none, or no checksums."""
     try:
-        checksums: dict[str, str] = json.loads((checkpoint / CHECKSUMS_NAME).read_text())
+        checksums = json.loads((checkpoint / CHECKSUMS_NAME).read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
+        checksums = None
+    if not isinstance(checksums, dict):
         return CHECKSUMS_NAME
     files = {path.name: path for path in _files(checkpoint)}
     changed = (name for name, value in checksums.items() if name not in files or file_digest(files[name]) != value)

@@ -152,11 +152,14 @@ def _generate_batch(trainer: Any, model: Any, prompts: Sequence[list[int]], shar
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    """The answers that a run has recorded, without lines that are damaged, as a killed run leaves its last one."""
     rows = []
     # Text has other ends of lines than those of the record.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run left without its end
-            rows.append(json.loads(line))
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            row = json.loads(line)
+            if [type(row[name]) for name in COLUMNS] == [int, str, str]:
+                rows.append(row)
     return rows
 
 

@@ -110,7 +110,10 @@ class HeldOutBefore(TrainerCallback):
 def _kept_scores(path: Path) -> HeldOutScores | None:
     """Those of a file; None where there is none, or, with a warning, a damaged one."""
     try:
-        return HeldOutScores(**json.loads(path.read_text()))
+        scores = HeldOutScores(**json.loads(path.read_text()))
+        if not all(type(value) is float for value in [*scores.chosen, *scores.rejected]):
+            raise ValueError("it holds no log-probs")
+        return scores
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

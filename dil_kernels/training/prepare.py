@@ -6,8 +6,9 @@ import logging
 from typing import Any
 
 import datasets
+import numpy as np
 
-from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
+from dil_kernels.data.token_columns import GIVEN_REFERENCE, TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
 from dil_kernels.data.tokenization import tokenize_and_report
 from dil_kernels.data.truncation import DataReport
 from dil_kernels.losses import LossOptions
@@ -42,7 +43,7 @@ def prepare_dataset(
     Raises:
         TypeError: it is a stream, or no data set, or several to train on.
         ValueError: its responses are unpaired, and the loss needs pairs; or a model or a batch has no room for its
-            tokens.
+            tokens; or its own reference log-probs are not finite.
         PreferenceDataError: a broken pair.
     """
     if dataset is None:
@@ -81,6 +82,8 @@ def prepare_dataset(
         return dataset
     dataset = dataset.with_format(None)
     check_fits(dataset, name, models, tokenizer, args.pad_to_multiple_of)
+    if tokenised:
+        _check_given_reference(dataset, name)
     if args.process_index == 0 and (name == "train" or not tokenised):
         _warn_of_one_side(dataset, name)
     return dataset
@@ -107,6 +110,18 @@ def _tokenize(
                 name,
             )
     return dataset
+
+
+def _check_given_reference(dataset: datasets.Dataset, name: str) -> None:
+    for column in GIVEN_REFERENCE:
+        if column in dataset.column_names:
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(np.asarray(dataset[column][:], dtype=np.float32))
+            if not finite.all():
+                raise ValueError(
+                    f"the {name} data set, row {np.argmin(finite) + 1}, column {column!r}: expected a finite number in "
+                    "the range of float32, the sum of log-probs"
+                )
 
 
 def _warn_of_one_side(dataset: datasets.Dataset, name: str) -> None:

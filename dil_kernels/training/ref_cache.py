@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 import dil_kernels
 from dil_kernels.data.token_counts import response_id_columns, token_counts, token_ids
 from dil_kernels.training.adapters import adapters_in_use
-from dil_kernels.user_cache import make_private
+from dil_kernels.user_cache import make_private, remove_abandoned, scratch_beside
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +121,10 @@ class CacheEntry:
             return f"{broken.size} rows have log-probs that are not finite: {rows}{', ...' * (broken.size > 8)}"
         metadata = {"key": self.key, "checksum": _checksum(self.key, logps, self.lengths)}
         data = save({"logps": np.ascontiguousarray(logps), "lengths": self.lengths}, metadata)
-        scratch = self.path.with_name(f".{self.path.stem}-{uuid.uuid4().hex}")
+        scratch = scratch_beside(self.path)
         try:
             make_private(self.path.parent)
+            remove_abandoned(self.path.parent)
             with scratch.open("wb") as file:
                 file.write(data)
                 file.flush()

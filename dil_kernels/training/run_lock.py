@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 LOCK_NAME = "_dil_run.lock"  # what begins so is not uploaded to the hub
 _held: dict[Path, int] = {}  # by this process, with the descriptor
+
+logger = logging.getLogger(__name__)
 
 
 def _forget_what_the_parent_holds() -> None:
@@ -54,9 +57,8 @@ def only_run(output_dir: str | os.PathLike[str]) -> Iterator[None]:
 def _lock(path: Path, output_dir: str | os.PathLike[str]) -> int | None:
     """A descriptor of the locked file; None where there are no locks."""
     while True:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError:  # a directory that cannot be written is refused elsewhere
+        file = _open(path, output_dir)
+        if file is None:
             return None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +72,22 @@ def _lock(path: Path, output_dir: str | os.PathLike[str]) -> int | None:
             os.close(file)
             return None
         if os.fstat(file).st_nlink:
-            with contextlib.suppress(OSError):  # on a full disk
+            with contextlib.suppress(OSError):  # on a full disk, or of a file of another user
                 os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".ljust(200).encode(), 0)
             return file
         os.close(file)  # of a run that has just ended
+
+
+def _open(path: Path, output_dir: str | os.PathLike[str]) -> int | None:
+    """A descriptor of the file; None where it can be neither made nor read."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        pass
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # of another user, whose lock holds all the same
+    except PermissionError as error:
+        logger.warning("output_dir=%s: whether another run is in it cannot be seen (%s)", output_dir, error)
+    except OSError:  # a directory that cannot be written is refused elsewhere
+        pass
+    return None

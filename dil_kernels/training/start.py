@@ -194,16 +194,20 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any], allowed: bool) -
         allowed: warn instead.
 
     Raises:
-        CannotStartError: names everything that differs.
+        CannotStartError: names everything that differs, or the record of it is damaged.
     """
     path = checkpoint / RECORD_NAME
     try:
         before = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         logger.warning("%s: no record of what it was trained with; nothing can be compared", checkpoint)
         return
+    except (OSError, ValueError):
+        before = None
+    if not isinstance(before, dict):
+        raise CannotStartError(f"{checkpoint} cannot be resumed from: {RECORD_NAME} is damaged")
     names = [name for name in record if name in before and record[name] != before[name]]
-    if min(before.get("max_steps", 0), record.get("max_steps", 0)) > 0:
+    if all(isinstance(steps, int) and steps > 0 for steps in (before.get("max_steps"), record.get("max_steps"))):
         names = [name for name in names if name != "num_train_epochs"]  # which max_steps overrides
     if not names:
         return
