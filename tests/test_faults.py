@@ -23,6 +23,7 @@ QUICK = {
     ("two runs in one directory", "training"),
     ("clock moved back", "training"),
 }
+pytestmark = pytest.mark.xdist_group("runs of dil-train")  # in `make test`, where one process forks all of them
 
 
 @pytest.fixture(scope="module")

@@ -195,3 +195,19 @@ def test_length_grouping_has_its_lengths(tmp_path: Path) -> None:
     assert trainer.train_dataset["length"][:] == longest
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_parts_that_were_tokenised_apart_train_as_the_whole(tmp_path: Path) -> None:
+    """As docs/training.md has it for more pairs than one machine should read."""
+    pairs = make_pairs(12)
+    for number in range(3):
+        tokenized(pairs.select(range(4 * number, 4 * number + 4))).save_to_disk(tmp_path / "tokens" / f"00{number}")
+    parts = [datasets.load_from_disk(part) for part in sorted((tmp_path / "tokens").iterdir())]
+    joined = datasets.concatenate_datasets(parts)
+    assert len(joined.cache_files) == 3, "mapped from the disk"
+    weights = []
+    for data in (joined, tokenized(pairs)):
+        trainer = make_trainer(tmp_path / "run", train_dataset=data, precompute_ref_log_probs=True, max_steps=3)
+        trainer.train()
+        weights.append(trained_weights(trainer))
+    assert_bitwise_equal(*weights)

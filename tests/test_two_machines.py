@@ -15,10 +15,12 @@ from tiny_model import make_model
 from tiny_trainer import make_trainer
 from transformers import MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
+from dil_kernels.training import agreement, start
 from dil_kernels.training.agreement import done_by_all
 from dil_kernels.training.sharding import _uses_all_parameters, expect_all_gradients
 
 HOST = socket.gethostname()
+pytestmark = pytest.mark.xdist_group("runs of dil-train")  # one process forks all of them
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +90,6 @@ def test_a_checkpoint_that_one_machine_lacks_is_said_on_both(runner: Runner, mac
         f"--resume-from-checkpoint: process 1 on {HOST}: out: no complete checkpoint to resume from; every process "
         "reads the checkpoint: let --output-dir be on a file system that all machines share, or copy"
     )
-    runs = run_on_two(runner, machines, resume_from_checkpoint="out/checkpoint-4")
-    assert [run.status for run in runs] == [2, 2]
-    assert "process 1 on" in runs[1].error
-    assert "out/checkpoint-4 cannot be resumed from: trainer_state.json" in runs[0].error
 
 
 def test_a_checkpoint_that_was_copied_is_resumed_from(runner: Runner, machines: list[Path]) -> None:
@@ -105,16 +103,30 @@ def test_a_checkpoint_that_was_copied_is_resumed_from(runner: Runner, machines: 
     assert result(copies[0] / "out") == result(machines[0] / "out")
 
 
-def test_other_checkpoints_on_each_machine_are_refused(runner: Runner, machines: list[Path]) -> None:
-    copies = [home.with_name(f"{home.name}_other") for home in machines]
-    for home, copy in zip(machines, copies, strict=True):
-        shutil.copytree(home, copy)
-    shutil.copytree(copies[0] / "out" / "checkpoint-4", copies[1] / "out" / "checkpoint-4", dirs_exist_ok=True)
-    runs = run_on_two(runner, copies, resume_from_checkpoint=True)
-    assert [run.status for run in runs] == [2, 2]
-    here = f"process 0 on {HOST} would resume from out/checkpoint-6"
-    assert f"{here}, but process 1 on {HOST} from out/checkpoint-4, which is another one" in runs[0].error
-    assert runs[0].error == runs[1].error
+@pytest.mark.parametrize("theirs", ["another", "broken", "as here"])
+def test_a_checkpoint_is_resumed_from_where_every_process_has_the_same(
+    theirs: str, machines: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the second process only what it tells is there."""
+    here = machines[0] / "out" / "checkpoint-4"
+
+    def told(value: Any) -> list[Any]:
+        if len(value) == 2:  # whether each has found a whole one
+            return [value, ("there", "out/checkpoint-4 is broken" if theirs == "broken" else None)]
+        return [value, ("there", "out/checkpoint-4", "of another" if theirs == "another" else value[2])]
+
+    monkeypatch.setattr(agreement, "told_by_all", told)
+    monkeypatch.setattr(start, "told_by_all", told)
+    if theirs == "as here":
+        assert start.agreed_checkpoint(str(here), here.parent) == here
+        return
+    with pytest.raises(start.CannotStartError) as caught:
+        start.agreed_checkpoint(str(here), here.parent)
+    said = "process 1 on there: out/checkpoint-4 is broken"
+    if theirs == "another":
+        said = f"process 0 on {HOST} would resume from {here}, but process 1 on there from out/checkpoint-4, "
+        said += "which is another one"
+    assert str(caught.value) == f"{said}; {start.TO_SHARE}"
 
 
 def test_data_that_one_machine_lacks_are_said_on_both(runner: Runner, machines: list[Path]) -> None:
