@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from refusals import CHAT, PLAIN, refusal, said
 from tiny_model import make_tokenizer, write_lines
@@ -20,6 +21,8 @@ from tiny_model import make_tokenizer, write_lines
 from dil_kernels.data import PreferenceDataError, files, kept_pairs, load_preference_pairs, loading
 from dil_kernels.data.cache_key import file_digest
 from dil_kernels.data.tokenization import tokenize_dataset
+from dil_kernels.training.ref_cache import CacheEntry
+from dil_kernels.user_cache import scratch_beside
 
 CALL = {"type": "function", "function": {"name": "w7", "arguments": {"w1": None}}}
 CALLED = {**CHAT, "chosen": [said("assistant", None, tool_calls=[CALL]), said("assistant", "w3")]}
@@ -199,6 +202,16 @@ def test_a_file_that_changes_within_its_size_and_time_is_seen(
         assert load_preference_pairs(path).to_list() == [PLAIN, PLAIN], "its content is the same"
     else:
         assert refusal(path) == f"{path}: it changed while it was read; read it again when it is complete"
+
+
+def test_what_killed_writers_left_of_reference_log_probs_is_removed_once_it_is_old(tmp_path: Path) -> None:
+    entry = CacheEntry(tmp_path / f"{'0' * 32}.safetensors", "{}", np.ones((2, 1), np.int64))
+    old, new = (scratch_beside(entry.path) for _ in range(2))
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (time.time() - 2 * 86400,) * 2)
+    assert entry.store(np.zeros((2, 1), np.float32)) is None
+    assert {*tmp_path.iterdir()} == {new, entry.path}
 
 
 def test_what_killed_writers_left_is_removed_once_it_is_old(tmp_path: Path, cache: Path) -> None:
