@@ -65,11 +65,11 @@ def small_tiles() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def counted_gathers(weight: torch.nn.Parameter) -> Iterator[Callable[[], int]]:
-    """How often FSDP2 or ZeRO-3 gather a weight of the policy, which is not wrapped yet under FSDP2."""
+def counted_gathers(head: torch.nn.Linear) -> Iterator[Callable[[], int]]:
+    """How often FSDP2 or ZeRO-3 gather the weight of the policy's head, which may not be wrapped yet under FSDP2."""
     found: list[int] = []
-    shape = tuple(getattr(weight, "ds_shape", weight.shape))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    weight = head.weight
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or isinstance(weight, DTensor):
         from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
 
         as_before = fsdp.FSDPParamGroup.unshard
@@ -78,7 +78,8 @@ def counted_gathers(weight: torch.nn.Parameter) -> Iterator[Callable[[], int]]:
             gathers = group._all_gather_result is None and not group.is_unsharded
             for parameter in group.fsdp_params if gathers else ():
                 trained = parameter.sharded_param.requires_grad
-                if trained and tuple(parameter._orig_size) == shape and "lm_head" in str(parameter._param_fqn):
+                of_head = parameter._module_info.module is head
+                if trained and (of_head or "lm_head.weight" in str(parameter._param_fqn)):
                     found.append(1)
             return as_before(group, *args, **kwargs)
 

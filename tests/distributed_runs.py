@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from cpu_sharding import counted_gathers, is_sharded, let_deepspeed_start, let_processes_shard, small_tiles
 from tiny_lora import new_lora, trained_lora
 from tiny_model import make_model, make_pairs, make_tokenizer
-from tiny_trainer import tokenized
+from tiny_trainer import tokenized, unequal_pairs
 from transformers import AutoModelForCausalLM
 
 from dil_kernels.trainer import DILConfig, DILTrainer
@@ -26,17 +26,6 @@ def uneven_pairs() -> datasets.Dataset:
     rows = tokenized(make_pairs(12)).to_list()
     for index in (0, 1, 4, 9):
         rows[index]["rejected_ids"] = []
-    return datasets.Dataset.from_list(rows)
-
-
-def unequal_pairs() -> datasets.Dataset:
-    """Of two processes one always has long responses, and the other one a token each, or none that is scored."""
-    rows = tokenized(make_pairs(12)).to_list()
-    for index, row in enumerate(rows):
-        first = index // 2 % 2 == 0
-        for name in ("chosen_ids", "rejected_ids"):
-            row[name] = (row[name] * 12)[:12] if first else row[name][:1]
-    rows[6]["chosen_ids"] = rows[7]["rejected_ids"] = []
     return datasets.Dataset.from_list(rows)
 
 
@@ -166,7 +155,7 @@ def unequal_rows(folder: Path) -> DILTrainer:
         for fused_head in (False, True):
             options = {"train_dataset": unequal_pairs(), "stash_bytes": 4096, "max_steps": 2, "fused_head": fused_head}
             trainer = trainer_of(folder, lambda: make_model(tie_word_embeddings=False), **options)
-            with counted_gathers(trainer.model.lm_head.weight) as count:
+            with counted_gathers(trainer.model.lm_head) as count:
                 trainer.train()
             trainers.append(trainer)
             gathers.append(count())

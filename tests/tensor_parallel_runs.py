@@ -1,4 +1,4 @@
-"""Models that transformers has split over two processes: `torchrun tensor_parallel_runs.py FOLDER RUNS`."""
+"""Models that transformers has split over processes: `torchrun tensor_parallel_runs.py FOLDER RUNS`."""
 
 from __future__ import annotations
 
@@ -6,39 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
-from accelerate.state import AcceleratorState
 from cpu_sharding import let_processes_shard
-from peft import LoraConfig
-from tiny_model import make_model, make_pairs, make_tokenizer
+from tensor_parallel_training import KINDS, loaded, saved, train, trainer_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
 from dil_kernels.models.fused_head import install_fused_head, remove_fused_head
 from dil_kernels.models.tensor_parallel import copied
-from dil_kernels.trainer import DILConfig, DILTrainer
 
 IDS = torch.randint(6, 180, (4, 11), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.masked_fill(torch.arange(11) < 4, -100)
-
-
-def saved(folder: Path, tied: bool) -> Path:
-    """The directory of a model, which the first process writes."""
-    directory = folder / ("tied" if tied else "untied")
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        make_model(7, tie_word_embeddings=tied, vocab_size=289).save_pretrained(directory)
-    if dist.is_initialized():
-        dist.barrier()
-    return directory
-
-
-def loaded(folder: Path, tied: bool = False, split: bool = True) -> Any:
-    return AutoModelForCausalLM.from_pretrained(saved(folder, tied), **({"tp_plan": "auto"} if split else {}))
 
 
 def whole(value: Any) -> Tensor:
@@ -66,16 +47,10 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(actual[name], value, rtol=2e-5, atol=2e-5 * float(value.abs().max()), msg=name)
 
 
-def assert_same_on_both(value: Tensor) -> None:
-    values = [torch.empty_like(value) for _ in range(2)]
-    dist.all_gather(values, value)
-    torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
-
-
 def fused_heads(folder: Path) -> None:
     """In place of logits, tied or not, with recomputed activations; removed, all is as before."""
     for tied in (False, True):
-        one, split = loaded(folder, tied, split=False), loaded(folder, tied)
+        one, split = (loaded(saved(folder, tied), split) for split in (False, True))
         assert isinstance(split.lm_head.weight, DTensor)
         logits = split(input_ids=IDS).logits.detach()
         for model in (one, split):
@@ -98,7 +73,7 @@ def fused_heads(folder: Path) -> None:
 
 
 def compiled(folder: Path) -> None:
-    one, split = loaded(folder, split=False), loaded(folder)
+    one, split = (loaded(saved(folder, tied=False), split) for split in (False, True))
     for model in (one, split):
         install_fused_head(model)
     expected = scores(one)
@@ -106,79 +81,24 @@ def compiled(folder: Path) -> None:
     assert_same(scores(split, torch.compile(split)), expected)
 
 
-def trainer_of(folder: Path, model: Any, split: bool, **options: Any) -> DILTrainer:
-    if AcceleratorState._shared_state:
-        AcceleratorState._reset_state(reset_partial_state=False)
-    given = {name: options.pop(name) for name in ("ref_model", "peft_config") if name in options}
-    config: dict[str, Any] = {
-        "per_device_train_batch_size": 3,
-        "per_device_eval_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "num_train_epochs": 2,
-        "train_sampling_strategy": "sequential",
-        "optim": "adamw_torch",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "max_length": 24,
-        "use_cpu": not split,
-        "parallelism_config": ParallelismConfig(tp_size=2) if split else None,
-    }
-    args = DILConfig(str(folder / "run"), **{**config, **options})
-    torch.manual_seed(3 + (dist.get_rank() if split else 0))  # a new adapter is that of the first process
-    data = datasets.Dataset.from_list(make_pairs(10).to_list())
-    return DILTrainer(
-        model,
-        args=args,
-        train_dataset=data,
-        eval_dataset=make_pairs(5, seed=2),
-        processing_class=make_tokenizer(),
-        **given,
-    )
-
-
-KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "full": (False, {}),
-    "tied": (True, {"prefix_sharing": True}),
-    "precomputed": (False, {"precompute_ref_log_probs": True, "ref_cache_dir": "none", "padding_free": True}),
-    "lora": (False, {"peft_config": LoraConfig(target_modules=["gate_proj"], r=2, lora_alpha=4)}),
-}
-
-
-def train(folder: Path, kind: str, split: bool) -> None:
-    """One run, whose log and weights go to a file."""
-    tied, options = KINDS[kind]
-    trainer = trainer_of(folder, loaded(folder, tied, split), split, **options)
-    assert trainer.uses_fused_head
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_A" in name:
-            if split:
-                assert_same_on_both(parameter.detach())
-            # PEFT draws other numbers for a module that is split.
-            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-            parameter.data.copy_(0.2 * values)
-    trainer.train()
-    evaluated = trainer.evaluate()
-    trainer.save_model(str(folder / f"{kind}-{split}"))
-    if trainer.is_world_process_zero():
-        torch.save([trainer.state.log_history, evaluated], folder / f"{kind}-{split}.pt")
-
-
 def training(folder: Path) -> None:
     let_processes_shard()
-    for kind in KINDS:
-        train(folder, kind, split=True)
+    for name in KINDS[dist.get_world_size()]:
+        train(folder, name, split=True)
 
 
 def refusals(folder: Path) -> None:
     let_processes_shard()
-    with pytest.raises(NotImplementedError, match="max_tokens_per_batch shares out batches"):
-        trainer_of(folder, loaded(folder), True, max_tokens_per_batch=64, padding_free=True)
-    with pytest.raises(NotImplementedError, match="but model is not split so"):
-        trainer_of(folder, loaded(folder, split=False), True)
+    untied, fsdp2 = saved(folder, tied=False), {"fsdp_size": 2}
+    two, tied_in_parts = ParallelismConfig(tp_size=2), loaded(saved(folder, tied=True), sizes=fsdp2)
+    for error, message, model, options in (
+        (NotImplementedError, "but model was loaded with 1 and 1", loaded(untied, False), {"parallelism_config": two}),
+        (NotImplementedError, "the 289 rows of the tied embeddings cannot be dealt out evenly", tied_in_parts, {}),
+        (NotImplementedError, "with which it was loaded, allows none: give ref_model", loaded(untied, True, fsdp2), {}),
+        (ValueError, "Resuming is not supported for models sharded", loaded(untied), {"save_strategy": "epoch"}),
+    ):
+        with pytest.raises(error, match=message):
+            trainer_of(folder / "none", model, True, **options)
 
 
 RUNS = {run.__name__: run for run in (fused_heads, compiled, training, refusals)}

@@ -1,4 +1,4 @@
-"""Models that transformers splits over two processes (`tp_plan="auto"`): fused heads and training are those of one."""
+"""Models that transformers splits over processes as it loads them: fused heads and training are those of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from peft import PeftModel
-from tensor_parallel_runs import KINDS, RUNS, loaded, train
+from tensor_parallel_runs import RUNS
+from tensor_parallel_training import KINDS, train
 from transformers import AutoModelForCausalLM
 
 from dil_kernels.training.metrics import METRICS
@@ -21,17 +22,25 @@ from dil_kernels.training.set_up import refuse_split_batches
 TESTS = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Where `RUNS` have left their results, and what they have printed."""
-    folder = tmp_path_factory.mktemp("split")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def launched(folder: Path, processes: int, *runs: str) -> tuple[Path, str]:
+    """Where some of `RUNS` have left their results, and what they have printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), "PYTHONWARNINGS": "ignore"}
     result = subprocess.run(
-        [*launch, str(TESTS / "tensor_parallel_runs.py"), str(folder), *RUNS],
+        [*launch, str(TESTS / "tensor_parallel_runs.py"), str(folder), *runs],
         capture_output=True, text=True, timeout=900, env={**os.environ, **environment},
     )  # fmt: skip
     return folder, result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return launched(tmp_path_factory.mktemp("two"), 2, *RUNS)
+
+
+@pytest.fixture(scope="module")
+def four_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return launched(tmp_path_factory.mktemp("four"), 4, "training")
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -39,31 +48,47 @@ def test_two_processes_compute_as_one(two_processes: tuple[Path, str], run: str)
     assert f"{run}: passed" in two_processes[1], two_processes[1][-6000:]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_as_one(two_processes: tuple[Path, str], tmp_path: Path, kind: str) -> None:
-    folder, output = two_processes
+@pytest.mark.parametrize("name", KINDS[2])
+def test_two_processes_train_as_one(two_processes: tuple[Path, str], tmp_path: Path, name: str) -> None:
+    assert_trained_as_one(*two_processes, tmp_path, name)
+
+
+@pytest.mark.parametrize("name", KINDS[4])
+def test_data_parallelism_beside_it_trains_as_one(four_processes: tuple[Path, str], tmp_path: Path, name: str) -> None:
+    assert_trained_as_one(*four_processes, tmp_path, name)
+
+
+def assert_trained_as_one(folder: Path, output: str, alone: Path, name: str) -> None:
+    """Losses, gradient norms, metrics, evaluation, predictions, answers to prompts and weights."""
     assert "training: passed" in output, output[-6000:]
-    train(tmp_path, kind, split=False)
-    (history, evaluated), (expected_history, expected) = (
-        torch.load(path) for path in (folder / f"{kind}-True.pt", tmp_path / f"{kind}-False.pt")
+    train(alone, name, split=False)
+    (history, evaluated, predicted), (expected_history, expected, expected_predicted) = (
+        torch.load(path, weights_only=False) for path in (folder / f"{name}-True.pt", alone / f"{name}-False.pt")
     )
-    names = [name for name in METRICS if "accuracies" not in name]  # noise where margins are 0, as at first
-    for name in names:
-        assert evaluated[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-4, abs=1e-5), name
+    names = [metric for metric in METRICS if "accuracies" not in metric]  # noise where margins are 0, as at first
+    assert evaluated["eval_pairs"] == expected["eval_pairs"] == 5
+    for metric in names:
+        assert evaluated[f"eval_{metric}"] == pytest.approx(expected[f"eval_{metric}"], rel=1e-4, abs=1e-5), metric
+    for actual, value in zip(predicted, expected_predicted, strict=True):
+        assert actual == pytest.approx(value, rel=1e-4, abs=1e-4)
     assert len(history) == len(expected_history) > 3
     for log, expected_log in zip(history, expected_history, strict=True):
-        for name in (*names, "grad_norm"):
-            if name in expected_log:
-                assert log[name] == pytest.approx(expected_log[name], rel=1e-4, abs=1e-5), name
+        for metric in (*names, "grad_norm"):
+            if metric in expected_log:
+                assert log[metric] == pytest.approx(expected_log[metric], rel=1e-4, abs=1e-5), metric
+    answers = [path / "generations.md" for path in (folder / f"run-{name}-True", alone / f"run-{name}-False")]
+    assert answers[0].exists() == answers[1].exists() == (name == "full")
+    assert name != "full" or answers[0].read_text() == answers[1].read_text()
     states = []
-    for directory in (folder / f"{kind}-True", tmp_path / f"{kind}-False"):
+    for directory in (folder / f"{name}-True", alone / f"{name}-False"):
         if (directory / "adapter_config.json").exists():
-            states.append(PeftModel.from_pretrained(loaded(tmp_path, split=False), directory).state_dict())
+            base = AutoModelForCausalLM.from_pretrained(alone / "model-untied-289")
+            states.append(PeftModel.from_pretrained(base, directory).state_dict())
         else:
             states.append(AutoModelForCausalLM.from_pretrained(directory).state_dict())
     assert states[0].keys() == states[1].keys()
-    for name, value in states[1].items():
-        torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for key, value in states[1].items():
+        torch.testing.assert_close(states[0][key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize(
@@ -71,15 +96,33 @@ def test_two_processes_train_as_one(two_processes: tuple[Path, str], tmp_path: P
     [
         ({"cp_size": 2}, "cuts sequences apart"),
         ({"sp_size": 2}, "cuts sequences apart"),
-        ({"tp_size": 2, "dp_shard_size": 2}, "accelerate has no DDP beside"),
+        ({"dp_shard_size": 2}, "but no tp_size: leave it out"),
+        ({"tp_size": 2, "dp_shard_size": 2}, "tp_size=2 and 2 for data parallelism, but model was loaded with 1 and 1"),
     ],
 )
 def test_what_is_not_exact_is_refused(sizes: dict[str, int], message: str) -> None:
     accelerator = SimpleNamespace(num_processes=1, parallelism_config=ParallelismConfig(**sizes))
     loading = SimpleNamespace(dispatch_batches=None, split_batches=False)
-    args = SimpleNamespace(n_gpu=1, accelerator_config=loading, max_tokens_per_batch=None)
-    trainer = SimpleNamespace(accelerator=accelerator, args=args, model=None, compute_metrics=None)
+    args = SimpleNamespace(n_gpu=1, accelerator_config=loading)
+    trainer = SimpleNamespace(accelerator=accelerator, args=args, model=None)
     with pytest.raises(NotImplementedError, match=message):
         refuse_split_batches(trainer, tensor_parallelism=True)
     with pytest.raises(NotImplementedError, match="the trainer on TRL supports data parallelism only"):
+        refuse_split_batches(trainer)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_a_model_in_parts_is_not_given_to_another_engine(engine: str) -> None:
+    model = SimpleNamespace(is_distributed_loading_by_transformers=True)
+    loading = SimpleNamespace(dispatch_batches=None, split_batches=False)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=1, parallelism_config=None),
+        args=SimpleNamespace(n_gpu=1, accelerator_config=loading),
+        model=model,
+        is_fsdp_enabled=engine == "fsdp",
+        is_deepspeed_enabled=engine == "deepspeed",
+    )
+    with pytest.raises(NotImplementedError, match="accelerate was asked for FSDP or DeepSpeed: launch with torchrun"):
+        refuse_split_batches(trainer, tensor_parallelism=True)
+    with pytest.raises(NotImplementedError, match="and load the model whole"):
         refuse_split_batches(trainer)

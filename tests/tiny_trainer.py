@@ -18,6 +18,17 @@ from dil_kernels.trainer import DILConfig, DILTrainer
 from dil_kernels.training.metrics import METRICS
 
 
+def unequal_pairs() -> datasets.Dataset:
+    """Of two batches of 2 that are taken at once one has long responses, the other one a token each, or none scored."""
+    rows = tokenized(make_pairs(12)).to_list()
+    for index, row in enumerate(rows):
+        first = index // 2 % 2 == 0
+        for name in ("chosen_ids", "rejected_ids"):
+            row[name] = (row[name] * 12)[:12] if first else row[name][:1]
+    rows[6]["chosen_ids"] = rows[7]["rejected_ids"] = []
+    return datasets.Dataset.from_list(rows)
+
+
 def make_trainer(output_dir: Path, **options: Any) -> DILTrainer:
     arguments = {
         name: options.pop(name)

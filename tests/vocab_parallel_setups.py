@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from vocab_parallel_case import Split, assert_close, check_linear, group, linear
 
 from dil_kernels import fused_dil_loss, linear_token_logps, token_logps
 from dil_kernels.functional import vocab_parallel
+from dil_kernels.ops import linear_shards
 
 
 def dtensors() -> None:
@@ -182,8 +185,20 @@ def bytes_sent() -> None:
         logps.sum().backward()
         assert sent == [("sum", scored * D)]
         sent.clear()
-        with torch.no_grad():
+        kept: list[int] = []
+        as_before = linear_shards.LINEAR_SHARD_TILES.on
+
+        def on(*args: Any) -> Any:
+            def tiles(*given: Any) -> tuple[Tensor, ...]:
+                results = as_before(*args)(*given)
+                kept.append(sum(x.numel() for x in results[5:]))
+                return results
+
+            return tiles
+
+        with torch.no_grad(), mock.patch.object(linear_shards, "LINEAR_SHARD_TILES", SimpleNamespace(on=on)):
             linear_token_logps(hidden, weight, problem.labels, shift=False, return_statistics=True)
         assert sent == [("max", 2 * scored), ("sum", 6 * scored)]
+        assert kept == [0]  # nothing for a backward that will not come
     finally:
         ops.all_reduce = original

@@ -12,7 +12,7 @@ from dil_kernels.functional.vocab_parallel import is_dtensor
 from dil_kernels.models.head_requests import UnsupportedHeadError, is_answering, replaced_forward
 from dil_kernels.models.tensor_parallel import is_forward_of
 
-__all__ = ["operands", "site_problem", "sites_of", "unwrapped"]
+__all__ = ["is_of_fsdp2", "operands", "site_problem", "sites_of", "unwrapped"]
 
 LINEAR_FORWARD = nn.Linear.forward
 
@@ -25,6 +25,11 @@ def unwrapped(model: Any) -> nn.Module:
 def _is(module: nn.Module, library: str, name: str) -> bool:
     """Whether the module is of a class of a library that may not be imported."""
     return library in sys.modules and isinstance(module, getattr(sys.modules[library], name))
+
+
+def is_of_fsdp2(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers the weights of the module when it is called."""
+    return _is(module, "torch.distributed.fsdp", "FSDPModule")
 
 
 def _is_lora(module: nn.Module) -> bool:
@@ -40,8 +45,6 @@ def sites_of(head: Any) -> list[nn.Module]:
 
 def site_problem(site: Any) -> str | None:
     """Why `operands` would be wrong for the module, whatever adapter is active; None if they would be right."""
-    if _is(site, "torch.distributed.fsdp", "FSDPModule"):  # whose hooks want the root of the model called first
-        return "FSDP2 has sharded its output head: install the fused head first"
     replaced = replaced_forward(site) is not None and not is_forward_of(replaced_forward(site), site)
     problem = "the forward of its output head was replaced (by device_map, or another library)" if replaced else None
     return problem or _problem(site) or (_adapter_problem(site, list(site.lora_B)) if _is_lora(site) else None)

@@ -8,8 +8,10 @@ values to the model, and what the model makes of them must be what was measured.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dil_kernels.models.head_operands import sites_of
+from dil_kernels.models.head_operands import is_of_fsdp2, sites_of
 from dil_kernels.models.head_requests import Request, UnsupportedHeadError, answering_forward, ask
 
 __all__ = ["check_unchanged", "known_logits", "measure", "output_keywords"]
@@ -75,10 +77,12 @@ def measure(model: PreTrainedModel, forward: Callable[..., Any], head: nn.Module
     stand_ins: dict[nn.Module, Callable[..., Any]] = {body: lambda *args, **kwargs: body_output for body in bodies}
     stand_ins |= {site: answering_forward(site) for site in sites}
     replaced = {module: module.__dict__.get("forward") for module in stand_ins}
+    unhooked = contextlib.ExitStack()
     try:
         for module, stand_in in stand_ins.items():
             module.forward = stand_in
-        with torch.enable_grad():
+            unhooked.enter_context(_without_sharding(module))
+        with unhooked, torch.enable_grad():
             inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **output_keywords(forward)}
             seen = ask(_Measurement(sites, given), forward, (), inputs).logits
     except UnsupportedHeadError:
@@ -91,6 +95,20 @@ def measure(model: PreTrainedModel, forward: Callable[..., Any], head: nn.Module
             if before is not None:
                 module.forward = before
     return _read_off(given, seen)
+
+
+@contextlib.contextmanager
+def _without_sharding(module: nn.Module) -> Iterator[None]:
+    """While this is entered, a module that FSDP2 has can be called alone, without its hooks, which gather weights."""
+    names = ("_forward_pre_hooks", "_forward_hooks") if is_of_fsdp2(module) else ()
+    hooks = {name: getattr(module, name) for name in names}
+    try:
+        for name in names:
+            setattr(module, name, OrderedDict())
+        yield
+    finally:
+        for name, value in hooks.items():
+            setattr(module, name, value)
 
 
 def _read_off(given: Tensor, seen: Tensor) -> tuple[float, float | None]:

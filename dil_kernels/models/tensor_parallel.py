@@ -15,13 +15,47 @@ from torch import nn
 from dil_kernels.functional.vocab_parallel import is_dtensor
 from dil_kernels.models.head_requests import answering_forward, is_answering, replaced_forward
 
-__all__ = ["copied", "is_forward_of", "tensor_parallel_size"]
+__all__ = [
+    "copied",
+    "data_parallel_size",
+    "is_forward_of",
+    "is_loaded_in_parts",
+    "tensor_parallel_size",
+    "uneven_tied_rows",
+]
 
 
 def tensor_parallel_size(model: Any) -> int:
     """Over how many processes the weights of a model are split; 1 for a model that is whole."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(base, "_tp_size", None) or 1
+    return getattr(_base(model), "_tp_size", None) or 1
+
+
+def data_parallel_size(model: Any) -> int:
+    """How many batches the processes of a model that was loaded in parts take at once; 1 for a model that is whole."""
+    return _base(model).config.distributed_config.dp_size if is_loaded_in_parts(model) else 1
+
+
+def is_loaded_in_parts(model: Any) -> bool:
+    """Whether transformers has split the model over processes as it loaded it, and brings gradients together."""
+    return getattr(_base(model), "is_distributed_loading_by_transformers", False)
+
+
+def uneven_tied_rows(model: Any) -> int | None:
+    """How many rows tied embeddings have that are trained and FSDP2 has in parts of unequal sizes; None if it has none.
+
+    transformers 5.23 hands embeddings and head to FSDP2 one by one and ties them afterwards. A part that is padded to
+    the size of the others is then held twice, and an optimizer changes one of the two.
+    """
+    base = _base(model)
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings.weight and head.weight.requires_grad
+    config = base.config.distributed_config
+    rows = len(embeddings.weight)
+    return rows if tied and config.fsdp_size > 1 and rows % (config.fsdp_size * config.tp_size) else None
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _held(forward: Any) -> dict[str, Any] | None:

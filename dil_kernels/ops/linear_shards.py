@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dil_kernels.ops import Op, arguments, on_device, refuse_double_backward
+from dil_kernels.ops import Op, arguments, needs_function, on_device, refuse_double_backward
 from dil_kernels.ops.head_steps import CppSteps, Head, HeadProcessing, Rows, TritonSteps
 from dil_kernels.ops.linear import LINEAR_LOGPS_BWD
 from dil_kernels.ops.linear_head import TileBuffer, grad_buffer, over_tiles, stash_stride
@@ -150,6 +150,31 @@ for op, implementation in (
     op.triton(partial(implementation, TritonSteps))
 
 
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    total: int | Tensor,
+    rows: int,
+    stash_rows: int,
+    grad_hidden: bool,
+    statistics: bool,
+    how: HeadProcessing,
+    backend: str,
+    group: str,
+) -> tuple[Tensor, ...]:
+    """As `LINEAR_LOGPS_FWD`, over all shards."""
+    options = (rows, stash_rows, grad_hidden, statistics, *how)
+    tiles = LINEAR_SHARD_TILES.on(backend, hidden)(hidden, weight, bias, targets, *options)
+    logps, stats, index, labels, state, references, sums, stash = tiles
+    parts = (weight.shape[0], total, how.temperature, statistics, group)
+    whole = merged_head_state(state, labels, index == hidden.shape[0], *parts)
+    finish = LINEAR_SHARD_FINISH.on(backend, hidden)
+    results = finish(logps, stats, index, labels, state[0], whole, references, sums, stash, weight, *how)
+    return logps, stats, index, *results, stash
+
+
 class LinearShardLogps(torch.autograd.Function):
     """Differentiable in hidden states, weight and bias, once; what needs no gradient costs none."""
 
@@ -173,15 +198,9 @@ class LinearShardLogps(torch.autograd.Function):
         with_head = grad_weight or grad_bias
         if not with_head:
             stash_rows = 0
-        options = (rows, stash_rows, grad_hidden, statistics, *how)
-        tiles = LINEAR_SHARD_TILES.on(backend, hidden)(hidden, weight, bias, targets, *options)
-        logps, stats, index, labels, state, references, sums, stash = tiles
-        parts = (weight.shape[0], total, how.temperature, statistics, group)
-        whole = merged_head_state(state, labels, index == hidden.shape[0], *parts)
-        finish = LINEAR_SHARD_FINISH.on(backend, hidden)
-        results = finish(logps, stats, index, labels, state[0], whole, references, sums, stash, weight, *how)
+        options = (total, rows, stash_rows, grad_hidden, statistics, how, backend, group)
+        logps, stats, *saved = _forward(hidden, weight, bias, targets, *options)
         recomputed = with_head and stash_rows < rows
-        saved = (index, *results, stash)
         ctx.save_for_backward(hidden if with_head else None, weight, bias, targets if recomputed else None, *saved)
         ctx.mark_non_differentiable(stats)
         ctx.how, ctx.backend, ctx.group = how, backend, group
@@ -224,5 +243,9 @@ def linear_shard_logps(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """As `linear_logps`, where `weight` [V, D] and `bias` [V] are a shard; targets [N] as of `Shard.own_labels`."""
-    options = (shard.total, rows, stash_rows, statistics, how, backend, shard.group)
-    return LinearShardLogps.apply(hidden, weight, bias, targets, *options)
+    if needs_function(hidden, weight, bias):
+        options = (shard.total, rows, stash_rows, statistics, how, backend, shard.group)
+        return LinearShardLogps.apply(hidden, weight, bias, targets, *options)
+    no_grads = (shard.total, rows, 0, False, statistics, how, backend, shard.group)
+    logps, stats, *_ = _forward(hidden, weight, bias, targets, *no_grads)
+    return logps, stats

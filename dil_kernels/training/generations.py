@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dil_kernels.models.evaluation import evaluating
+from dil_kernels.models.tensor_parallel import is_loaded_in_parts
 from dil_kernels.training.agreement import told_by_all
 from dil_kernels.training.markdown import escaped
 from dil_kernels.training.model_checks import pad_token_id, position_limit, vocabulary_size
@@ -115,7 +116,7 @@ def _first_different(dataset: Any, count: int) -> list[list[int]]:
 
 def _generate(trainer: Any, prompts: Sequence[list[int]]) -> list[str]:
     """The greedy answer to each prompt; nothing on a process whose copy of the model is not needed for it."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_loaded_in_parts(trainer.model)
     if not sharded and not trainer.is_world_process_zero():
         return []
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)

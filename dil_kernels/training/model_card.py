@@ -20,6 +20,7 @@ from dil_kernels.losses import LossOptions
 from dil_kernels.training.held_out import BeforeAfter
 from dil_kernels.training.markdown import code, escaped, fenced, table
 from dil_kernels.training.plots import plot_training_curves
+from dil_kernels.training.sharding import share_of_batches
 
 CARD_NAME, PLOT_NAME = "README.md", "training_curves.png"
 TAGS = ("dil", "preference-learning", "generated_from_trainer")
@@ -197,7 +198,7 @@ def _data(trainer: Any, notes: CardNotes) -> str:
 
 def _training(trainer: Any) -> str:
     args, state = trainer.args, trainer.state
-    processes = trainer.accelerator.num_processes
+    processes, _ = share_of_batches(trainer.accelerator)
     batch = args.per_device_train_batch_size, args.gradient_accumulation_steps, processes
     unit = ""
     if args.max_tokens_per_batch is not None:
@@ -256,7 +257,7 @@ def _reproduction(trainer: Any, notes: CardNotes) -> str:
     if "datasets" in sources:
         sources["datasets"] = [{**entry, "path": _public(entry["path"])} for entry in sources["datasets"]]
     recipe = yaml.safe_dump({**sources, **recipe_of(trainer.args)}, sort_keys=False)
-    processes = trainer.accelerator.num_processes
+    processes, _ = share_of_batches(trainer.accelerator)
     launch = "" if processes == 1 else f"accelerate launch --num_processes {processes} -m dil_kernels.cli "
     command = (launch or "dil-train ") + "--config recipe.yaml --output-dir out"
     return f"{fenced(command)}\n\nwith this `recipe.yaml`:\n\n{fenced(recipe, 'yaml')}"

@@ -25,7 +25,7 @@ from dil_kernels.training.ref_cache import (
     default_ref_cache_dir,
     model_fingerprint,
 )
-from dil_kernels.training.sharding import processes_of_a_batch
+from dil_kernels.training.sharding import gather_batches, share_of_batches
 from dil_kernels.training.token_loader import batches_in_order, in_order_of_rows, loader_of
 
 NO_CACHE = "none"
@@ -146,16 +146,14 @@ class ReferencePass:
             batches = batches_in_order(dataset, self.trainer.args)
         else:
             batches = _longest_first(dataset, batch_size)
-        together = processes_of_a_batch(accelerator)
-        shares = Shares(batches, accelerator.num_processes // together)
-        own = shares.of(accelerator.process_index // together)
-        loader = loader_of(self.trainer, dataset, own)  # the last row is any filler
+        number, own = share_of_batches(accelerator)
+        shares = Shares(batches, number)
+        loader = loader_of(self.trainer, dataset, shares.of(own))  # the last row is any filler
         sums = []
         for inputs in tqdm(loader, desc="Reference log-probs", disable=self.trainer.args.disable_tqdm):
             batch = Batch.of(inputs)
             sides = torch.stack(batch.sums(self.token_logps(batch)).chunk(responses), dim=1)
-            if together == 1:  # else all have the same rows
-                sides = accelerator.gather(accelerator.pad_across_processes(sides))
+            sides = gather_batches(accelerator, accelerator.pad_across_processes(sides))
             sums.append(sides.float().cpu())
         return in_order_of_rows(torch.cat(sums).numpy(), shares)
 

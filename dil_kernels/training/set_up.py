@@ -15,7 +15,13 @@ from dil_kernels.data.collators import PackedCollator, SharedPrefixCollator
 from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.models.packed_attention import UnsupportedPackingError, attention_of, install_packed_attention
 from dil_kernels.models.prefix_sharing import install_prefix_sharing
-from dil_kernels.models.tensor_parallel import tensor_parallel_size
+from dil_kernels.models.tensor_parallel import (
+    data_parallel_size,
+    is_loaded_in_parts,
+    tensor_parallel_size,
+    uneven_tied_rows,
+)
+from dil_kernels.training.adapters import has_adapters
 from dil_kernels.training.agreement import refuse_lone_processes
 from dil_kernels.training.config import JOINED_ROWS
 from dil_kernels.training.model_checks import check_causal_lm, keep_gradients_of_4_bits
@@ -23,18 +29,29 @@ from dil_kernels.training.model_checks import check_causal_lm, keep_gradients_of
 logger = logging.getLogger(__name__)
 
 
-def causal_lm(model: Any, name: str) -> Any:
-    """A model to train or to refer to, loaded with weights in fp32 if it is given by its name.
+def policy_and_reference(model: Any, ref_model: Any, parallelism_config: Any) -> tuple[Any, Any]:
+    """The models to train and to refer to, loaded with weights in fp32 if they are given by their names.
 
     Args:
-        model: or its name; None for no reference.
-        name: of the argument.
+        model: or its name.
+        ref_model: or its name; None for none.
+        parallelism_config: that the user gave, or None.
 
     Raises:
         OSError: there is no model of this name.
         TypeError: it is no causal language model.
-        NotImplementedError: its weights take no gradients.
+        ValueError: they are one.
+        NotImplementedError: weights take no gradients, or are split over other processes than parallelism_config says.
     """
+    model, ref_model = _causal_lm(model, "model"), _causal_lm(ref_model, "ref_model")
+    if ref_model is model:
+        raise ValueError("ref_model is the model that training changes; leave it out for a frozen copy")
+    if parallelism_config is not None:
+        _refuse_another_split(parallelism_config, model)
+    return model, ref_model
+
+
+def _causal_lm(model: Any, name: str) -> Any:
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     if model is not None or name == "model":
@@ -92,39 +109,60 @@ def refuse_split_batches(trainer: Trainer, *, tensor_parallelism: bool = False) 
             "responses follow the chosen ones; leave both out: every process loads batches of its own"
         )
     _refuse_parallelism(trainer, tensor_parallelism)
+    if is_loaded_in_parts(trainer.model):
+        _refuse_parts(trainer)
 
 
 def _refuse_parallelism(trainer: Any, tensor_parallelism: bool) -> None:
     """Refuse ways to split a model, or a sequence, that the trainer does not know."""
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if not tensor_parallelism and (parallelism is not None or is_loaded_in_parts(trainer.model)):
+        raise NotImplementedError(
+            "the trainer on TRL supports data parallelism only: leave out parallelism_config, and load the model whole"
+        )
     if parallelism is None:
         return
-    if not tensor_parallelism:
-        raise NotImplementedError("the trainer on TRL supports data parallelism only: leave out parallelism_config")
     if parallelism.cp_size > 1 or parallelism.sp_size > 1:
         raise NotImplementedError(
             "parallelism_config with cp_size or sp_size > 1 cuts sequences apart: the log-prob of a response would be "
             "in pieces on several processes, its first label on another one than its logits; use tp_size"
         )
-    if parallelism.data_parallel_size > 1:
+    _refuse_another_split(parallelism, trainer.model)
+
+
+def _refuse_another_split(parallelism: Any, model: Any) -> None:
+    """Refuse a model that is not split over processes as a ParallelismConfig with tensor parallelism says."""
+    if parallelism.tp_size == 1 and parallelism.data_parallel_size > 1:
         raise NotImplementedError(
-            "parallelism_config with dp_shard_size or dp_replicate_size > 1: without tp_size, leave it out; accelerate "
-            "has no DDP beside tensor parallelism, and its FSDP2 (1.15) does not start beside it with transformers 5.23"
+            "parallelism_config with dp_shard_size or dp_replicate_size, but no tp_size: leave it out"
         )
-    if trainer.args.max_tokens_per_batch is not None:
+    asked = parallelism.tp_size, parallelism.data_parallel_size
+    found = tensor_parallel_size(model), data_parallel_size(model)
+    if parallelism.tp_size > 1 and asked != found:
         raise NotImplementedError(
-            "max_tokens_per_batch shares out batches to all processes, but those of tensor parallelism take the same "
-            "one: leave it out, or parallelism_config"
+            f"parallelism_config has tp_size={asked[0]} and {asked[1]} for data parallelism, but model was loaded with "
+            f"{found[0]} and {found[1]}: load it with from_pretrained(..., distributed_config=DistributedConfig("
+            "tp_size=...)), with dp_replicate_size or fsdp_size for data parallelism, and leave parallelism_config out"
         )
-    if trainer.compute_metrics is not None:
+
+
+def _refuse_parts(trainer: Any) -> None:
+    """Refuse what would train a model that was loaded in parts inexactly."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise NotImplementedError(
-            "compute_metrics: transformers gathers the predictions of all processes, but those of tensor parallelism "
-            "have the same rows; leave it out, or parallelism_config"
+            "the model was loaded in parts, and accelerate was asked for FSDP or DeepSpeed: launch with torchrun, and "
+            "let DistributedConfig(fsdp_size=...) or (dp_replicate_size=...) say how it is loaded"
         )
-    if parallelism.tp_size > 1 and tensor_parallel_size(trainer.model) != parallelism.tp_size:
+    if has_adapters(trainer.model) and tensor_parallel_size(trainer.model) > 1 < data_parallel_size(trainer.model):
         raise NotImplementedError(
-            f"parallelism_config has tp_size={parallelism.tp_size}, but model is not split so: load it with "
-            'from_pretrained(..., tp_plan="auto")'
+            "adapters on a model that is split for tensor parallelism and for data parallelism, too: nobody brings the "
+            "gradients of adapters on split layers together; take one of the two"
+        )
+    rows = uneven_tied_rows(trainer.model)
+    if rows is not None:
+        raise NotImplementedError(
+            f"the {rows} rows of the tied embeddings cannot be dealt out evenly: as transformers hands them to FSDP2, "
+            "the head would keep some as they were; take a multiple of fsdp_size * tp_size, or dp_replicate_size"
         )
 
 

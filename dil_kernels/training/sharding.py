@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ except ImportError as error:
 from dil_kernels.functional.vocab_parallel import is_dtensor
 from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.probes import weights_are_whole
-from dil_kernels.models.tensor_parallel import copied, tensor_parallel_size
+from dil_kernels.models.tensor_parallel import copied, is_loaded_in_parts, tensor_parallel_size
 from dil_kernels.training.adapters import has_adapters
 
 
@@ -42,14 +43,35 @@ def processes_of_a_batch(accelerator: Any) -> int:
     return 1 if parallelism is None else int(parallelism.tp_size)
 
 
+def share_of_batches(accelerator: Any) -> tuple[int, int]:
+    """Over how many the batches are shared out, those that compute the same rows being one, and which this one is."""
+    together = processes_of_a_batch(accelerator)
+    return accelerator.num_processes // together, accelerator.process_index // together
+
+
+def gather_batches(accelerator: Any, values: torch.Tensor) -> torch.Tensor:
+    """Values [rows, ...] of the batches of all processes, each batch once."""
+    every_process = accelerator.gather(values).unflatten(0, (-1, len(values)))
+    return every_process[:: processes_of_a_batch(accelerator)].flatten(0, 1)
+
+
 def gather_rows(accelerator: Any, values: torch.Tensor) -> torch.Tensor:
-    """Values [rows, ...] of the batches of an evaluation, of all processes; those of one batch have the same rows."""
-    return accelerator.gather_for_metrics(values) if processes_of_a_batch(accelerator) == 1 else values
-
-
-def agree_on_whole_weights(model: nn.Module, accelerator: Any) -> None:
-    """Under tensor parallelism, what every process has whole, such as a new adapter, becomes that of the first one."""
+    """Likewise in an evaluation, without the rows that fill up its last batches."""
     if processes_of_a_batch(accelerator) == 1:
+        return accelerator.gather_for_metrics(values)
+    state, rows = accelerator.gradient_state, gather_batches(accelerator, values)
+    return rows[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else rows
+
+
+def gather_each_once(trainer: Any) -> None:
+    """Let the next evaluation of a `transformers.Trainer` gather as `gather_rows` does."""
+    if processes_of_a_batch(trainer.accelerator) > 1:
+        trainer.gather_function = functools.partial(gather_rows, trainer.accelerator)
+
+
+def agree_on_whole_weights(model: nn.Module) -> None:
+    """Of a model that was loaded in parts, what every process has whole (a new adapter) becomes that of the first."""
+    if not is_loaded_in_parts(model):
         return
     for parameter in model.parameters():
         if parameter.requires_grad and not is_dtensor(parameter):
@@ -57,8 +79,16 @@ def agree_on_whole_weights(model: nn.Module, accelerator: Any) -> None:
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether FSDP2 has taken the model over."""
-    return isinstance(model, FSDPModule)
+    """Whether FSDP2 has taken the model over, or the one in a `PeftModel`."""
+    base = model.get_base_model() if has_adapters(model) else model
+    return isinstance(model, FSDPModule) or isinstance(base, FSDPModule)
+
+
+def shard_again(model: Any) -> None:
+    """Let FSDP2 give the parameters in parts, as an optimizer must have them; a forward alone leaves some whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def as_on_main_process(decide: Callable[..., bool], *args: Any) -> bool:
@@ -78,7 +108,7 @@ def keep_outputs_exact(accelerator: Any) -> None:
 
 def prepare_processes(trainer: Any) -> None:
     """What a `DILTrainer` of several processes needs before its models are looked at and wrapped."""
-    agree_on_whole_weights(trainer.model, trainer.accelerator)
+    agree_on_whole_weights(trainer.model)
     keep_outputs_exact(trainer.accelerator)
     expect_all_gradients(trainer.model, trainer.accelerator, trainer.args.ddp_find_unused_parameters)
 
@@ -95,7 +125,7 @@ def expect_all_gradients(model: nn.Module, accelerator: Any, given: bool | None)
         given: `ddp_find_unused_parameters`.
     """
     handler = getattr(accelerator, "ddp_handler", None)
-    others = accelerator.num_processes == 1 or is_wrapped_late(accelerator) or processes_of_a_batch(accelerator) > 1
+    others = accelerator.num_processes == 1 or is_wrapped_late(accelerator) or is_loaded_in_parts(model)
     if handler is not None and not others and given is None and _uses_all_parameters(model):
         handler.find_unused_parameters = False
 
@@ -135,7 +165,16 @@ def _leaves(output: torch.Tensor) -> set[int]:
 
 
 def frozen_copy(model: nn.Module, accelerator: Any) -> nn.Module:
-    """A copy of a model, without gradients and in evaluation mode; sharded where the model was loaded sharded."""
+    """A copy of a model, without gradients and in evaluation mode; sharded where the model was loaded sharded.
+
+    Raises:
+        NotImplementedError: FSDP2 has it, which allows no copies.
+    """
+    if is_sharded(model):
+        raise NotImplementedError(
+            "the reference would be a copy of model, but FSDP2, with which it was loaded, allows none: give ref_model, "
+            "loaded likewise, or precompute_ref_log_probs=True"
+        )
     memo: dict[int, Any] = {}
     if zero_stage(accelerator) == 3:
         for parameter in model.parameters():
@@ -163,9 +202,10 @@ def place_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
     if accelerator.is_fsdp2:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-        sharded: Any = fsdp2_prepare_model(accelerator, model)
-        sharded.set_reshard_after_forward(True)  # the backward that would shard the head again never comes
-        return sharded
+        model = fsdp2_prepare_model(accelerator, model)
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(True)  # the backward that would shard the head again never comes
+        return model
     if zero_stage(accelerator) is not None:
         return _inference_engine(model, accelerator)
     move(model, accelerator.device)
@@ -173,8 +213,8 @@ def place_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
 
 
 def move(model: nn.Module, device: torch.device) -> None:
-    """Move a model to a device, unless it was quantised to one."""
-    if getattr(model, "quantization_method", None) != QuantizationMethod.BITS_AND_BYTES:
+    """Move a model to a device, unless it was quantised to one, or loaded in parts."""
+    if getattr(model, "quantization_method", None) != QuantizationMethod.BITS_AND_BYTES and not is_sharded(model):
         model.to(device)
 
 

@@ -25,6 +25,7 @@ from dil_kernels.training.checkpoints import changed_file, last_complete_checkpo
 from dil_kernels.training.ref_cache import dataset_fingerprint
 from dil_kernels.training.reference_sync import REFERENCE_NAME
 from dil_kernels.training.run_lock import OutputDirError, only_run
+from dil_kernels.training.sharding import processes_of_a_batch, share_of_batches
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def refuse_no_step(trainer: Any) -> None:
             "no weight of the model takes a gradient, so that nothing would be trained; was it loaded from the "
             "directory of an adapter?"
         )
-    rows, processes = len(trainer.train_dataset), args.world_size
+    rows, (processes, _) = len(trainer.train_dataset), share_of_batches(trainer.accelerator)
     batches = rows // args.per_device_train_batch_size // processes if args.dataloader_drop_last else rows
     if not batches:
         raise CannotStartError(
@@ -80,10 +81,15 @@ def refuse_no_step(trainer: Any) -> None:
         )
 
 
-def options_record(args: Any) -> dict[str, Any]:
-    """The options of a `DILConfig` that decide what is learned, as JSON has them."""
+def options_record(args: Any, together: int = 1) -> dict[str, Any]:
+    """The options of a `DILConfig` that decide what is learned, as JSON has them.
+
+    Args:
+        args: the options.
+        together: processes of a batch.
+    """
     options = {name: value for name, value in args.to_dict().items() if not FREE.fullmatch(name)}
-    batch = args.gradient_accumulation_steps * args.world_size
+    batch = args.gradient_accumulation_steps * args.world_size // together
     if args.max_tokens_per_batch is None:
         batch *= args.per_device_train_batch_size
     else:
@@ -111,7 +117,7 @@ def run_record(trainer: Any, reference: str | None) -> dict[str, Any]:
     }
     if reference is not None:
         content["reference weights"] = reference
-    return {**options_record(trainer.args), **_as_json(content)}
+    return {**options_record(trainer.args, processes_of_a_batch(trainer.accelerator)), **_as_json(content)}
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:

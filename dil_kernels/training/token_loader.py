@@ -22,6 +22,7 @@ from dil_kernels.data.token_batches import (
     TokenBatchSampler,
     fill_batches,
 )
+from dil_kernels.training.sharding import share_of_batches
 
 LOADER_OPTIONS = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context", "in_order")
 
@@ -55,15 +56,21 @@ def batches_in_order(dataset: datasets.Dataset, args: Any) -> list[list[int]]:
     return fill_batches(np.arange(len(dataset)), row_tokens(dataset, args), args.max_tokens_per_batch)
 
 
-def training_sampler(dataset: datasets.Dataset, args: Any) -> TokenBatchSampler:
-    """The batches of this process in training: shuffled by data_seed (else seed) and epoch, unless sequential."""
+def training_sampler(dataset: datasets.Dataset, args: Any, share: tuple[int, int]) -> TokenBatchSampler:
+    """The batches of this process in training: shuffled by data_seed (else seed) and epoch, unless sequential.
+
+    Args:
+        dataset: tokenised.
+        args: of the trainer.
+        share: of `share_of_batches`.
+    """
     tokens = row_tokens(dataset, args)
     seed = args.seed if args.data_seed is None else args.data_seed
     if getattr(args, "train_sampling_strategy", "random") == "sequential":
         seed = None
 
     def sampler(epochs: int) -> TokenBatchSampler:
-        return TokenBatchSampler(tokens, args.max_tokens_per_batch, seed, epochs, args.world_size, args.process_index)
+        return TokenBatchSampler(tokens, args.max_tokens_per_batch, seed, epochs, *share)
 
     if args.max_steps <= 0:
         return sampler(math.ceil(args.num_train_epochs))
@@ -107,8 +114,9 @@ class FilledByTokens(Trainer):
         if self.args.max_tokens_per_batch is None or self.train_dataset is None:
             return super().get_train_dataloader()
         dataset: Any = self.train_dataset
-        sampler = training_sampler(dataset, self.args)
-        batches = self.args.gradient_accumulation_steps * self.args.world_size
+        share = share_of_batches(self.accelerator)
+        sampler = training_sampler(dataset, self.args, share)
+        batches = self.args.gradient_accumulation_steps * share[0]
         self._rows_per_step = batches * len(dataset) / sampler.num_batches
         persistent = self.args.dataloader_persistent_workers
         return loader_of(self, RowsOrFiller(dataset, sampler), sampler, persistent_workers=persistent)
@@ -132,8 +140,9 @@ class FilledByTokens(Trainer):
         """Likewise for `predict`."""
         if self.args.max_tokens_per_batch is None:
             return super().get_test_dataloader(test_dataset)
-        shares = Shares(batches_in_order(test_dataset, self.args), self.args.world_size)
-        loader = loader_of(self, RowsOrFiller(test_dataset), shares.of(self.args.process_index))
+        number, own = share_of_batches(self.accelerator)
+        shares = Shares(batches_in_order(test_dataset, self.args), number)
+        loader = loader_of(self, RowsOrFiller(test_dataset), shares.of(own))
         loader.shares = shares
         return loader
 

@@ -48,14 +48,14 @@ from dil_kernels.training.prepare import prepare_dataset
 from dil_kernels.training.reference_policy import ReferencePolicy
 from dil_kernels.training.reference_sync import ReferenceSync
 from dil_kernels.training.set_up import (
-    causal_lm,
     disable_dropout,
     install_fused_heads,
     join_rows,
+    policy_and_reference,
     refuse_inexact_setups,
     tokenizer_of,
 )
-from dil_kernels.training.sharding import gather_rows, is_sharded, prepare_processes
+from dil_kernels.training.sharding import gather_each_once, gather_rows, is_sharded, prepare_processes, shard_again
 from dil_kernels.training.start import (
     RECORD_NAME,
     StopWhenFinished,
@@ -139,9 +139,7 @@ class DILTrainer(FilledByTokens):
         if not isinstance(args, DILConfig):
             raise TypeError(f"args must be a DILConfig, got {type(args).__name__}")
         processing_class = tokenizer_of(model, processing_class)
-        model, ref_model = causal_lm(model, "model"), causal_lm(ref_model, "ref_model")
-        if ref_model is model:
-            raise ValueError("ref_model is the model that training changes; leave it out for a frozen copy")
+        model, ref_model = policy_and_reference(model, ref_model, args.parallelism_config)
         if data_collator is not None and args.pad_to_multiple_of is not None:
             raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} was given, but data_collator pads")
         self.data_report: dict[str, DataReport] = {}
@@ -243,6 +241,7 @@ class DILTrainer(FilledByTokens):
             FloatingPointError: a loss, or a weight that training left, is not finite.
         """
         refuse_no_step(self)
+        shard_again(self.model)
         self._run_record = run_record(self, self._reference_fingerprint)
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint, self._run_record)
         if checkpoint is not None and self._reference_sync is not None:
@@ -373,6 +372,7 @@ class DILTrainer(FilledByTokens):
                 "FSDP2 shards the model when training begins: evaluate then (eval_on_start=True), or afterwards"
             )
         self._eval_sums = zero_sums(self.args.device)
+        gather_each_once(self)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in batch_means(self._eval_sums).items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
