@@ -154,7 +154,7 @@ def train(folder: Path, name: str, split: bool) -> None:
             trainer.train()
         micro_batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
         # At most once forward and once backward, of some 15 tiles.
-        assert micro_batches <= count() <= 2 * micro_batches, (count(), micro_batches)
+        assert trainer.state.global_step <= count() <= 2 * micro_batches, (count(), micro_batches)
     else:
         trainer.train()
     evaluated = trainer.evaluate()
