@@ -8,7 +8,7 @@ Environment:
                           be met fails
     TORCH_CUDA_ARCH_LIST  CUDA architectures, e.g. "9.0" or "8.0;9.0+PTX" (default 8.0, 9.0, 10.0, 11.0, 12.0+PTX)
     MAX_JOBS              compile jobs in parallel
-    CXX, CUDA_HOME        the C++ compiler; where bin/nvcc is
+    CXX, CUDA_HOME        the C++ compiler, with arguments if need be ("ccache g++"; not for nvcc); where bin/nvcc is
     CXXFLAGS              more flags for the C++ compiler and the link of the CPU part, as of a sanitizer
 """
 
@@ -48,6 +48,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wno-maybe-uninitialized",  # these two: GCC's own AVX-512 headers
     "-Wno-uninitialized",
+    "-Wno-unknown-warning-option",  # clang has not all of them
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -108,11 +109,12 @@ def find_torch() -> Path:
 
 
 def find_cxx() -> str:
+    """The C++ compiler, with its arguments if $CXX has some, quoted for a shell."""
     explicit = os.environ.get("CXX")
-    for name in [explicit] if explicit else ["g++", "clang++", "c++"]:
+    for name, *arguments in [shlex.split(explicit)] if explicit else [["g++"], ["clang++"], ["c++"]]:
         path = shutil.which(name)
         if path:
-            return path
+            return " ".join(map(shell, [path, *arguments]))
     raise Unavailable(
         f"CXX={explicit} was not found" if explicit else "no C++ compiler was found (g++, clang++ or $CXX)"
     )
@@ -157,6 +159,13 @@ def find_nvcc() -> str:
     return path
 
 
+def cuda_version(nvcc: str) -> str:
+    """As "13.0"; "unknown" where nvcc says it in some other way."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+\.\d+)", text)
+    return match[1] if match else "unknown"
+
+
 def architectures(nvcc: str) -> list[str]:
     """-gencode flags. Defaults that this nvcc does not know are left out; an explicit list is taken as it is."""
     explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -196,7 +205,7 @@ class Ninja:
 
     def edge(self, rule: str, out: Path, inputs: list[Path], compiler: str, flags: list[str]) -> Path:
         self.lines.append(f"build {quote(out)}: {rule} {' '.join(map(quote, inputs))}")
-        self.lines.append(f"  compiler = {shell(compiler)}\n  flags = {' '.join(flags)}")
+        self.lines.append(f"  compiler = {compiler}\n  flags = {' '.join(flags)}")
         return out
 
     def run(self, folder: Path) -> None:
@@ -238,7 +247,7 @@ class BuildExtension(build_ext):
             fresh = target.with_name(f".{target.name}")
             shutil.copy2(product, fresh)
             os.replace(fresh, target)  # a process that has the old one loaded keeps it
-            self.report[part] = "built"
+            self.report[part] = "built" if part == "extension" else f"built by CUDA {cuda_version(find_nvcc())}"
         except Unavailable as reason:
             if forced:
                 raise SystemExit(f"dil_kernels: DIL_KERNELS_BUILD={choice} cannot be met: {reason}") from None
@@ -264,10 +273,12 @@ class BuildExtension(build_ext):
 
     def plan_cuda(self) -> Path:
         torch, nvcc, cxx = find_torch(), find_nvcc(), find_cxx()
+        if len(shlex.split(cxx)) > 1:
+            raise Unavailable(f"nvcc takes a compiler without arguments, not CXX={os.environ['CXX']}")
         flags = [*DEFINES, "-DUSE_CUDA", "-std=c++17", "-O3", "-Xcompiler -fPIC,-fvisibility=hidden", "--threads 2"]
-        flags += [*architectures(nvcc), f"-isystem {shell(torch / 'include')}", f"-ccbin {shell(cxx)}"]
+        flags += [*architectures(nvcc), f"-isystem {shell(torch / 'include')}", f"-ccbin {cxx}"]
         objects = [
-            self.graph.edge("compile", self.folder / f"cuda_{source.stem}.o", [source], nvcc, flags)
+            self.graph.edge("compile", self.folder / f"cuda_{source.stem}.o", [source], shell(nvcc), flags)
             for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         ]
         # A CPU-only torch has no libtorch_cuda to link with: an import library of that name records the dependency.
@@ -276,9 +287,13 @@ class BuildExtension(build_ext):
         stand_in = self.graph.edge(
             "link", self.folder / "libtorch_cuda.so", [imports], cxx, ["-fPIC", "-Wl,-soname,libtorch_cuda.so"]
         )
-        link = [f"-ccbin {shell(cxx)}", "-cudart static"]
+        link = [f"-ccbin {cxx}", "-cudart static"]
         return self.graph.edge(
-            "link", self.folder / "_cuda.so", [*objects, stand_in], nvcc, [*link, *self.link_flags(torch / "lib")]
+            "link",
+            self.folder / "_cuda.so",
+            [*objects, stand_in],
+            shell(nvcc),
+            [*link, *self.link_flags(torch / "lib")],
         )
 
     @staticmethod

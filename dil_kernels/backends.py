@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def extension_problem() -> str | None:
 
 
 def build_report() -> dict[str, str]:
-    """What the build recorded of itself: for each part, "built ..." or why it was left out."""
+    """What the build recorded of itself: for each part "built", with the CUDA that did, or why it was left out."""
     try:
         return dict(importlib.import_module("dil_kernels._build_report").REPORT)
     except ModuleNotFoundError:
@@ -75,14 +76,41 @@ def cuda_extension_problem() -> str | None:
         return "no CUDA device is visible"
     from pathlib import Path
 
+    outcome = build_report().get("cuda", "unknown")
+    problem = _driver_problem(outcome)
+    if problem is not None:
+        return problem
     path = Path(__file__).parent / "_cuda.so"
     if not path.exists():
-        return f"not built: {build_report().get('cuda', 'unknown')}"
+        return f"not built: {outcome}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"built, but it does not load: {error}"
     return None
+
+
+def _driver_problem(outcome: str) -> str | None:
+    """Of a driver that is older than the CUDA of the build, whose kernels would not start; one of its major is not."""
+    built, driver = re.fullmatch(r"built by CUDA ((\d+)\.\d+)", outcome), cuda_driver_version()
+    if built is None or driver is None or driver // 1000 >= int(built[2]):
+        return None
+    return (
+        f"it was built by CUDA {built[1]}, and this driver is one for CUDA {driver // 1000}.{driver % 1000 // 10}: "
+        "take a newer driver, or build the package by the older CUDA"
+    )
+
+
+def cuda_driver_version() -> int | None:
+    """The newest CUDA that the driver serves, as 12080 for 12.8, or None where that cannot be asked."""
+    import ctypes
+
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value
 
 
 @functools.cache

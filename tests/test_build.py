@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -12,13 +13,18 @@ from pathlib import Path
 
 import pybind11
 import pytest
+import torch
 
 from dil_kernels import _C as compiled
+from dil_kernels import backends
 
 ROOT = Path(__file__).parent.parent
 
 FAKE_NVCC = """#!/bin/sh
-printf 'compute_80\\ncompute_90\\ncompute_100\\n'
+case "$1" in
+  --version) echo 'Cuda compilation tools, release 12.8, V12.8.93';;
+  *) printf 'compute_80\\ncompute_90\\ncompute_100\\n'
+esac
 """
 FAKE_NINJA = """#!/bin/sh
 case "$2" in *cuda) [ -n "$FAKE_CUDA_FAILS" ] && exit 1; esac
@@ -135,6 +141,7 @@ def test_architectures(build, tmp_path: Path, arch_list: str | None, expected: l
     plan = (tmp_path / "dil_kernels" / "cuda" / "build.ninja").read_text()
     (flags,) = {line for line in plan.splitlines() if "-gencode" in line}
     assert [word.removeprefix("-gencode=arch=") for word in flags.split() if "-gencode" in word] == expected
+    assert report(tmp_path)["cuda"] == "built by CUDA 12.8"
 
 
 @STAND_INS
@@ -251,3 +258,42 @@ def test_every_simd_level_is_exact(capability: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+@STAND_INS
+def test_a_compiler_with_arguments(build, tmp_path: Path) -> None:
+    environment = {"CXX": "g++ -m64 '-DA=\"b c\"'", "PATH": f"{tmp_path / 'bin'}:/bin"}
+    assert build("g++", "nvcc", "ninja", **environment).returncode == 0
+    plan = (tmp_path / "dil_kernels" / "extension" / "build.ninja").read_text()
+    for line in plan.splitlines():
+        if line.startswith("  compiler = "):
+            assert shlex.split(line.removeprefix("  compiler = ")) == [
+                str(tmp_path / "bin" / "g++"),
+                "-m64",
+                '-DA="b c"',
+            ]
+    assert report(tmp_path)["cuda"].startswith("nvcc takes a compiler without arguments, not CXX=g++ -m64")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "driver", "problem"),
+    [
+        ("built by CUDA 13.0", 12080, "it was built by CUDA 13.0, and this driver is one for CUDA 12.8"),
+        ("built by CUDA 13.1", 13000, None),  # a driver serves all of its major
+        ("built by CUDA 12.8", 13000, None),
+        ("built by CUDA 13.0", None, None),
+        ("nvcc was not found on PATH", 12080, None),
+    ],
+)
+def test_a_driver_that_is_too_old_is_named(monkeypatch, outcome: str, driver: int | None, problem: str | None) -> None:
+    """No kernel would start, which is known before one is tried."""
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(backends, "build_report", lambda: {"cuda": outcome})
+    monkeypatch.setattr(backends, "cuda_driver_version", lambda: driver)
+    found = backends.cuda_extension_problem.__wrapped__()
+    if problem is None:
+        assert found in (None, f"not built: {outcome}")  # which this machine decides
+    else:
+        assert found.startswith(problem)
