@@ -10,7 +10,8 @@ Both trainers get the same pairs in the same order (the same seed draws the same
 the same precomputed reference, optimizer and precision. Of each loss the learning rate is the best of three on pairs
 that are taken from the training side; TRL's DPO takes that of ours. Held-out pairs are scored by one function for all,
 outside of what is timed. Each run is a process of its own; a stopped one goes on from its last checkpoint, and one that
-is finished is not repeated. Tables and figures are written anew after every run.
+is finished is not repeated. What a step costs is measured at the end, in a few steps of each trainer and loss: nothing
+else should run then. Tables and figures are written anew after every run.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Run:
     """One of the experiment.
 
     Attributes:
-        kind: "start" looks at the untrained model, "tuning" trains on a third of an epoch and sees no held-out pair.
+        kind: "start" looks at the untrained model, "tuning" trains on a third of an epoch and sees no held-out pair,
+            "timing" takes a few steps and evaluates nothing, "run" is the experiment itself.
     """
 
     kind: str
@@ -83,6 +85,11 @@ class Run:
         """For its checkpoints, while it is not finished."""
         return Path(options.runs_dir, self.name.replace(",", "").replace("/", "-").replace(" ", "_"))
 
+    def seen_path(self, options: argparse.Namespace) -> Path:
+        """For what was seen up to its last checkpoint."""
+        folder = self.folder(options)
+        return folder.with_name(f"{folder.name}.part")
+
     def record_path(self, options: argparse.Namespace) -> Path:
         """For what was seen in it, once it is."""
         folder = self.folder(options)
@@ -95,11 +102,13 @@ def all_runs(options: argparse.Namespace) -> Iterator[Run]:
         yield from (Run("run", arm) for arm in (LSIF, DPO, TRL))
         return
     yield Run("start")
-    for arms, seed in ORDER[:1] if options.quick else ORDER:
+    order = ORDER[:1] if options.quick else ORDER
+    for arms, seed in order:
         for arm in arms:
             if options.learning_rate is None and seed == 0 and arm is not TRL:
                 yield from (Run("tuning", arm, 0, rate) for rate in LEARNING_RATES)
             yield Run("run", arm, seed)
+    yield from (Run("timing", arm) for arms, seed in order if seed == 0 for arm in arms)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{run.name} ({number} of {len(left)})", flush=True)
         subprocess.run([sys.executable, "-m", "experiments.beside_trl", *given, "--run", run.name], check=True)
         shutil.rmtree(run.folder(options), ignore_errors=True)
+        run.seen_path(options).unlink(missing_ok=True)
         report(options)
     report(options)
     return 0

@@ -34,6 +34,7 @@ PANELS = (
     ("chosen_logp", "Chosen responses", "log-prob a token, nats"),
     ("rejected_logp", "Rejected responses", "log-prob a token, nats"),
 )
+COST = ("seconds_per_step", "cpu_seconds_per_step", "tokens_per_second", "peak_bytes")
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -41,10 +42,13 @@ def write_report(records: Records, output: Path) -> None:
     """Write the tables and figures of finished runs, and print the summary.
 
     Args:
-        records: of the runs, with their kind, arm and seed.
-        output: for tuning.csv, runs.csv, summary.csv, curves.csv, items.csv, environment.txt, accuracy.png, curves.png.
+        records: of the runs, with their kind, arm and seed. What a step costs is taken from a run that was made for
+            that, if there is one of the arm.
+        output: for tuning.csv, runs.csv, summary.csv, curves.csv, equal_margins.csv, items.csv, environment.txt,
+            accuracy.png and curves.png.
     """
-    runs = [record for record in records if record["kind"] == "run"]
+    timed = {record["arm"]: {name: record[name] for name in COST} for record in records if record["kind"] == "timing"}
+    runs = [{**record, **timed.get(record["arm"], {})} for record in records if record["kind"] == "run"]
     tuning = [
         {"arm": record["arm"], "learning_rate": record["learning_rate"], **record["validation"]}
         for record in records
@@ -57,6 +61,7 @@ def write_report(records: Records, output: Path) -> None:
     summary = summarise(rows)
     write_csv(output / "summary.csv", summary)
     write_csv(output / "curves.csv", [{**_key(record), **entry} for record in runs for entry in record["held_out"]])
+    write_csv(output / "equal_margins.csv", at_equal_margins(runs))
     items = _items(records)
     if items:
         write_csv(output / "items.csv", items)
@@ -109,6 +114,23 @@ def summarise(rows: Records) -> list[dict[str, Any]]:
                 line[f"{name}_sd"] = deviation
         summary.append(line)
     return summary
+
+
+def at_equal_margins(runs: Records) -> list[dict[str, Any]]:
+    """The change of log-probs where each run first has the margin that all of them reach, by linear interpolation."""
+    margin = min(max(entry["margin"] for entry in record["held_out"]) for record in runs)
+    rows = []
+    for record in runs:
+        curve = record["held_out"]
+        after = next(place for place, entry in enumerate(curve) if entry["margin"] >= margin)
+        before, share = curve[max(0, after - 1)], 1.0
+        if after > 0:
+            share = (margin - before["margin"]) / (curve[after]["margin"] - before["margin"])
+        row = {**_key(record), "margin": margin}
+        for name in ("chosen_logp", "rejected_logp"):
+            row[f"{name}_change"] = before[name] + share * (curve[after][name] - before[name]) - curve[0][name]
+        rows.append(row)
+    return rows
 
 
 def _items(records: Records) -> list[dict[str, Any]]:
@@ -167,15 +189,22 @@ def _draw_accuracy(runs: Records, path: Path) -> None:
 
 
 def _draw_curves(runs: Records, path: Path) -> None:
-    """What becomes of margin and likelihoods, by optimizer step."""
-    figure = new_figure(11, 3.6)
-    for axes, (metric, title, label) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        for arm, of_arm in _by_arm(runs).items():
-            for number, record in enumerate(of_arm):
-                steps = [entry["step"] for entry in record["held_out"]]
-                values = [entry[metric] for entry in record["held_out"]]
-                colour, name = COLOURS.get(arm, GREY), arm if number == 0 else None
-                axes.plot(steps, values, color=colour, label=name, marker="o", markersize=3, linewidth=1.2)
+    """What becomes of margin and likelihoods: by optimizer step, and of the chosen responses by margin."""
+    figure = new_figure(13, 3.6)
+    *panels, at_margins = figure.subplots(1, len(PANELS) + 1)
+    for arm, of_arm in _by_arm(runs).items():
+        for number, record in enumerate(of_arm):
+            curve = record["held_out"]
+            look = {"color": COLOURS.get(arm, GREY), "marker": "o", "markersize": 3, "linewidth": 1.2}
+            look["label"] = arm if number == 0 else None
+            for axes, (metric, *_) in zip(panels, PANELS, strict=True):
+                axes.plot([entry["step"] for entry in curve], [entry[metric] for entry in curve], **look)
+            changes = [entry["chosen_logp"] - curve[0]["chosen_logp"] for entry in curve]
+            at_margins.plot([entry["margin"] for entry in curve], changes, **look)
+    for axes, (_, title, label) in zip(panels, PANELS, strict=True):
         finish_panel(axes, title, "optimizer step", label)
+    finish_panel(
+        at_margins, "Chosen responses by margin", "held-out margin, nats a token", "change of the log-prob a token"
+    )
     figure.axes[0].legend(frameon=False, fontsize=8)
     save(figure, path)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SPLIT_SEED = 20250305
 HELD_OUT = 0.2  # share of the pairs
+TIMED_STEPS = 8
 VALIDATION = 0.15  # share of the rest, on which learning rates are chosen
 ANSWERED_PROMPT_TOKENS = 512  # longer held-out prompts are not answered
 ANSWERED_TOGETHER = 8  # prompts
@@ -78,7 +79,7 @@ class Evaluation:
 class Watch(TrainerCallback):
     """Times the steps and evaluates between them; what it saw is kept beside each checkpoint."""
 
-    def __init__(self, evaluation: Evaluation, every: int, path: Path) -> None:
+    def __init__(self, evaluation: Evaluation | None, every: int, path: Path) -> None:
         self.evaluation, self.every, self.path = evaluation, every, path
         self.seen: dict[str, list[Any]] = {"step_seconds": [], "step_cpu_seconds": [], "curve": []}
 
@@ -107,6 +108,8 @@ class Watch(TrainerCallback):
             self.path.write_text(json.dumps(self.seen))  # before the checkpoint of this step
 
     def _evaluate(self, step: int) -> None:
+        if self.evaluation is None:
+            return
         entry = {"step": step, **self.evaluation()}
         self.seen["curve"].append(entry)
         print(" ".join(f"{name}={value:.4g}" for name, value in entry.items()), flush=True)
@@ -122,12 +125,16 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
             "items": forced_choice.score(scorer, problem.tokenizer, questions),
             "kinds": [q.kind for q in questions],
         }
-    evaluation = Evaluation(scorer, _tokenized(problem.judged, problem.tokenizer, options.max_length))
+    evaluation = None
+    if run.kind != "timing":
+        evaluation = Evaluation(scorer, tokenized(problem.judged, problem.tokenizer, options.max_length))
     folder = run.folder(options)
-    watch = Watch(evaluation, options.eval_steps, folder.with_name(f"{folder.name}.part"))
+    watch = Watch(evaluation, options.eval_steps, run.seen_path(options))
     steps = options.max_steps or options.epochs * (len(problem.train) // options.batch_size)
     if tuning:
         steps = max(1, len(problem.train) // options.batch_size // 3)
+    if run.kind == "timing":
+        steps = min(steps, TIMED_STEPS)
     config: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -135,7 +142,7 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": max(1, steps // 10),
         "logging_steps": 1,
-        "save_strategy": "no" if tuning else "steps",
+        "save_strategy": "steps" if run.kind == "run" else "no",
         "save_steps": options.eval_steps,
         "save_total_limit": 1,
         "report_to": [],
@@ -151,7 +158,7 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
     trainer.train(resume_from_checkpoint=bool(checkpoints))
     seconds = watch.seen["step_seconds"]
     first = 2 if len(seconds) > 4 else 0  # compilation and warm-up
-    tokens = options.batch_size * _tokens_a_pair(_tokenized(problem.train, problem.tokenizer, options.max_length))
+    tokens = options.batch_size * _tokens_a_pair(tokenized(problem.train, problem.tokenizer, options.max_length))
     record = {
         "learning_rate": learning_rate,
         "steps": len(seconds),
@@ -162,6 +169,8 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "environment": describe_environment(),
     }
+    if run.kind == "timing":
+        return record
     if tuning:
         return {**record, "validation": watch.seen["curve"][-1]}
     record["held_out"] = watch.seen["curve"]
@@ -198,7 +207,7 @@ def _kl(scorer: Scorer, start: Problem, options: argparse.Namespace) -> dict[str
     Answers end after `options.answer_tokens`; the estimate is the mean log ratio of the answers, in nats each.
     """
     torch.manual_seed(0)
-    pairs = _tokenized(start.judged, start.tokenizer, options.max_length)
+    pairs = tokenized(start.judged, start.tokenizer, options.max_length)
     prompts = [pair["prompt_ids"] for pair in pairs if len(pair["prompt_ids"]) <= ANSWERED_PROMPT_TOKENS]
     prompts.sort(key=len)
     end, sequences = start.tokenizer.eos_token_id, []
@@ -233,14 +242,19 @@ def _kl(scorer: Scorer, start: Problem, options: argparse.Namespace) -> dict[str
 
 
 def load_problem(options: argparse.Namespace, tuning: bool) -> Problem:
-    """Model, tokenizer and pairs, none longer than the maximum; no prompt is both trained on and judged by."""
+    """What a run of the command line trains, and on what."""
+    model, tokenizer = load_model(options.model, quick=options.quick, random_llama=options.random_llama)
+    return make_problem(model, tokenizer, options.pairs, options.max_length, tuning=tuning)
+
+
+def make_problem(model: Any, tokenizer: Any, path: Path | None, max_length: int, *, tuning: bool = False) -> Problem:
+    """Pairs of a file, none longer than the maximum; no prompt is both trained on and judged by."""
     from dil_kernels.data import load_preference_pairs
     from dil_kernels.quickstart.embedded import load_embedded_pairs
 
-    model, tokenizer = _load_model(options)
-    pairs = load_embedded_pairs("train") if options.pairs is None else load_preference_pairs(options.pairs)
-    lengths = _tokenized(pairs, tokenizer, None)["length"]
-    pairs = pairs.select([index for index, length in enumerate(lengths) if length <= options.max_length])
+    pairs = load_embedded_pairs("train") if path is None else load_preference_pairs(path)
+    lengths = tokenized(pairs, tokenizer, None)["length"]
+    pairs = pairs.select([index for index, length in enumerate(lengths) if length <= max_length])
     train, held_out = _split(pairs.shuffle(seed=SPLIT_SEED), HELD_OUT)
     return Problem(model, tokenizer, *(_split(train, VALIDATION) if tuning else (train, held_out)))
 
@@ -258,19 +272,20 @@ def _split(pairs: Any, share: float) -> tuple[Any, Any]:
     return pairs.select(sorted({*range(len(pairs))} - {*rows})), pairs.select(rows)
 
 
-def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+def load_model(model: Path | None, *, quick: bool, random_llama: bool = False) -> tuple[Any, Any]:
+    """The model of a directory (default: SmolLM2-135M), a tiny one or a random 1B-class one, in fp32; its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    if options.quick:
+    if quick:
         sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
         from shared import load_model as load_tiny
 
         return load_tiny(None)
     from dil_kernels.quickstart.smollm2 import prepare
 
-    directory = options.model or prepare("runs/smollm2")
+    directory = model or prepare("runs/smollm2")
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    if not options.random_llama:
+    if not random_llama:
         return AutoModelForCausalLM.from_pretrained(directory), tokenizer
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -285,7 +300,7 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     return LlamaForCausalLM(config), tokenizer
 
 
-def _tokenized(pairs: Any, tokenizer: Any, max_length: int | None) -> Any:
+def tokenized(pairs: Any, tokenizer: Any, max_length: int | None) -> Any:
     """Token ids of the pairs."""
     half = None if max_length is None else max_length // 2
     return tokenize_dataset(pairs, tokenizer, max_length=max_length, max_prompt_length=half, truncation_mode="keep_end")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import beside_trl, beside_trl_runs, forced_choice, stability, tabular_consistency, training_dynamics
+from experiments import (
+    beside_trl,
+    beside_trl_runs,
+    exactness,
+    failing_rates,
+    forced_choice,
+    stability,
+    tabular_consistency,
+    training_dynamics,
+)
 from experiments.dynamics_runs import ARMS, metrics
 from experiments.tabular_problem import DIVERGENCES, Loss, make_table, sample, solve, total_variation
 from experiments.upper_blocks import all_pair_logps, cache_hidden_states, take_upper_blocks
@@ -296,6 +306,15 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path):
     assert runs["dil lsif"]["chosen_logp_change"] != runs["dil dpo"]["chosen_logp_change"]
     assert float(runs["dil dpo"]["kl_nats_a_token"]) > 0
     assert {row["kind"] for row in read_csv(tmp_path / "items.csv")} == {"sums", "copying", "agreement", "facts", "all"}
+    margins = read_csv(tmp_path / "equal_margins.csv")
+    assert [row["arm"] for row in margins] == list(runs)
+    assert len({row["margin"] for row in margins}) == 1
+    for row in margins:
+        difference = float(row["chosen_logp_change"]) - float(row["rejected_logp_change"])
+        assert difference == pytest.approx(float(row["margin"]), abs=1e-4)
+    timing = json.loads((tmp_path / "runs" / "timing_dil_dpo_seed_0.json").read_text())
+    assert timing["steps"] == 8
+    assert float(runs["dil dpo"]["seconds_per_step"]) == pytest.approx(timing["seconds_per_step"], rel=1e-4)
     for name in ("accuracy.png", "curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     # Finished runs are not made again.
@@ -349,3 +368,42 @@ def test_no_prompt_is_in_two_sets_and_the_right_options_come_first():
         if item.kind == "copying":
             listed, again = item.context.split("\nThe same list again: ")
             assert listed.removeprefix("List: ").startswith(again.removesuffix(",") + "," + item.options[0])
+
+
+def test_log_ratios_from_hidden_states_are_nearer_to_the_truth_than_those_of_rounded_logits(tmp_path):
+    assert exactness.main(["--quick", "--output", str(tmp_path)]) == 0
+    rows = {(row["method"], row["tokens"]): row for row in read_csv(tmp_path / "exactness.csv")}
+    assert {method for method, _ in rows} >= {"ours, from hidden states", "ours, from logits", "log_softmax in bf16"}
+    for (method, tokens), row in rows.items():
+        error, ours = (float(each["rms_error"]) for each in (row, rows["ours, from hidden states", tokens]))
+        assert error < 0.1
+        assert ours < 1e-6 * int(tokens)
+        if method != "ours, from hidden states":
+            assert error > 50 * ours, method
+    assert (tmp_path / "exactness.png").stat().st_size > 10_000
+
+
+def test_the_smallest_failing_rate_is_found_in_few_runs(tmp_path, capfd):
+    for first in range(9):
+        tried = []
+
+        def fails(rate, tried=tried, first=first):
+            tried.append(rate)
+            return rate >= first
+
+        assert failing_rates.smallest_failing(range(8), fails) == (first if first < 8 else None)
+        assert len(tried) <= 4
+    command = ["--quick", "--runs-dir", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    assert failing_rates.main(command) == 0
+    rows = read_csv(tmp_path / "failing_rates.csv")
+    for summary in read_csv(tmp_path / "failing_rates_summary.csv"):
+        outcomes = {
+            float(row["learning_rate"]): row["outcome"] for row in rows if row["reduction"] == summary["reduction"]
+        }
+        failing = float(summary["smallest_rate_that_fails"])
+        assert outcomes.pop(failing) == summary["how"] != "held"
+        assert all((outcome == "held") == (rate < failing) for rate, outcome in outcomes.items())
+    # Finished runs are not made again.
+    capfd.readouterr()
+    assert failing_rates.main(command) == 0
+    assert "train data" not in "".join(capfd.readouterr())
