@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.trainer import DILConfig
 from dil_kernels.training.offloading import OffloadedActivations
-from dil_kernels.training.reference_sync import REFERENCE_NAME
+from dil_kernels.training.reference_sync import REFERENCE_NAME, ReferenceSync
 from dil_kernels.training.start import CannotStartError
 
 
@@ -91,6 +92,14 @@ def test_references_that_cannot_follow(tmp_path: Path) -> None:
         make_trainer(tmp_path, sync_ref_model=True, peft_config=lora_config())
     with pytest.raises(ValueError, match=r"parameter .* is \(48, 32\) in model and \(40, 32\) in ref_model"):
         make_trainer(tmp_path, sync_ref_model=True, ref_model=make_model(intermediate_size=40))
+
+
+def test_a_reference_in_parts_cannot_follow() -> None:
+    policy: Any = make_model()
+    policy._is_distributed_loading_by_transformers = True
+    accelerator = SimpleNamespace(is_fsdp2=False, state=SimpleNamespace())
+    with pytest.raises(NotImplementedError, match="or a model that was loaded in parts"):
+        ReferenceSync(policy, make_model(), accelerator)
 
 
 @pytest.mark.parametrize(

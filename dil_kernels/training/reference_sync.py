@@ -10,6 +10,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from dil_kernels.models.tensor_parallel import is_loaded_in_parts
 from dil_kernels.training.adapters import has_adapters
 from dil_kernels.training.sharding import is_wrapped_late
 
@@ -34,8 +35,10 @@ class ReferenceSync(TrainerCallback):
             raise NotImplementedError(
                 "sync_ref_model=True was given, but the model is trained by adapters: the reference cannot follow them"
             )
-        if is_wrapped_late(accelerator):
-            raise NotImplementedError("sync_ref_model=True was given, but not for FSDP or DeepSpeed")
+        if is_wrapped_late(accelerator) or is_loaded_in_parts(policy):
+            raise NotImplementedError(
+                "sync_ref_model=True was given, but not for FSDP, DeepSpeed or a model that was loaded in parts"
+            )
         own, other = ({name: value.shape for name, value in model.named_parameters()} for model in (policy, reference))
         for name in {**own, **other}:
             if own.get(name) != other.get(name):
