@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from tensor_parallel_runs import RUNS
 from tensor_parallel_training import KINDS, train
+from tiny_model import make_model
 from transformers import AutoModelForCausalLM
 
+from dil_kernels.training.adapters import with_adapter
 from dil_kernels.training.metrics import METRICS
-from dil_kernels.training.set_up import refuse_split_batches
+from dil_kernels.training.set_up import policy_and_reference, refuse_split_batches
 
 TESTS = Path(__file__).parent
 
@@ -109,6 +111,37 @@ def test_what_is_not_exact_is_refused(sizes: dict[str, int], message: str) -> No
         refuse_split_batches(trainer, tensor_parallelism=True)
     with pytest.raises(NotImplementedError, match="the trainer on TRL supports data parallelism only"):
         refuse_split_batches(trainer)
+
+
+def test_balanced_batches_are_not_dealt_out_to_the_parts_of_a_model() -> None:
+    config = SimpleNamespace(distributed_config=SimpleNamespace(dp_size=1))
+    model = SimpleNamespace(is_distributed_loading_by_transformers=True, _tp_size=2, config=config)
+    loading = SimpleNamespace(dispatch_batches=None, split_batches=False)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=2, parallelism_config=ParallelismConfig(tp_size=2)),
+        args=SimpleNamespace(n_gpu=1, accelerator_config=loading, train_sampling_strategy="batch_rebalance"),
+        model=model,
+    )
+    with pytest.raises(NotImplementedError, match="'batch_rebalance' was given, but it deals out batches"):
+        refuse_split_batches(trainer, tensor_parallelism=True)
+
+
+def test_a_reference_is_not_split_over_processes_with_different_batches() -> None:
+    model, ref_model = make_model(), make_model()
+    ref_model._tp_size = 2
+    with pytest.raises(NotImplementedError, match="ref_model was loaded with tp_size=2, but model with 1"):
+        policy_and_reference(model, ref_model, None)
+    for sizes in ((2, 2), (4, 2), (2, 1)):
+        model._tp_size, ref_model._tp_size = sizes
+        assert policy_and_reference(model, ref_model, None) == (model, ref_model)
+
+
+def test_layers_of_a_split_model_are_not_copied_into_an_adapter() -> None:
+    model = make_model()
+    model._tp_size = 2
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(NotImplementedError, match="peft cannot copy layers of a model that is split"):
+        with_adapter(model, config, SimpleNamespace(seed=0))
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])

@@ -17,6 +17,8 @@ try:
 except ImportError as error:
     raise ImportError(f"training needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
 
+from dil_kernels.models.tensor_parallel import tensor_parallel_size
+
 REFERENCE_COPY = "dil_reference"  # how names of frozen copies of adapters that came trained begin
 ZERO_AT_FIRST = ("lora_B", "lora_embedding_A")  # the factors that peft initialises with zeros
 
@@ -38,6 +40,7 @@ def with_adapter(model: Any, peft_config: Any, args: TrainingArguments) -> Any:
         ImportError: peft is not installed.
         TypeError: another kind of configuration.
         ValueError: the model has an adapter already.
+        NotImplementedError: the adapter would copy layers of a model that is split over processes.
     """
     if peft_config is not None:
         model = _with_new_adapter(model, peft_config, args)
@@ -56,6 +59,12 @@ def _with_new_adapter(model: Any, peft_config: Any, args: TrainingArguments) -> 
         raise TypeError(f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
     if has_adapters(model):
         raise ValueError("peft_config was given, but model has an adapter already: give the one or the other")
+    whole_layers = getattr(peft_config, "modules_to_save", None)
+    if whole_layers and tensor_parallel_size(model) > 1:
+        raise NotImplementedError(
+            f"modules_to_save={whole_layers} was given, but peft cannot copy layers of a model that is split over "
+            "processes: leave it out, or load the model whole"
+        )
     set_seed(args.seed)  # the adapter starts from random numbers
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         wanted, options = _checkpointing(args)

@@ -41,14 +41,27 @@ def policy_and_reference(model: Any, ref_model: Any, parallelism_config: Any) ->
         OSError: there is no model of this name.
         TypeError: it is no causal language model.
         ValueError: they are one.
-        NotImplementedError: weights take no gradients, or are split over other processes than parallelism_config says.
+        NotImplementedError: weights take no gradients, or are split over other processes than parallelism_config says,
+            or those of ref_model over processes that have different batches.
     """
     model, ref_model = _causal_lm(model, "model"), _causal_lm(ref_model, "ref_model")
     if ref_model is model:
         raise ValueError("ref_model is the model that training changes; leave it out for a frozen copy")
+    if ref_model is not None:
+        _refuse_another_reference_split(ref_model, model)
     if parallelism_config is not None:
         _refuse_another_split(parallelism_config, model)
     return model, ref_model
+
+
+def _refuse_another_reference_split(ref_model: Any, model: Any) -> None:
+    """Refuse a reference whose parts lie on processes that take different batches."""
+    own, others = tensor_parallel_size(model), tensor_parallel_size(ref_model)
+    if own % others:
+        raise NotImplementedError(
+            f"ref_model was loaded with tp_size={others}, but model with {own}: the processes that have the parts of "
+            "ref_model would take different batches; load ref_model as model, or whole"
+        )
 
 
 def _causal_lm(model: Any, name: str) -> Any:
@@ -128,6 +141,12 @@ def _refuse_parallelism(trainer: Any, tensor_parallelism: bool) -> None:
             "in pieces on several processes, its first label on another one than its logits; use tp_size"
         )
     _refuse_another_split(parallelism, trainer.model)
+    # transformers shares its batches out over all processes.
+    if parallelism.tp_size > 1 and getattr(trainer.args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise NotImplementedError(
+            "train_sampling_strategy='batch_rebalance' was given, but it deals out batches to the processes of tensor "
+            "parallelism, which must take the same ones: take 'group_by_length' or 'random'"
+        )
 
 
 def _refuse_another_split(parallelism: Any, model: Any) -> None:
