@@ -144,6 +144,14 @@ def test_layers_of_a_split_model_are_not_copied_into_an_adapter() -> None:
         with_adapter(model, config, SimpleNamespace(seed=0))
 
 
+@pytest.mark.parametrize(("target", "name"), [("lm_head", "head"), ("embed_tokens", "embeddings")])
+def test_adapters_on_a_split_vocabulary_are_refused(target: str, name: str) -> None:
+    model = make_model()
+    model._tp_size = 2
+    with pytest.raises(NotImplementedError, match=f"the adapter is on the {name}, whose vocabulary is split"):
+        with_adapter(model, LoraConfig(target_modules=["q_proj", target]), SimpleNamespace(seed=0))
+
+
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_a_model_in_parts_is_not_given_to_another_engine(engine: str) -> None:
     model = SimpleNamespace(is_distributed_loading_by_transformers=True)
@@ -152,10 +160,13 @@ def test_a_model_in_parts_is_not_given_to_another_engine(engine: str) -> None:
         accelerator=SimpleNamespace(num_processes=1, parallelism_config=None),
         args=SimpleNamespace(n_gpu=1, accelerator_config=loading),
         model=model,
+        ref_model=None,
         is_fsdp_enabled=engine == "fsdp",
         is_deepspeed_enabled=engine == "deepspeed",
     )
     with pytest.raises(NotImplementedError, match="accelerate was asked for FSDP or DeepSpeed: launch with torchrun"):
         refuse_split_batches(trainer, tensor_parallelism=True)
-    with pytest.raises(NotImplementedError, match="and load the model whole"):
-        refuse_split_batches(trainer)
+    for models in ({"model": model}, {"model": SimpleNamespace(), "ref_model": model}):
+        vars(trainer).update(models)
+        with pytest.raises(NotImplementedError, match="and load models whole"):
+            refuse_split_batches(trainer)

@@ -127,6 +127,11 @@ def errors() -> None:
     with refused(ValueError, "the hidden size of hidden_states must be the same"):
         size = 5 if last else 4
         cases(hidden=torch.ones(1, 3, size), weight=torch.randn(5, size, generator=gen))
+    for option in ({"temperature": 1.0 + rank}, {"final_logit_softcapping": 2.0 + last}, {"return_statistics": last}):
+        with refused(ValueError, "options must be the same on all processes of process_group, got ignore_index=-100"):
+            cases(**option)
+    with refused(ValueError, "options must be the same on all processes of process_group"):
+        token_logps(logits, label, process_group=group(), return_statistics=last)
     with refused(ValueError, "have the same entries of the vocabulary"):
         cases(weight=torch.arange(20.0).view(5, 4))
     with refused(ValueError, "have the same entries of the vocabulary"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, overload
 
@@ -83,7 +84,11 @@ class CheckedHead(NamedTuple):
 
 
 def checked_heads(
-    options: HeadOptions, hidden_states: Tensor, **weights: Tensor | None
+    options: HeadOptions,
+    hidden_states: Tensor,
+    weights: Mapping[str, Tensor | None],
+    *,
+    return_statistics: bool = False,
 ) -> contextlib.AbstractContextManager[Checks]:
     """While this is entered, arguments are checked, on all processes that have parts of the heads together.
 
@@ -91,10 +96,11 @@ def checked_heads(
         options: how they score.
         hidden_states: for one of them.
         weights: and biases, by name, which are split alike.
+        return_statistics: whether they are asked for.
     """
     check_tensors(hidden_states=hidden_states, **weights)
     split_over = {name: (weight, 0) for name, weight in weights.items()}
-    return checked_together(group_of(options.process_group, split_over), hidden_states, options.ignore_index)
+    return checked_together(group_of(options.process_group, split_over), hidden_states, options, return_statistics)
 
 
 def check_scored_head(
@@ -128,7 +134,7 @@ def check_scored_head(
     if split_over:
         sizes = {f"the hidden size of {names[0]}": hidden.shape[-1], "the number of rows": rows}
         sizes["the number of positions"] = labels.numel()
-        checks.found(weight, lm_head_weight, 0, targets, ignore_index, **sizes)
+        checks.found(weight, lm_head_weight, 0, targets, **sizes)
     return CheckedHead(hidden, weight, bias, labels, targets, rows, backend, one_sequence)
 
 
@@ -245,9 +251,10 @@ def linear_token_logps(
         ValueError, TypeError, RuntimeError: as `token_logps`.
     """
     (head,) = split("linear_token_logps", options, HeadOptions)
-    with checked_heads(head, hidden_states, lm_head_weight=lm_head_weight, lm_head_bias=lm_head_bias) as checks:
+    weights, with_statistics = {"lm_head_weight": lm_head_weight, "lm_head_bias": lm_head_bias}, bool(return_statistics)
+    with checked_heads(head, hidden_states, weights, return_statistics=with_statistics) as checks:
         checked = check_scored_head(hidden_states, lm_head_weight, lm_head_bias, labels, head, checks)
-    scored = head_logps(checked, head, checks.shard(), return_statistics=bool(return_statistics))
+    scored = head_logps(checked, head, checks.shard(), return_statistics=with_statistics)
     return scored.logps if scored.statistics is None else (scored.logps, scored.statistics)
 
 
@@ -279,7 +286,7 @@ def linear_sequence_logps(
         ValueError, TypeError, RuntimeError: as `sequence_logps`.
     """
     (head,) = split("linear_sequence_logps", options, HeadOptions)
-    with checked_heads(head, hidden_states, lm_head_weight=lm_head_weight, lm_head_bias=lm_head_bias) as checks:
+    with checked_heads(head, hidden_states, {"lm_head_weight": lm_head_weight, "lm_head_bias": lm_head_bias}) as checks:
         hidden_states, labels = prepare_rows(hidden_states, labels, cu_seqlens, head, "hidden_states", "D")
         checked = check_scored_head(hidden_states, lm_head_weight, lm_head_bias, labels, head, checks)
     logps = head_logps(checked, head, checks.shard()).logps
@@ -332,7 +339,7 @@ def fused_linear_dil_loss(
     check_tensors(hidden_states=hidden_states, ref_hidden_states=ref_hidden_states)
     heads = {"lm_head_weight": lm_head_weight, "lm_head_bias": lm_head_bias}
     heads |= {"ref_lm_head_weight": ref_lm_head_weight, "ref_lm_head_bias": ref_lm_head_bias}
-    with checked_heads(head, hidden_states, **heads) as checks:
+    with checked_heads(head, hidden_states, heads) as checks:
         if (ref_hidden_states is None) != (ref_lm_head_weight is None):
             raise ValueError("ref_hidden_states and ref_lm_head_weight must be given together")
         if ref_hidden_states is None and ref_lm_head_bias is not None:

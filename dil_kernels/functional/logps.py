@@ -76,9 +76,10 @@ def token_logps(
         RuntimeError: a backend that cannot run here.
     """
     (scoring,) = split("token_logps", options, LogitsOptions)
-    with checked_logits(logits, scoring) as checks:
+    with_statistics = bool(return_statistics)
+    with checked_logits(logits, scoring, return_statistics=with_statistics) as checks:
         checked = check_scored_logits(logits, labels, scoring, checks)
-    logps, statistics = logps_of_labels(checked, scoring, checks.shard(), return_statistics=bool(return_statistics))
+    logps, statistics = logps_of_labels(checked, scoring, checks.shard(), return_statistics=with_statistics)
     return logps if statistics is None else (logps, statistics)
 
 
@@ -91,18 +92,19 @@ class CheckedLogits(NamedTuple):
 
 
 def checked_logits(
-    logits: Tensor, options: LogitsOptions, **others: Tensor | None
+    logits: Tensor, options: LogitsOptions, *, return_statistics: bool = False, **others: Tensor | None
 ) -> contextlib.AbstractContextManager[Checks]:
     """While this is entered, arguments are checked, on all processes that have parts of the logits together.
 
     Args:
         logits: that are scored.
         options: how.
+        return_statistics: whether they are asked for.
         others: logits that must be split likewise, by name.
     """
     check_tensors(logits=logits, **others)
     split_over = {name: (x, -1) for name, x in {"logits": logits, **others}.items()}
-    return checked_together(group_of(options.process_group, split_over), logits, options.ignore_index)
+    return checked_together(group_of(options.process_group, split_over), logits, options, return_statistics)
 
 
 def check_scored_logits(logits: Tensor, labels: Tensor, options: LogitsOptions, checks: Checks) -> CheckedLogits:
@@ -117,7 +119,7 @@ def check_scored_logits(logits: Tensor, labels: Tensor, options: LogitsOptions, 
         check_inplace(logits)
     if split_over:
         targets = labels[..., 1:] if options.shift else labels
-        checks.found(logits, whole, -1, targets, options.ignore_index, **{"the number of positions": labels.numel()})
+        checks.found(logits, whole, -1, targets, **{"the number of positions": labels.numel()})
     return CheckedLogits(logits, labels, backend)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import math
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,9 +22,12 @@ from torch import Tensor
 from dil_kernels.backends import constant_in_graphs
 from dil_kernels.checks import has_values, readable
 from dil_kernels.ops.vocab_parallel import Shard, gathered
+from dil_kernels.options import ScoringOptions
 
 FIRST_USE_SECONDS = 300.0  # how long a process waits for the others of a group when it first uses it
 HEADER_NUMBERS = 12
+OPTIONS = "options"
+OWN_OPTIONS = ("backend", "process_group", "inplace_backward", "stash_bytes", "max_scored_tokens")  # may differ
 _met: set[str] = set()  # names of groups whose processes have found each other
 _compared: set[tuple[Any, ...]] = set()  # what was found to be the same everywhere, on CUDA
 
@@ -94,19 +98,32 @@ def _place_in(group_name: str) -> tuple[int, int]:
 class Checks:
     """What the checks of one call have found on this process.
 
+    Args:
+        process_group: over which the vocabulary is split; None if it is not.
+        options: of scoring.
+        statistics: whether they are asked for.
+
     Attributes:
         group: name of the process group; None for a vocabulary that is not split.
     """
 
-    def __init__(self, process_group: Any) -> None:
+    def __init__(self, process_group: Any, options: ScoringOptions, statistics: bool) -> None:
         self.group: str | None = None if process_group is None else process_group.group_name
+        self.options, self._statistics = options, statistics
         self.numbers: dict[str, int] = {}
         self.fingerprint = 0
         self._part: Tensor | None = None
         self._entries = 0
         self._known: tuple[int, int] | None = None  # offset and total
 
-    def found(self, part: Tensor, whole: Any, dim: int, labels: Tensor, ignore_index: int, **numbers: int) -> None:
+    def _shared_options(self) -> str:
+        """Options that must be the same on all processes, as text, in which 1 is 1.0 and true."""
+        names = [name for name in self.options.__dataclass_fields__ if name not in OWN_OPTIONS]
+        values = {name: getattr(self.options, name) for name in names} | {"return_statistics": self._statistics}
+        whole = {name: int(value) for name, value in values.items() if value is not None and value == int(value)}
+        return ", ".join(f"{name}={value}" for name, value in (values | whole).items())
+
+    def found(self, part: Tensor, whole: Any, dim: int, labels: Tensor, **numbers: int) -> None:
         """What was given here, after the checks that each process can make alone.
 
         Args:
@@ -114,7 +131,6 @@ class Checks:
             whole: the DTensor that it is of, else the same.
             dim: of the vocabulary.
             labels: of scored positions [...].
-            ignore_index: where not scored.
             numbers: by names for errors; they must be the same on all processes.
 
         Raises:
@@ -122,24 +138,27 @@ class Checks:
         """
         if self.group is None:
             return
-        self._part, self._entries, self.numbers = part, part.shape[dim], numbers
+        self._part, self._entries = part, part.shape[dim]
+        self.numbers = numbers
+        if not torch.compiler.is_compiling():
+            self.numbers[OPTIONS] = zlib.crc32(self._shared_options().encode())
         if is_dtensor(whole):
             rank, processes = _place_in(self.group)
             chunk = -(-whole.shape[dim] // processes)
             self._known = rank * chunk, whole.shape[dim]
-            if self._entries != min(chunk, whole.shape[dim] - rank * chunk):
+            if self._entries != min(chunk, max(0, whole.shape[dim] - rank * chunk)):
                 raise ValueError(
                     f"the DTensor {list(whole.shape)} has not the usual parts, but {list(part.shape)} here"
                 )
         if readable(labels):
-            scored = labels[labels != ignore_index]
+            scored = labels[labels != self.options.ignore_index]
             least, most = (int(x) for x in scored.aminmax()) if scored.numel() else (0, 0)
             of_labels = {
                 "the least label": least,
                 "the largest label": most,
                 "the sum of the labels": int(scored.sum()),
             }
-            self.numbers = {**numbers, "the number of scored positions": scored.numel(), **of_labels}
+            self.numbers |= {"the number of scored positions": scored.numel(), **of_labels}
             self.fingerprint = _fingerprint(part.detach().movedim(dim, 0).flatten(1)[:, 0])
 
     def shard(self) -> Shard | None:
@@ -172,6 +191,11 @@ class Checks:
         """
         entries, fingerprints, *columns = zip(*headers, strict=True)
         for name, values in zip(self.numbers, columns, strict=False):
+            if len(set(values)) > 1 and name == OPTIONS:
+                raise ValueError(
+                    f"options must be the same on all processes of process_group, got {self._shared_options()} here "
+                    "and others elsewhere"
+                )
             if len(set(values)) > 1:
                 by_rank = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
                 raise ValueError(f"{name} must be the same on all processes of process_group, got {by_rank}")
@@ -184,11 +208,8 @@ class Checks:
             rank, _ = _place_in(self.group)
             self._known = sum(entries[:rank]), sum(entries)
 
-    def check_labels(self, ignore_index: int) -> None:
+    def check_labels(self) -> None:
         """Labels that have been compared, in the range of the whole vocabulary.
-
-        Args:
-            ignore_index: where not scored.
 
         Raises:
             ValueError: one is not.
@@ -198,7 +219,9 @@ class Checks:
         for name in ("the least label", "the largest label"):
             label = self.numbers.get(name, 0)
             if not 0 <= label < total:
-                raise ValueError(f"labels must be in [0, {total}) or ignore_index={ignore_index}, got {label}")
+                raise ValueError(
+                    f"labels must be in [0, {total}) or ignore_index={self.options.ignore_index}, got {label}"
+                )
 
 
 def _fingerprint(values: Tensor) -> int:
@@ -210,25 +233,28 @@ def _fingerprint(values: Tensor) -> int:
     return int(mixed.view(torch.int64)) if math.isfinite(float(mixed)) else 0
 
 
-def checked_together(process_group: Any, like: Any, ignore_index: int) -> contextlib.AbstractContextManager[Checks]:
+def checked_together(
+    process_group: Any, like: Any, options: ScoringOptions, statistics: bool
+) -> contextlib.AbstractContextManager[Checks]:
     """While this is entered, arguments are checked; errors of one process are errors of all.
 
     Args:
         process_group: over which the vocabulary is split; None if it is not.
         like: a tensor on the device of the computation.
-        ignore_index: of labels.
+        options: of scoring.
+        statistics: whether they are asked for.
     """
-    checks = Checks(process_group)
+    checks = Checks(process_group, options, statistics)
     if process_group is None or torch.compiler.is_compiling():
         return contextlib.nullcontext(checks)
     _meet(process_group)
     if isinstance(like, Tensor) and not readable(local_part(like)):
         return contextlib.nullcontext(checks)
-    return _together(checks, process_group, ignore_index)
+    return _together(checks, process_group)
 
 
 @contextlib.contextmanager
-def _together(checks: Checks, process_group: Any, ignore_index: int) -> Iterator[Checks]:
+def _together(checks: Checks, process_group: Any) -> Iterator[Checks]:
     failure: Exception | None = None
     try:
         yield checks
@@ -246,7 +272,7 @@ def _together(checks: Checks, process_group: Any, ignore_index: int) -> Iterator
         rank = next(rank for rank, message in enumerate(messages) if message is not None)
         raise ValueError(f"rank {rank} of process_group: {messages[rank]}")
     checks.compare([header[1:] for header in headers])
-    checks.check_labels(ignore_index)
+    checks.check_labels()
 
 
 def _meet(group: Any) -> None:

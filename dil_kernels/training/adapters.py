@@ -40,10 +40,13 @@ def with_adapter(model: Any, peft_config: Any, args: TrainingArguments) -> Any:
         ImportError: peft is not installed.
         TypeError: another kind of configuration.
         ValueError: the model has an adapter already.
-        NotImplementedError: the adapter would copy layers of a model that is split over processes.
+        NotImplementedError: the adapter would copy layers of a model that is split over processes, or be on its
+            embeddings or its head.
     """
     if peft_config is not None:
         model = _with_new_adapter(model, peft_config, args)
+    if has_adapters(model) and tensor_parallel_size(model) > 1:
+        _refuse_split_vocabulary(model)
     if has_adapters(model) and _checkpointing(args)[0]:
         # Reentrant checkpoints pass gradients on only if an input, here that of frozen embeddings, needs one.
         model.enable_input_require_grads()
@@ -72,6 +75,15 @@ def _with_new_adapter(model: Any, peft_config: Any, args: TrainingArguments) -> 
             model, use_gradient_checkpointing=wanted, gradient_checkpointing_kwargs=options
         )
     return peft.get_peft_model(model, peft_config)
+
+
+def _refuse_split_vocabulary(model: Any) -> None:
+    for name, module in (("embeddings", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
+        if hasattr(module, "base_layer"):
+            raise NotImplementedError(
+                f"the adapter is on the {name}, whose vocabulary is split over processes, where peft takes one part "
+                "for the whole: leave it out of target_modules, or load the model whole"
+            )
 
 
 def _checkpointing(args: TrainingArguments) -> tuple[bool, dict[str, Any] | None]:

@@ -129,9 +129,11 @@ def refuse_split_batches(trainer: Trainer, *, tensor_parallelism: bool = False) 
 def _refuse_parallelism(trainer: Any, tensor_parallelism: bool) -> None:
     """Refuse ways to split a model, or a sequence, that the trainer does not know."""
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    if not tensor_parallelism and (parallelism is not None or is_loaded_in_parts(trainer.model)):
+    if not tensor_parallelism and (
+        parallelism is not None or any(map(is_loaded_in_parts, (trainer.model, trainer.ref_model)))
+    ):
         raise NotImplementedError(
-            "the trainer on TRL supports data parallelism only: leave out parallelism_config, and load the model whole"
+            "the trainer on TRL supports data parallelism only: leave out parallelism_config, and load models whole"
         )
     if parallelism is None:
         return
