@@ -229,6 +229,7 @@ def child(
     """`dil-train` in a process of its own, which runs in the folder; its exit status is that of the program."""
     os.environ.update(environment)
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

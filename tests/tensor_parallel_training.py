@@ -62,9 +62,9 @@ KINDS = {
 
 
 def saved(folder: Path, tied: bool, vocabulary: int = 289) -> Path:
-    """The directory of a model, which the first process writes."""
+    """The directory of a model, which the first process writes, unless it is there: another may be reading it."""
     directory = folder / f"model-{'tied' if tied else 'untied'}-{vocabulary}"
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if not directory.is_dir() and (not dist.is_initialized() or dist.get_rank() == 0):
         make_model(7, tie_word_embeddings=tied, vocab_size=vocabulary).save_pretrained(directory)
     if dist.is_initialized():
         dist.barrier()

@@ -48,6 +48,8 @@ def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
         "accelerate.commands.launch",
         "--config_file",
         str(CONFIGS / f"{request.param}.yaml"),
+        "--main_process_port",
+        "0",  # a free one
     ]
     command = [*launch, "--num_processes", "2", str(ROOT / "tests" / "distributed_runs.py"), str(folder)]
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

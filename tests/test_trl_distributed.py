@@ -23,6 +23,7 @@ def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = save_pairs(tmp_path_factory.mktemp(request.param))
     config = CONFIGS / f"{request.param}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    command += ["--main_process_port", "0"]  # a free one
     command += [str(ROOT / "tests" / "trl_distributed_runs.py"), str(folder)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
