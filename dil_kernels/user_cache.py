@@ -38,13 +38,17 @@ def scratch_beside(path: Path) -> Path:
 def remove_abandoned(directory: Path, names: re.Pattern[str] = SCRATCH) -> None:
     """Remove files and directories that writers which were killed have left in a directory.
 
-    Only what nobody has written to for a day: a writer that is at work writes all the time.
+    Only what nobody has written to for a day: a writer that is at work writes all the time. A directory that cannot be
+    listed, one of another user in a shared cache, say, stays as it is.
 
     Args:
         directory: of a cache.
         names: of what is written there before it is moved to its place.
     """
-    for name in os.listdir(directory) if directory.is_dir() else []:
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        found = os.listdir(directory)
+    for name in found:
         with contextlib.suppress(OSError):  # another process removes it, or has a right to it that this one has not
             path = directory / name
             if names.fullmatch(name) and time.time() - _last_written(path) > ABANDONED:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from refusals import CHAT, PLAIN, refusal, said
 from tiny_model import write_lines
@@ -187,6 +189,10 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     table = tmp_path / "pairs.parquet"
     table.write_bytes(b"PAR1 and nothing more")
     assert refusal(table).startswith(f"{table}: broken Parquet file: ")
+    pq.write_table(
+        pa.table({**{k: [v] for k, v in PLAIN.items()}, "m": pa.array([{}], pa.map_("string", "int8"))}), table
+    )
+    assert refusal(table).startswith(f"{table}: a column has a type that `datasets` does not know: Arrow type map<")
     path = write_lines(tmp_path / "pairs.jsonl", PLAIN)
     assert refusal(path, split="test") == f"{path}: a local file has only the split 'train', not 'test'"
     directory = tmp_path / "nothing"

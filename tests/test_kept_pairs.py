@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from file_modes import modes_hold
 from refusals import CHAT, PLAIN, refusal, said
 from tiny_model import make_tokenizer, write_lines
 
@@ -237,6 +238,17 @@ def test_what_killed_writers_left_is_removed_once_it_is_old(tmp_path: Path, cach
     assert load_preference_pairs(write_lines(tmp_path / "others.jsonl", PLAIN)).to_list() == [PLAIN]
     assert [path.exists() for path, _ in made.values()] == [False, False, True, True, False, True, True]
     assert load_preference_pairs(tmp_path / "pairs.jsonl").to_list() == [PLAIN]
+
+
+def test_pairs_that_another_user_keeps_to_himself_are_passed_over(tmp_path: Path, cache: Path) -> None:
+    kept = Path(load_preference_pairs(write_lines(tmp_path / "pairs.jsonl", PLAIN)).cache_files[0]["filename"]).parent
+    kept.chmod(0)
+    try:
+        with modes_hold():
+            loaded = load_preference_pairs(write_lines(tmp_path / "others.jsonl", CHAT))
+    finally:
+        kept.chmod(0o700)
+    assert Path(loaded.cache_files[0]["filename"]).parent.parent == cache
 
 
 def test_without_caching_pairs_are_on_disk_until_the_process_ends(tmp_path: Path, cache: Path) -> None:

@@ -240,7 +240,7 @@ def read_parquet(path: Path, name: str, source: str) -> Iterator[Record]:
         schema = file.schema_arrow
         columns = choose_columns(
             schema.names,
-            datasets.Features.from_arrow_schema(schema),
+            _features(schema, name),
             name,
             lambda column: file.iter_batches(batch_size=16, columns=[column]),
             said_of=source,
@@ -255,3 +255,10 @@ def read_parquet(path: Path, name: str, source: str) -> Iterator[Record]:
                 yield f"{name}, row {next(number)}", without_padding(record, table.features)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise PreferenceDataError(f"{name}: broken Parquet file: {error}") from error
+
+
+def _features(schema: pa.Schema, name: str) -> datasets.Features:
+    try:
+        return datasets.Features.from_arrow_schema(schema)
+    except ValueError as error:  # of maps, say
+        raise PreferenceDataError(f"{name}: a column has a type that `datasets` does not know: {error}") from error

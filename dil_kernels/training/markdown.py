@@ -12,7 +12,7 @@ _BARE_PIPE = re.compile(r"(?<!\\)\|")
 _EDGES = re.compile(r"^\s|\s$")  # an indent is that of a block of code; others are cut off
 _START_OF_BLOCK = re.compile(r"^(\s*\d*)([-+=.)])")
 # Where GitHub, and viewers that find more, make links of plain text: addresses, domains, mail, names of users.
-_LINKS = re.compile(r"@|\bwww(?=\.)|/(?=/)|(?<=\w)\.(?=[^\W\d_]{2})", re.IGNORECASE)
+_LINKS = re.compile(r"@|www(?=\.)|/(?=/)|(?<=\w)\.(?=[^\W\d_]{2})", re.IGNORECASE)
 _APART = r"\g<0><!-- -->"
 # Control characters but for tabs and ends of lines, and those that turn the direction of the text around them.
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
