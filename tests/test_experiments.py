@@ -378,7 +378,7 @@ def test_log_ratios_from_hidden_states_are_nearer_to_the_truth_than_those_of_rou
         error, ours = (float(each["rms_error"]) for each in (row, rows["ours, from hidden states", tokens]))
         assert error < 0.1
         assert ours < 1e-6 * int(tokens)
-        if method != "ours, from hidden states":
+        if method not in ("ours, from hidden states", exactness.BODY):
             assert error > 50 * ours, method
     assert (tmp_path / "exactness.png").stat().st_size > 10_000
 
