@@ -213,17 +213,18 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int]]:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """The error of a log ratio over the length of the response."""
-    figure = new_figure(7.2, 4.4)
+    figure = new_figure(9.0, 4.2)
     axes = figure.subplots()
     looks = {name: colour for name, (*_, colour) in METHODS.items()} | {BODY: GREY}
-    for name, colour in looks.items():
+    for number, (name, colour) in enumerate(looks.items()):
         points = [(row["tokens"], row["rms_error"]) for row in rows if row["method"] == name]
         if points:
-            axes.loglog(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=name)
+            width = 5 - 0.6 * number  # some lie on one another
+            axes.loglog(*zip(*points, strict=True), color=colour, linewidth=width, solid_capstyle="round", label=name)
     axes.axhline(0.01, color=BLACK, linewidth=0.8, linestyle=":")
     axes.annotate("1% in LSIF's gradient", (0.99, 0.0105), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
     finish_panel(axes, "Error of a log ratio of a bf16 model", "tokens of the response", "nats, rms over responses")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, path)
 
 
