@@ -123,9 +123,9 @@ def test_the_recipe_of_the_card_has_options_of_options(tmp_path: Path) -> None:
 
 
 def test_before_is_that_of_the_first_run_when_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def run(output_dir: Path, **options: Any) -> Any:
+    def run(output_dir: Path, rows: int = 5, **options: Any) -> Any:
         config = config_of(output_dir, save_strategy="steps", save_steps=2, eval_strategy="no")
-        return run_training(make_model(), make_tokenizer(), config, make_pairs(9), make_pairs(5, seed=1), **options)
+        return run_training(make_model(), make_tokenizer(), config, make_pairs(9), make_pairs(rows, seed=1), **options)
 
     whole = run(tmp_path / "run")
     for path in (tmp_path / "run").glob("checkpoint-3"):
@@ -136,7 +136,10 @@ def test_before_is_that_of_the_first_run_when_resumed(tmp_path: Path, caplog: py
     scores = json.loads(kept.read_text())
     for wrong in (None, [], {}, {**scores, "chosen": None}, {**scores, "rejected": ["1"]}):
         kept.write_text(json.dumps(wrong))
-        assert _kept_scores(kept) is None, wrong
+        assert _kept_scores(kept, scores["data"]) is None, wrong
+    kept.write_text(json.dumps(scores))
+    assert run(tmp_path / "run", rows=4, resume_from_checkpoint=checkpoint) is None
+    assert f"{kept} cannot be used (it is not of this evaluation data)" in caplog.text
     kept.write_text(json.dumps(scores)[:40])
     assert run(tmp_path / "run", resume_from_checkpoint=checkpoint) is None
     assert f"{kept} cannot be used (" in caplog.text

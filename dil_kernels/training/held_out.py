@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dil_kernels.training.metrics import PREDICTIONS
+from dil_kernels.training.ref_cache import dataset_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -98,19 +99,24 @@ class HeldOutBefore(TrainerCallback):
     ) -> None:
         """Score, or read what the run that is resumed scored."""
         path = Path(str(args.output_dir)) / BEFORE_NAME
+        dataset: Any = self._trainer.eval_dataset
+        data = dataset_fingerprint(dataset)
         if state.global_step > 0:
-            self.scores = _kept_scores(path)
+            self.scores = _kept_scores(path, data)
             return
         self.scores = score_held_out(self._trainer)
         if state.is_world_process_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asdict(self.scores)) + "\n")
+            path.write_text(json.dumps({"data": data, **asdict(self.scores)}) + "\n")
 
 
-def _kept_scores(path: Path) -> HeldOutScores | None:
-    """Those of a file; None where there is none, or, with a warning, a damaged one."""
+def _kept_scores(path: Path, data: str) -> HeldOutScores | None:
+    """Those of a file; None where there is none, or, with a warning, a damaged one, or one of other data."""
     try:
-        scores = HeldOutScores(**json.loads(path.read_text()))
+        kept = dict(json.loads(path.read_text()))
+        if kept.pop("data", None) != data:
+            raise ValueError("it is not of this evaluation data")
+        scores = HeldOutScores(**kept)
         if not all(type(value) is float for value in [*scores.chosen, *scores.rejected]):
             raise ValueError("it holds no log-probs")
         return scores
