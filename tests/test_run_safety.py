@@ -217,6 +217,7 @@ def test_a_checkpoint_that_is_not_whole_is_named(inputs: Path, tmp_path: Path, c
     whole = out / "checkpoint-1"
     for name, damage, message in (
         ("trainer_state.json", None, "trainer_state.json, which is written last, is missing or broken"),
+        ("trainer_state.json", b"{}", "trainer_state.json, which is written last, is missing or broken"),
         ("trainer_state.json", b'{"global_', "trainer_state.json, which is written last, is missing or broken"),
         (
             "trainer_state.json",

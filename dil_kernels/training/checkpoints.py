@@ -45,7 +45,8 @@ def step_of(checkpoint: Path) -> int | None:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return state.global_step if type(state.global_step) is int and isinstance(state.log_history, list) else None
+    step = state.global_step  # 0 where the file has none
+    return step if type(step) is int and step > 0 and isinstance(state.log_history, list) else None
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str], before: float = math.inf) -> Path:
