@@ -138,8 +138,7 @@ class Checks:
         """
         if self.group is None:
             return
-        self._part, self._entries = part, part.shape[dim]
-        self.numbers = numbers
+        self._part, self._entries, self.numbers = part, part.shape[dim], numbers
         if not torch.compiler.is_compiling():
             self.numbers[OPTIONS] = zlib.crc32(self._shared_options().encode())
         if is_dtensor(whole):
@@ -191,14 +190,15 @@ class Checks:
         """
         entries, fingerprints, *columns = zip(*headers, strict=True)
         for name, values in zip(self.numbers, columns, strict=False):
-            if len(set(values)) > 1 and name == OPTIONS:
+            if len(set(values)) == 1:
+                continue
+            if name == OPTIONS:
                 raise ValueError(
                     f"options must be the same on all processes of process_group, got {self._shared_options()} here "
                     "and others elsewhere"
                 )
-            if len(set(values)) > 1:
-                by_rank = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-                raise ValueError(f"{name} must be the same on all processes of process_group, got {by_rank}")
+            by_rank = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+            raise ValueError(f"{name} must be the same on all processes of process_group, got {by_rank}")
         if len(set(fingerprints)) < len(fingerprints) and 0 not in fingerprints:
             raise ValueError(
                 "processes of process_group have the same entries of the vocabulary; each must have its own part, in "
