@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.beside_trl_report import write_report
-from experiments.tables import RESULTS
+from experiments.tables import RESULTS, write_record
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from experiments.beside_trl_runs import make
 
         (run,) = (run for run in all_runs(options) if run.name == options.run)
-        keep(run.record_path(options), make(run, rate_of(run, options), options))
+        write_record(run.record_path(options), make(run, rate_of(run, options), options))
         return 0
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     left = [run for run in all_runs(options) if not run.record_path(options).is_file()]
@@ -160,13 +160,6 @@ def read(options: argparse.Namespace, run: Run) -> dict[str, Any]:
     """The record of a finished run."""
     record: dict[str, Any] = json.loads(run.record_path(options).read_text())
     return record
-
-
-def keep(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record whole or not at all."""
-    unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dil_kernels import dil_loss
+from experiments.tables import write_record
 from experiments.upper_blocks import CachedPair, all_pair_logps, batches, pair_logps
 
 
@@ -107,9 +108,7 @@ class Runner:
         path = self.directory / (name.replace("/", "-").replace(",", "").replace(" ", "_") + ".json")
         if not path.is_file():
             record = self._train(arm, learning_rate, seed, tuning)
-            unfinished = path.with_suffix(".part")
-            unfinished.write_text(json.dumps(record, indent=1) + "\n")
-            unfinished.rename(path)
+            write_record(path, record)
             print(f"{name}: {record['seconds']:.0f} s", flush=True)
         return json.loads(path.read_text())
 

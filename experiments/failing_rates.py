@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from experiments.beside_trl_runs import Evaluation, load_model, make_problem, tokenized
 from experiments.scorer import Scorer
-from experiments.tables import RESULTS, write_csv
+from experiments.tables import RESULTS, write_csv, write_record
 
 RATES = tuple(float(f"{digit}e{exponent}") for exponent in range(-6, 0) for digit in (1, 3))
 LOST = 1.0  # nats a token by which the held-out chosen responses may become less likely
@@ -98,11 +98,7 @@ def _kept(arm: Arm, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     key = hashlib.sha256(json.dumps([arm, rate, settings]).encode()).hexdigest()[:16]
     path = options.runs_dir / f"{key}.json"
     if not path.is_file():
-        outcome = json.dumps(train(arm, rate, options))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".new")
-        unfinished.write_text(outcome)
-        unfinished.replace(path)
+        write_record(path, train(arm, rate, options))
     kept: dict[str, Any] = json.loads(path.read_text())
     return kept
 
@@ -137,9 +133,9 @@ def train(arm: Arm, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     finite = all(math.isfinite(entry[name]) for entry in steps for name in ("loss", "grad_norm"))
     (chosen, rejected), end = evaluation.reference.mean(0).tolist(), evaluation()
     change = end["chosen_logp"] - chosen
-    outcome = (
-        "held" if finite and change >= -LOST else "unlearned" if finite and math.isfinite(change) else "non-finite"
-    )
+    outcome = "held" if change >= -LOST else "unlearned"
+    if not (finite and math.isfinite(change)):
+        outcome = "non-finite"
     return {
         "outcome": outcome,
         "chosen_logp_change": change,

@@ -1,36 +1,21 @@
 from __future__ import annotations
 
-import csv
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from csv_rows import read_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import (
-    beside_trl,
-    beside_trl_runs,
-    exactness,
-    failing_rates,
-    forced_choice,
-    stability,
-    tabular_consistency,
-    training_dynamics,
-)
+from experiments import stability, tabular_consistency, training_dynamics
 from experiments.dynamics_runs import ARMS, metrics
 from experiments.tabular_problem import DIVERGENCES, Loss, make_table, sample, solve, total_variation
 from experiments.upper_blocks import all_pair_logps, cache_hidden_states, take_upper_blocks
 
 EXACT = 1e-6  # total variation
 SOLVED = (*DIVERGENCES, "dpo")
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -288,122 +273,3 @@ def test_metrics_of_two_pairs_by_hand():
             "likelihood_accuracy": 0.5,
         }
     )
-
-
-def test_the_same_loss_trains_alike_in_both_trainers(tmp_path):
-    """Same pairs, same order, same DPO loss: so the held-out curves of TRL's trainer are those of DILTrainer."""
-    pytest.importorskip("trl")
-    command = ["--quick", "--runs-dir", str(tmp_path / "runs"), "--output", str(tmp_path)]
-    assert beside_trl.main(command) == 0
-    curves = read_csv(tmp_path / "curves.csv")
-    arms = {name: [row for row in curves if row["arm"] == name] for name in ("trl dpo", "dil dpo", "dil lsif")}
-    for ours, theirs in zip(arms["dil dpo"], arms["trl dpo"], strict=True):
-        assert ours["step"] == theirs["step"]
-        for metric in ("margin", "chosen_logp", "rejected_logp"):
-            assert float(ours[metric]) == pytest.approx(float(theirs[metric]), abs=1e-4), (ours, theirs)
-    assert float(arms["dil dpo"][-1]["margin"]) > 0.05
-    runs = {row["arm"]: row for row in read_csv(tmp_path / "runs.csv")}
-    assert runs["dil lsif"]["chosen_logp_change"] != runs["dil dpo"]["chosen_logp_change"]
-    assert float(runs["dil dpo"]["kl_nats_a_token"]) > 0
-    assert {row["kind"] for row in read_csv(tmp_path / "items.csv")} == {"sums", "copying", "agreement", "facts", "all"}
-    margins = read_csv(tmp_path / "equal_margins.csv")
-    assert [row["arm"] for row in margins] == list(runs)
-    assert len({row["margin"] for row in margins}) == 1
-    for row in margins:
-        difference = float(row["chosen_logp_change"]) - float(row["rejected_logp_change"])
-        assert difference == pytest.approx(float(row["margin"]), abs=1e-4)
-    timing = json.loads((tmp_path / "runs" / "timing_dil_dpo_seed_0.json").read_text())
-    assert timing["steps"] == 8
-    assert float(runs["dil dpo"]["seconds_per_step"]) == pytest.approx(timing["seconds_per_step"], rel=1e-4)
-    for name in ("accuracy.png", "curves.png"):
-        assert (tmp_path / name).stat().st_size > 10_000
-    # Finished runs are not made again.
-    before = (tmp_path / "runs" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns
-    assert beside_trl.main(command) == 0
-    assert (tmp_path / "runs" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns == before
-
-
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
-    """What was seen before the stop is kept, and the curve is that of a run that was not stopped."""
-    whole, stopped = (
-        beside_trl.parse_options(["--quick", "--runs-dir", str(tmp_path / name)]) for name in ("whole", "stopped")
-    )
-    for options in (whole, stopped):
-        options.runs_dir.mkdir()
-    run = beside_trl.Run("run", beside_trl.LSIF)
-    expected = beside_trl_runs.make(run, 1e-3, whole)
-
-    watch = beside_trl_runs.Watch.on_step_end
-
-    def stop_after_9(self, args, state, control, **kwargs):
-        watch(self, args, state, control, **kwargs)
-        if state.global_step == 9:
-            raise RuntimeError("stopped")
-
-    monkeypatch.setattr(beside_trl_runs.Watch, "on_step_end", stop_after_9)
-    with pytest.raises(RuntimeError, match="stopped"):
-        beside_trl_runs.make(run, 1e-3, stopped)
-    monkeypatch.setattr(beside_trl_runs.Watch, "on_step_end", watch)
-    record = beside_trl_runs.make(run, 1e-3, stopped)
-    assert record["held_out"] == expected["held_out"]
-    assert len(record["train_loss"]) == len(expected["train_loss"]) == record["steps"] == 12
-
-
-def test_no_prompt_is_in_two_sets_and_the_right_options_come_first():
-    options = beside_trl.parse_options(["--quick"])
-    sets = [beside_trl_runs.load_problem(options, tuning) for tuning in (False, True)]
-    for problem in sets:
-        prompts = [{str(row["prompt"]) for row in rows} for rows in (problem.train, problem.judged)]
-        assert not prompts[0] & prompts[1]
-    held_out, validation = ({str(row["prompt"]) for row in problem.judged} for problem in sets)
-    assert not held_out & validation
-    items = forced_choice.items()
-    assert len(items) == 480
-    assert items == forced_choice.items()
-    assert all(len({*item.options}) == len(item.options) for item in items)
-    for item in items:
-        if item.kind == "sums":
-            a, _, b, _ = item.context.splitlines()[-1].split()
-            assert int(item.options[0]) == int(a) + int(b)
-        if item.kind == "copying":
-            listed, again = item.context.split("\nThe same list again: ")
-            assert listed.removeprefix("List: ").startswith(again.removesuffix(",") + "," + item.options[0])
-
-
-def test_log_ratios_from_hidden_states_are_nearer_to_the_truth_than_those_of_rounded_logits(tmp_path):
-    assert exactness.main(["--quick", "--output", str(tmp_path)]) == 0
-    rows = {(row["method"], row["tokens"]): row for row in read_csv(tmp_path / "exactness.csv")}
-    assert {method for method, _ in rows} >= {"ours, from hidden states", "ours, from logits", "log_softmax in bf16"}
-    for (method, tokens), row in rows.items():
-        error, ours = (float(each["rms_error"]) for each in (row, rows["ours, from hidden states", tokens]))
-        assert error < 0.1
-        assert ours < 1e-6 * int(tokens)
-        if method not in ("ours, from hidden states", exactness.BODY):
-            assert error > 50 * ours, method
-    assert (tmp_path / "exactness.png").stat().st_size > 10_000
-
-
-def test_the_smallest_failing_rate_is_found_in_few_runs(tmp_path, capfd):
-    for first in range(9):
-        tried = []
-
-        def fails(rate, tried=tried, first=first):
-            tried.append(rate)
-            return rate >= first
-
-        assert failing_rates.smallest_failing(range(8), fails) == (first if first < 8 else None)
-        assert len(tried) <= 4
-    command = ["--quick", "--runs-dir", str(tmp_path / "runs"), "--output", str(tmp_path)]
-    assert failing_rates.main(command) == 0
-    rows = read_csv(tmp_path / "failing_rates.csv")
-    for summary in read_csv(tmp_path / "failing_rates_summary.csv"):
-        outcomes = {
-            float(row["learning_rate"]): row["outcome"] for row in rows if row["reduction"] == summary["reduction"]
-        }
-        failing = float(summary["smallest_rate_that_fails"])
-        assert outcomes.pop(failing) == summary["how"] != "held"
-        assert all((outcome == "held") == (rate < failing) for rate, outcome in outcomes.items())
-    # Finished runs are not made again.
-    capfd.readouterr()
-    assert failing_rates.main(command) == 0
-    assert "train data" not in "".join(capfd.readouterr())
