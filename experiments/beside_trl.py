@@ -52,7 +52,7 @@ DPO, TRL, LSIF, BCE, HALF, UKL = (
 )
 LEARNING_RATES = (3e-6, 1e-5, 3e-5)
 ORDER = (  # by what would be missed most; losses and seeds
-    ((DPO, TRL, LSIF), 0),
+    ((DPO, LSIF, TRL), 0),
     ((TRL, LSIF), 1),
     ((BCE, HALF), 0),
     ((TRL, LSIF), 2),

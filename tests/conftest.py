@@ -24,6 +24,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked of a hub, which would be asked again and again
+
 _kept = tempfile.TemporaryDirectory(prefix="dil_kernels_tests_")  # pairs and tokens, which are not for the user's cache
 os.environ["HF_DATASETS_CACHE"] = _kept.name  # before datasets is imported
 

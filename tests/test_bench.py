@@ -38,6 +38,9 @@ def read_csv(folder: Path, name: str = "logprob") -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+RUN_ONCE = pytest.mark.xdist_group("quick benchmark")  # not once a worker
+
+
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
     """The command as a person runs it, on the quick grid: what it printed, its CSV, its folder."""
@@ -54,6 +57,7 @@ def quick_run(tmp_path_factory):
     return done.stdout, read_csv(folder), folder
 
 
+@RUN_ONCE
 def test_csv_has_every_case_provider_and_pass(quick_run):
     _, rows, _ = quick_run
     expected = [
@@ -65,6 +69,7 @@ def test_csv_has_every_case_provider_and_pass(quick_run):
     assert [(row["case"], row["provider"], row["pass_name"]) for row in rows] == expected
 
 
+@RUN_ONCE
 def test_timed_rows_are_complete_and_consistent(quick_run):
     _, rows, _ = quick_run
     timed = [row for row in rows if row["status"] == "ok"]
@@ -88,6 +93,7 @@ def test_timed_rows_are_complete_and_consistent(quick_run):
         assert row["date"].endswith("+00:00")
 
 
+@RUN_ONCE
 def test_unavailable_providers_are_listed_with_reasons(quick_run):
     printed, rows, _ = quick_run
     for name in ("trl", "liger", "quack", "flash-attn"):
@@ -99,6 +105,7 @@ def test_unavailable_providers_are_listed_with_reasons(quick_run):
         assert {row["p50_ms"] for row in mine} == {""}
 
 
+@RUN_ONCE
 def test_output_fits_110_columns(quick_run):
     printed, _, _ = quick_run
     # The names of the device, the versions and the output folder are as long as they are.
@@ -106,6 +113,7 @@ def test_output_fits_110_columns(quick_run):
     assert [line for line in printed.splitlines() if len(line) > 110 and not line.startswith(free)] == []
 
 
+@RUN_ONCE
 def test_records_survive_the_file(quick_run, tmp_path):
     _, _, folder = quick_run
     records = read_records(folder / "logprob.csv")
@@ -117,6 +125,7 @@ def test_records_survive_the_file(quick_run, tmp_path):
     assert ours.flops is None
 
 
+@RUN_ONCE
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_picture_is_written(quick_run):
     _, _, folder = quick_run

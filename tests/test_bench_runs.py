@@ -1,9 +1,8 @@
-"""Whole runs of the benchmarks: resumed, cut short, of wrong or failing providers, of the loss, drawn again."""
+"""Whole runs of the benchmarks: resumed, cut short, of wrong or failing providers, of the loss."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import time
 from pathlib import Path
 
@@ -19,6 +18,12 @@ from harness.command import main
 from harness.family import OURS, Family, Pass, Provider
 from harness.records import read_csv as read_records
 from harness.records import write_csv
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Which take longer than these runs; tests/test_bench_pictures.py looks at them."""
+    monkeypatch.setattr("harness.plot.write_plots", lambda *args: [])
 
 
 def of_providers(family: Family, *providers: Provider) -> Family:
@@ -200,18 +205,3 @@ def test_a_wrong_loss_is_caught(name, tmp_path):
     wrong = Provider(OURS, name, lambda: lambda *inputs: WRONG_LOSSES[name](right(*inputs)))
     assert run_quick(of_providers(LOSS, wrong, LOSS.providers["plain"]), tmp_path) == 1
     assert {row["status"] for row in read_csv(tmp_path, "loss") if row["provider"] == OURS} == {"wrong"}
-
-
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
-def test_pictures_are_drawn_again_without_a_run(tmp_path):
-    grid = tuple(LossCase(pairs, 16) for pairs in (1, 2, 3))
-    ours, built = count_builds(LOSS.providers[OURS])
-    family = dataclasses.replace(of_providers(LOSS, ours), grids={"quick": grid})
-    assert run_quick(family, tmp_path) == 0
-    names = {"loss.png", "loss-memory.png", "loss-curves.png"}
-    assert {path.name for path in tmp_path.glob("*.png")} == names
-    for path in tmp_path.glob("*.png"):
-        path.unlink()
-    assert run_quick(family, tmp_path, "--redraw") == 0
-    assert {path.name for path in tmp_path.glob("*.png")} == names
-    assert len(built) == len(grid)

@@ -15,6 +15,7 @@ from problems import boundaries
 from dil_kernels.losses import LossParameters, divergence_names, get_divergence
 from dil_kernels.losses.options import LINKS
 
+pytestmark = pytest.mark.xdist_group("CUDA source")  # which is compiled once, not once a worker
 EMULATION = Path(__file__).parent / "emulation"
 LSIF = LossParameters("lsif")
 OPS = ("density_ratio_fwd", "density_ratio_bwd")

@@ -22,6 +22,7 @@ from dil_kernels.training.metrics import METRICS
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "dil_kernels" / "recipes" / "accelerate"
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+pytestmark = pytest.mark.xdist_group("distributed training")  # whose runs are made once, not once a worker
 ENGINES = ["ddp", "fsdp2", pytest.param("deepspeed_zero3", marks=NEEDS_DEEPSPEED)]
 
 

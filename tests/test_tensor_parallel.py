@@ -22,6 +22,7 @@ from dil_kernels.training.metrics import METRICS
 from dil_kernels.training.set_up import policy_and_reference, refuse_split_batches
 
 TESTS = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("tensor parallelism")  # whose runs are made once, not once a worker
 
 
 def launched(folder: Path, processes: int, *runs: str) -> tuple[Path, str]:

@@ -15,6 +15,7 @@ from trl_runs import STATISTICS
 
 from dil_kernels.training.metrics import METRICS
 
+pytestmark = pytest.mark.xdist_group("distributed training in TRL")  # whose runs are made once, not once a worker
 ENGINES = ["fsdp2", pytest.param("deepspeed_zero3", marks=NEEDS_DEEPSPEED)]
 
 

@@ -11,6 +11,7 @@ import pytest
 from vocab_parallel_runs import RUNS
 
 TESTS = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("vocabulary parallelism")  # whose runs are made once, not once a worker
 # Slow to start, or the same with any number of processes: on two alone.
 ON_TWO = ("compiled", "triton", "another_group")
 
