@@ -103,6 +103,9 @@ def test_json_that_would_lose_a_value_or_cannot_be_read_is_named(tmp_path: Path,
 def test_a_number_that_is_no_float_is_named(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", {**PLAIN, "ref_chosen_logps": 10**400})
     assert "line 1, column 'ref_chosen_logps': expected a number" in refusal(path)
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected,ref_chosen_logps,ref_rejected_logps\np,c,r,-1_0,-1\n")  # a float to Python
+    assert "column 'ref_chosen_logps': expected a number" in refusal(path)
 
 
 @pytest.mark.parametrize("form", ["pairs.jsonl", "pairs.csv", "data set"])

@@ -232,6 +232,7 @@ def test_a_checkpoint_that_is_not_whole_is_named(inputs: Path, tmp_path: Path, c
         ("dil_checksums.json", b"null", "dil_checksums.json is not as it was written"),
         ("dil_run.json", b"[]", "dil_run.json is damaged"),
         ("dil_run.json", b"{", "dil_run.json is damaged"),
+        ("dil_run.json", b"[" * 100_000, "dil_run.json is damaged"),  # beyond Python's recursion limit
         ("optimizer.pt", None, "optimizer.pt is missing"),
         ("scheduler.pt", b"", "scheduler.pt is damaged"),
         ("model.safetensors", None, "it holds no weights"),

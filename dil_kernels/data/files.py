@@ -221,7 +221,7 @@ def _cell(column: str, text: str) -> Any:
         return text
     if column == UNPAIRED_COLUMNS[-1]:
         return {"true": True, "1": True, "false": False, "0": False}.get(text.strip().lower(), text or None)
-    if column in GIVEN_REFERENCE:
+    if column in GIVEN_REFERENCE and "_" not in text:  # Python's 1_0 is 10
         with contextlib.suppress(ValueError):
             return float(text)
     return text or None

@@ -28,6 +28,7 @@ from filelock import FileLock
 from dil_kernels.data.cache_key import code_key, file_digest
 from dil_kernels.data.columns import listening, say_once
 from dil_kernels.data.files import ROWS_PER_CHUNK
+from dil_kernels.data.json_text import parse_json
 from dil_kernels.data.messages import PreferenceDataError
 from dil_kernels.data.pair_storage import concatenate_stored, pairs_table, parts_of_pairs, set_source
 from dil_kernels.data.pairs import Pair
@@ -138,7 +139,7 @@ def _locked(directory: Path) -> Iterator[None]:
 def _load(directory: Path, *, warn: bool = True) -> datasets.Dataset | None:
     """The pairs in a directory, with what was said of them; None where there are none, or, with a warning, broken."""
     try:
-        about = json.loads((directory / ABOUT_NAME).read_text())
+        about = parse_json((directory / ABOUT_NAME).read_text())
         digest, notes = about["digest"], [*map(str, about["said"])]
         if file_digest(directory / PAIRS_NAME) != digest:
             raise ValueError("its checksum does not fit")

@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dil_kernels.data.cache_key import file_digest
+from dil_kernels.data.json_text import parse_json
 from dil_kernels.wording import describe_error
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _order_by_step(output_dir: Path) -> None:
 def changed_file(checkpoint: Path) -> str | None:
     """A file of a checkpoint that is not as it was written, or gone; None if there is none, or no checksums."""
     try:
-        checksums = json.loads((checkpoint / CHECKSUMS_NAME).read_text())
+        checksums = parse_json((checkpoint / CHECKSUMS_NAME).read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dil_kernels.data.json_text import parse_json
 from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.tensor_parallel import is_loaded_in_parts
 from dil_kernels.training.agreement import told_by_all
@@ -158,7 +159,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     # Text has other ends of lines than those of the record.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         with contextlib.suppress(ValueError, TypeError, LookupError):
-            row = json.loads(line)
+            row = parse_json(line)
             if [type(row[name]) for name in COLUMNS] == [int, str, str]:
                 rows.append(row)
     return rows

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dil_kernels.data.json_text import parse_json
 from dil_kernels.training.metrics import PREDICTIONS
 from dil_kernels.training.ref_cache import dataset_fingerprint
 
@@ -113,7 +114,7 @@ class HeldOutBefore(TrainerCallback):
 def _kept_scores(path: Path, data: str) -> HeldOutScores | None:
     """Those of a file; None where there is none, or, with a warning, a damaged one, or one of other data."""
     try:
-        kept = dict(json.loads(path.read_text()))
+        kept = dict(parse_json(path.read_text()))
         if kept.pop("data", None) != data:
             raise ValueError("it is not of this evaluation data")
         scores = HeldOutScores(**kept)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from dil_kernels.data.json_text import parse_json
 from dil_kernels.training.agreement import done_by_all, told_by_all
 from dil_kernels.training.checkpoints import changed_file, last_complete_checkpoint, step_of, where_to_resume
 from dil_kernels.training.ref_cache import dataset_fingerprint
@@ -204,7 +205,7 @@ def check_same_run(checkpoint: Path, record: Mapping[str, Any], allowed: bool) -
     """
     path = checkpoint / RECORD_NAME
     try:
-        before = json.loads(path.read_text())
+        before = parse_json(path.read_text())
     except FileNotFoundError:
         logger.warning("%s: no record of what it was trained with; nothing can be compared", checkpoint)
         return
