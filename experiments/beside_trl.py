@@ -7,7 +7,7 @@
     python -m experiments.beside_trl --quick                        # a tiny random model; seconds
 
 Both trainers get the same pairs in the same order (the same seed draws the same permutation), none of them truncated,
-the same precomputed reference, optimizer and precision. Of each loss the learning rate is the best of three on pairs
+the same precomputed reference, optimizer and precision. Of each loss the learning rate is the best of four on pairs
 that are taken from the training side; TRL's DPO takes that of ours. Held-out pairs are scored by one function for all,
 outside of what is timed. Each run is a process of its own; a stopped one goes on from its last checkpoint, and one that
 is finished is not repeated. What a step costs is measured at the end, in a few steps of each trainer and loss: nothing
@@ -50,7 +50,7 @@ DPO, TRL, LSIF, BCE, HALF, UKL = (
     Arm("dil", "bce, alpha 1/2", {"loss_type": "bce", "alpha": 0.5}),
     Arm("dil", "ukl", {"loss_type": "ukl"}),
 )
-LEARNING_RATES = (3e-6, 1e-5, 3e-5)
+LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 ORDER = (  # by what would be missed most; losses and seeds
     ((DPO, LSIF, TRL), 0),
     ((TRL, LSIF), 1),

@@ -34,6 +34,7 @@ PANELS = (
     ("chosen_logp", "Chosen responses", "log-prob a token, nats"),
     ("rejected_logp", "Rejected responses", "log-prob a token, nats"),
 )
+BASELINE = "trl dpo"
 COST = ("seconds_per_step", "cpu_seconds_per_step", "tokens_per_second", "peak_bytes")
 Records = Sequence[Mapping[str, Any]]
 
@@ -44,13 +45,13 @@ def write_report(records: Records, output: Path) -> None:
     Args:
         records: of the runs, with their kind, arm and seed. What a step costs is taken from a run that was made for
             that, if there is one of the arm.
-        output: for tuning.csv, runs.csv, summary.csv, curves.csv, equal_margins.csv, items.csv, environment.txt,
-            accuracy.png and curves.png.
+        output: for tuning.csv, runs.csv, summary.csv, curves.csv, pairs.csv, differences.csv, equal_margins.csv,
+            items.csv, environment.txt, accuracy.png and curves.png.
     """
     timed = {record["arm"]: {name: record[name] for name in COST} for record in records if record["kind"] == "timing"}
     runs = [{**record, **timed.get(record["arm"], {})} for record in records if record["kind"] == "run"]
     tuning = [
-        {"arm": record["arm"], "learning_rate": record["learning_rate"], **record["validation"]}
+        {"arm": record["arm"], "learning_rate": record["learning_rate"], **_means(record["validation"])}
         for record in records
         if record["kind"] == "tuning"
     ]
@@ -60,7 +61,11 @@ def write_report(records: Records, output: Path) -> None:
     write_csv(output / "runs.csv", rows)
     summary = summarise(rows)
     write_csv(output / "summary.csv", summary)
-    write_csv(output / "curves.csv", [{**_key(record), **entry} for record in runs for entry in record["held_out"]])
+    curves = [{**_key(record), **_means(entry)} for record in runs for entry in record["held_out"]]
+    write_csv(output / "curves.csv", curves)
+    write_csv(output / "pairs.csv", [row for record in runs for row in _pairs(record)])
+    if differences := beside_trl(runs):
+        write_csv(output / "differences.csv", differences)
     write_csv(output / "equal_margins.csv", at_equal_margins(runs))
     items = _items(records)
     if items:
@@ -77,6 +82,56 @@ def _key(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"arm": record["arm"], "seed": record["seed"]}
 
 
+def _means(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != "log_ratios"}
+
+
+def _pairs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The held-out pairs at the end of a run: tokens of the responses and their log ratios, summed."""
+    rows = zip(record["lengths"], record["held_out"][-1]["log_ratios"], strict=True)
+    names = ("chosen_tokens", "rejected_tokens", "chosen_log_ratio", "rejected_log_ratio")
+    return [
+        {**_key(record), "pair": number, **dict(zip(names, (*lengths, *ratios), strict=True))}
+        for number, (lengths, ratios) in enumerate(rows)
+    ]
+
+
+def beside_trl(runs: Records) -> list[dict[str, Any]]:
+    """Held-out pairs won more than by TRL's DPO, on the seeds of both.
+
+    The standard error is that of the mean over the pairs: another draw of pairs, not of seeds.
+    """
+    won = {(record["arm"], record["seed"]): _won(_pairs(record)) for record in runs}
+    rows = []
+    for arm in dict.fromkeys(record["arm"] for record in runs if record["arm"] != BASELINE):
+        seeds = [seed for of, seed in won if of == arm and (BASELINE, seed) in won]
+        if not seeds:
+            continue
+        row: dict[str, Any] = {"arm": arm, "seeds": len(seeds)}
+        for number, name in enumerate(("accuracy", "response_accuracy")):
+            changes = [
+                sum(ours[number] - theirs[number] for ours, theirs in of_seeds) / len(seeds)
+                for of_seeds in zip(
+                    *(zip(won[arm, seed], won[BASELINE, seed], strict=True) for seed in seeds), strict=True
+                )
+            ]
+            change, deviation = mean_and_sd(changes)
+            row |= {name: change, f"{name}_standard_error": deviation / len(changes) ** 0.5}
+        rows.append(row)
+    return rows
+
+
+def _won(pairs: Records) -> list[tuple[bool, bool]]:
+    """Whether each pair is won by the log ratios a token, and by those of whole responses."""
+    return [
+        (
+            pair["chosen_log_ratio"] / pair["chosen_tokens"] > pair["rejected_log_ratio"] / pair["rejected_tokens"],
+            pair["chosen_log_ratio"] > pair["rejected_log_ratio"],
+        )
+        for pair in pairs
+    ]
+
+
 def of_run(record: Mapping[str, Any]) -> dict[str, Any]:
     """What one run came to at its end, and what a step cost."""
     start, end = record["held_out"][0], record["held_out"][-1]
@@ -86,6 +141,7 @@ def of_run(record: Mapping[str, Any]) -> dict[str, Any]:
         "learning_rate": record["learning_rate"],
         "steps": record["steps"],
         "accuracy": end["accuracy"],
+        "response_accuracy": end["response_accuracy"],
         "margin": end["margin"],
         "chosen_logp_change": end["chosen_logp"] - start["chosen_logp"],
         "rejected_logp_change": end["rejected_logp"] - start["rejected_logp"],
@@ -110,7 +166,7 @@ def summarise(rows: Records) -> list[dict[str, Any]]:
                 continue
             mean, deviation = mean_and_sd([row[name] for row in of_arm])
             line[name] = mean
-            if name in ("accuracy", "margin", "chosen_logp_change", "rejected_logp_change"):
+            if name in ("accuracy", "response_accuracy", "margin", "chosen_logp_change", "rejected_logp_change"):
                 line[f"{name}_sd"] = deviation
         summary.append(line)
     return summary

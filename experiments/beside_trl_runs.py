@@ -46,7 +46,7 @@ class Problem:
 
 
 class Evaluation:
-    """Means over pairs of log-probs and log ratios a token, in nats.
+    """Log-probs and log ratios of pairs, in nats.
 
     Args:
         scorer: of the policy, as it is now: the reference.
@@ -58,21 +58,28 @@ class Evaluation:
         self.sequences: Sequences = [
             (pair["prompt_ids"], pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")
         ]
+        self.lengths = torch.tensor([len(response) for _, response in self.sequences]).view(-1, 2)
         self.reference = self._score()
+        self.start = self._seen(self.reference)
 
-    def _score(self) -> Tensor:  # [pairs, 2]
-        lengths = torch.tensor([len(response) for _, response in self.sequences])
-        return (self.scorer(self.sequences) / lengths).view(-1, 2)
+    def _score(self) -> Tensor:  # of whole responses, [pairs, 2]
+        return self.scorer(self.sequences).view(-1, 2)
 
-    def __call__(self) -> dict[str, float]:
-        """Of the policy now."""
-        logps = self._score()
+    def __call__(self) -> dict[str, Any]:
+        """Of the policy now: means a token over the pairs, and the log ratios of the responses."""
+        return self._seen(self._score())
+
+    def _seen(self, logps: Tensor) -> dict[str, Any]:
         ratios = logps - self.reference
+        chosen, rejected = (logps / self.lengths).mean(0).tolist()
+        margins = (ratios / self.lengths) @ torch.tensor([1.0, -1.0], dtype=ratios.dtype)
         return {
-            "chosen_logp": logps[:, 0].mean().item(),
-            "rejected_logp": logps[:, 1].mean().item(),
-            "margin": (ratios[:, 0] - ratios[:, 1]).mean().item(),
-            "accuracy": (ratios[:, 0] > ratios[:, 1]).double().mean().item(),
+            "chosen_logp": chosen,
+            "rejected_logp": rejected,
+            "margin": margins.mean().item(),
+            "accuracy": (margins > 0).double().mean().item(),
+            "response_accuracy": (ratios[:, 0] > ratios[:, 1]).double().mean().item(),
+            "log_ratios": ratios.tolist(),
         }
 
 
@@ -112,7 +119,7 @@ class Watch(TrainerCallback):
             return
         entry = {"step": step, **self.evaluation()}
         self.seen["curve"].append(entry)
-        print(" ".join(f"{name}={value:.4g}" for name, value in entry.items()), flush=True)
+        print(" ".join(f"{name}={value:.4g}" for name, value in entry.items() if name != "log_ratios"), flush=True)
 
 
 def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -174,6 +181,8 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
     if tuning:
         return {**record, "validation": watch.seen["curve"][-1]}
     record["held_out"] = watch.seen["curve"]
+    assert evaluation is not None
+    record["lengths"] = evaluation.lengths.tolist()
     if not options.random_llama:
         record["items"] = forced_choice.score(scorer, problem.tokenizer, questions)
         record["kl"] = _kl(scorer, load_problem(options, tuning), options)

@@ -131,15 +131,18 @@ def train(arm: Arm, rate: float, options: argparse.Namespace) -> dict[str, Any]:
         trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     finite = all(math.isfinite(entry[name]) for entry in steps for name in ("loss", "grad_norm"))
-    (chosen, rejected), end = evaluation.reference.mean(0).tolist(), evaluation()
-    change = end["chosen_logp"] - chosen
+    changes = {
+        f"{name}_change": after - evaluation.start[name]
+        for name, after in evaluation().items()
+        if name in ("chosen_logp", "rejected_logp")
+    }
+    change = changes["chosen_logp_change"]
     outcome = "held" if change >= -LOST else "unlearned"
     if not (finite and math.isfinite(change)):
         outcome = "non-finite"
     return {
         "outcome": outcome,
-        "chosen_logp_change": change,
-        "rejected_logp_change": end["rejected_logp"] - rejected,
+        **changes,
         "largest_grad_norm": max(entry["grad_norm"] for entry in steps),
     }
 

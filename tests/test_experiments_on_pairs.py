@@ -30,6 +30,15 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path):
     assert runs["dil lsif"]["chosen_logp_change"] != runs["dil dpo"]["chosen_logp_change"]
     assert float(runs["dil dpo"]["kl_nats_a_token"]) > 0
     assert {row["kind"] for row in read_csv(tmp_path / "items.csv")} == {"sums", "copying", "agreement", "facts", "all"}
+    same, other = read_csv(tmp_path / "differences.csv")
+    assert (same["arm"], float(same["accuracy"]), float(same["response_accuracy"])) == ("dil dpo", 0.0, 0.0)
+    for name in ("accuracy", "response_accuracy"):
+        expected = float(runs["dil lsif"][name]) - float(runs["trl dpo"][name])
+        assert float(other[name]) == pytest.approx(expected, abs=1e-4)
+        assert float(other[f"{name}_standard_error"]) > 0
+    pairs = [row for row in read_csv(tmp_path / "pairs.csv") if row["arm"] == "dil lsif"]
+    won = [float(row["chosen_log_ratio"]) > float(row["rejected_log_ratio"]) for row in pairs]
+    assert sum(won) / len(won) == pytest.approx(float(runs["dil lsif"]["response_accuracy"]), abs=1e-4)
     margins = read_csv(tmp_path / "equal_margins.csv")
     assert [row["arm"] for row in margins] == list(runs)
     assert len({row["margin"] for row in margins}) == 1
