@@ -11,7 +11,8 @@ the same precomputed reference, optimizer and precision. Of each loss the learni
 that are taken from the training side; TRL's DPO takes that of ours. Held-out pairs are scored by one function for all,
 outside of what is timed. Each run is a process of its own; a stopped one goes on from its last checkpoint, and one that
 is finished is not repeated. What a step costs is measured at the end, in a few steps of each trainer and loss: nothing
-else should run then. Tables and figures are written anew after every run.
+else should run then. Tables and figures are written anew after every run. Weights of finished runs stay beside their
+records.
 """
 
 from __future__ import annotations
@@ -85,15 +86,14 @@ class Run:
         """For its checkpoints, while it is not finished."""
         return Path(options.runs_dir, self.name.replace(",", "").replace("/", "-").replace(" ", "_"))
 
-    def seen_path(self, options: argparse.Namespace) -> Path:
-        """For what was seen up to its last checkpoint."""
+    def path(self, options: argparse.Namespace, suffix: str) -> Path:
+        """A file beside the folder."""
         folder = self.folder(options)
-        return folder.with_name(f"{folder.name}.part")
+        return folder.with_name(f"{folder.name}{suffix}")  # a learning rate may have a dot
 
     def record_path(self, options: argparse.Namespace) -> Path:
-        """For what was seen in it, once it is."""
-        folder = self.folder(options)
-        return folder.with_name(f"{folder.name}.json")  # a learning rate may have a dot
+        """For what was seen in it, once it is finished."""
+        return self.path(options, ".json")
 
 
 def all_runs(options: argparse.Namespace) -> Iterator[Run]:
@@ -120,17 +120,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         (run,) = (run for run in all_runs(options) if run.name == options.run)
         write_record(run.record_path(options), make(run, rate_of(run, options), options))
+        for weights in run.folder(options).glob("checkpoint-*/model.safetensors"):
+            weights.replace(run.path(options, ".safetensors"))
+        shutil.rmtree(run.folder(options), ignore_errors=True)
+        run.path(options, ".part").unlink(missing_ok=True)
+        report(options)
         return 0
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     left = [run for run in all_runs(options) if not run.record_path(options).is_file()]
+    failed = []
     for number, run in enumerate(left[: options.only], start=1):
         print(f"{run.name} ({number} of {len(left)})", flush=True)
-        subprocess.run([sys.executable, "-m", "experiments.beside_trl", *given, "--run", run.name], check=True)
-        shutil.rmtree(run.folder(options), ignore_errors=True)
-        run.seen_path(options).unlink(missing_ok=True)
-        report(options)
+        command = [sys.executable, "-m", "experiments.beside_trl", *given, "--run", run.name]
+        if subprocess.run(command).returncode != 0:
+            failed.append(run.name)
     report(options)
-    return 0
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def report(options: argparse.Namespace) -> None:
@@ -144,7 +151,7 @@ def report(options: argparse.Namespace) -> None:
 def rate_of(run: Run, options: argparse.Namespace) -> float:
     """The learning rate: given, or the one of the tuning runs after which most validation pairs are won.
 
-    Of equal ones the lowest is taken. TRL's DPO takes that of ours.
+    Of equal ones that of the largest margin is taken. TRL's DPO takes that of ours.
     """
     if run.learning_rate is not None or options.learning_rate is not None:
         return float(run.learning_rate or options.learning_rate)
@@ -152,8 +159,8 @@ def rate_of(run: Run, options: argparse.Namespace) -> float:
         return 0.0
     arm = DPO if run.arm is TRL else run.arm
     tried = [each for each in all_runs(options) if (each.kind, each.arm) == ("tuning", arm)]
-    won = {float(each.learning_rate or 0.0): read(options, each)["validation"]["accuracy"] for each in tried}
-    return max(won, key=lambda rate: (won[rate], -rate))
+    seen = {float(each.learning_rate or 0.0): read(options, each)["validation"] for each in tried}
+    return max(seen, key=lambda rate: (seen[rate]["accuracy"], seen[rate]["margin"]))
 
 
 def read(options: argparse.Namespace, run: Run) -> dict[str, Any]:

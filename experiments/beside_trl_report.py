@@ -19,6 +19,7 @@ from experiments.figures import (
     new_figure,
     save,
 )
+from experiments.forced_choice import is_right
 from experiments.tables import mean_and_sd, write_csv
 
 COLOURS = {
@@ -34,6 +35,7 @@ PANELS = (
     ("chosen_logp", "Chosen responses", "log-prob a token, nats"),
     ("rejected_logp", "Rejected responses", "log-prob a token, nats"),
 )
+LEARNED = ("accuracy", "response_accuracy", "margin", "chosen_logp_change", "rejected_logp_change")
 BASELINE = "trl dpo"
 COST = ("seconds_per_step", "cpu_seconds_per_step", "tokens_per_second", "peak_bytes")
 Records = Sequence[Mapping[str, Any]]
@@ -45,8 +47,8 @@ def write_report(records: Records, output: Path) -> None:
     Args:
         records: of the runs, with their kind, arm and seed. What a step costs is taken from a run that was made for
             that, if there is one of the arm.
-        output: for tuning.csv, runs.csv, summary.csv, curves.csv, pairs.csv, differences.csv, equal_margins.csv,
-            items.csv, environment.txt, accuracy.png and curves.png.
+        output: for tuning.csv, runs.csv, summary.csv, curves.csv, pairs.csv, differences.csv, same_loss.csv,
+            equal_margins.csv, items.csv, environment.txt, accuracy.png and curves.png.
     """
     timed = {record["arm"]: {name: record[name] for name in COST} for record in records if record["kind"] == "timing"}
     runs = [{**record, **timed.get(record["arm"], {})} for record in records if record["kind"] == "run"]
@@ -64,8 +66,9 @@ def write_report(records: Records, output: Path) -> None:
     curves = [{**_key(record), **_means(entry)} for record in runs for entry in record["held_out"]]
     write_csv(output / "curves.csv", curves)
     write_csv(output / "pairs.csv", [row for record in runs for row in _pairs(record)])
-    if differences := beside_trl(runs):
-        write_csv(output / "differences.csv", differences)
+    for name, compared in (("differences", beside_trl(runs)), ("same_loss", same_loss(runs))):
+        if compared:
+            write_csv(output / f"{name}.csv", compared)
     write_csv(output / "equal_margins.csv", at_equal_margins(runs))
     items = _items(records)
     if items:
@@ -121,6 +124,32 @@ def beside_trl(runs: Records) -> list[dict[str, Any]]:
     return rows
 
 
+def same_loss(runs: Records) -> list[dict[str, Any]]:
+    """How far DPO of both trainers is apart: the largest difference of any held-out response's log ratio, in nats."""
+    curves = {(record["arm"], record["seed"]): record["held_out"] for record in runs}
+    rows = []
+    for arm, seed in curves:
+        if arm != BASELINE or ("dil dpo", seed) not in curves:
+            continue
+        for theirs, ours in zip(curves[arm, seed], curves["dil dpo", seed], strict=True):
+            apart = [
+                abs(b - a)
+                for row, other in zip(theirs["log_ratios"], ours["log_ratios"], strict=True)
+                for a, b in zip(row, other, strict=True)
+            ]
+            moved = [abs(value) for row in theirs["log_ratios"] for value in row]
+            rows.append(
+                {
+                    "seed": seed,
+                    "step": theirs["step"],
+                    "largest_difference": max(apart),
+                    "largest_log_ratio": max(moved),
+                    "difference_of_margins": ours["margin"] - theirs["margin"],
+                }
+            )
+    return rows
+
+
 def _won(pairs: Records) -> list[tuple[bool, bool]]:
     """Whether each pair is won by the log ratios a token, and by those of whole responses."""
     return [
@@ -135,7 +164,7 @@ def _won(pairs: Records) -> list[tuple[bool, bool]]:
 def of_run(record: Mapping[str, Any]) -> dict[str, Any]:
     """What one run came to at its end, and what a step cost."""
     start, end = record["held_out"][0], record["held_out"][-1]
-    kl = record.get("kl", {})
+    answers = _of_answers(record["answers"]) if "answers" in record else {}
     return {
         **_key(record),
         "learning_rate": record["learning_rate"],
@@ -145,13 +174,26 @@ def of_run(record: Mapping[str, Any]) -> dict[str, Any]:
         "margin": end["margin"],
         "chosen_logp_change": end["chosen_logp"] - start["chosen_logp"],
         "rejected_logp_change": end["rejected_logp"] - start["rejected_logp"],
-        "kl_nats_a_token": kl.get("nats_a_token", ""),
-        "kl_nats_an_answer": kl.get("nats_an_answer", ""),
-        "kl_standard_error": kl.get("standard_error", ""),
+        **answers,
         "seconds_per_step": record["seconds_per_step"],
         "cpu_seconds_per_step": record["cpu_seconds_per_step"],
         "tokens_per_second": record["tokens_per_second"],
         "peak_gb": record["peak_bytes"] / 1e9,
+    }
+
+
+def _of_answers(answers: Records) -> dict[str, float]:
+    """KL from the reference, estimated on sampled answers, up to where these were cut; the error is over prompts."""
+    of_prompts: defaultdict[int, list[float]] = defaultdict(list)
+    for answer in answers:
+        of_prompts[answer["prompt"]].append(answer["logp"] - answer["ref_logp"])
+    total = sum(sum(ratios) for ratios in of_prompts.values())
+    _, deviation = mean_and_sd([sum(ratios) / len(ratios) for ratios in of_prompts.values()])
+    return {
+        "kl_nats_a_token": total / sum(answer["tokens"] for answer in answers),
+        "kl_nats_an_answer": total / len(answers),
+        "kl_standard_error": deviation / len(of_prompts) ** 0.5,
+        "answers_that_ended": sum(answer["ended"] for answer in answers) / len(answers),
     }
 
 
@@ -162,12 +204,12 @@ def summarise(rows: Records) -> list[dict[str, Any]]:
         of_arm = [row for row in rows if row["arm"] == arm]
         line: dict[str, Any] = {"arm": arm, "seeds": len(of_arm)}
         for name in of_arm[0]:
-            if name in ("arm", "seed") or "" in (row[name] for row in of_arm):
+            if name in ("arm", "seed", "kl_standard_error"):
                 continue
             mean, deviation = mean_and_sd([row[name] for row in of_arm])
             line[name] = mean
-            if name in ("accuracy", "response_accuracy", "margin", "chosen_logp_change", "rejected_logp_change"):
-                line[f"{name}_sd"] = deviation
+            if name in LEARNED:
+                line[f"{name}_sd"] = deviation if len(of_arm) > 1 else ""
         summary.append(line)
     return summary
 
@@ -194,14 +236,15 @@ def _items(records: Records) -> list[dict[str, Any]]:
     starts = [record for record in records if record["kind"] == "start"]
     if not starts:
         return []
-    before, rows = starts[0]["items"], []
+    before, rows = [is_right(logps) for logps in starts[0]["items"]], []
     kinds = starts[0]["kinds"]
     for record in records:
         if record["kind"] != "run":
             continue
         for kind in (*dict.fromkeys(kinds), "all"):
             places = [place for place, of in enumerate(kinds) if kind in (of, "all")]
-            changes = [float(record["items"][place]) - float(before[place]) for place in places]
+            after = [is_right(logps) for logps in record["items"]]
+            changes = [float(after[place]) - float(before[place]) for place in places]
             change, deviation = mean_and_sd(changes)
             rows.append(
                 {
@@ -209,7 +252,7 @@ def _items(records: Records) -> list[dict[str, Any]]:
                     "kind": kind,
                     "items": len(places),
                     "before": sum(before[place] for place in places) / len(places),
-                    "after": sum(record["items"][place] for place in places) / len(places),
+                    "after": sum(after[place] for place in places) / len(places),
                     "change": change,
                     "standard_error": deviation / len(places) ** 0.5,
                 }
@@ -231,8 +274,10 @@ def _draw_accuracy(runs: Records, path: Path) -> None:
     for arm, of_arm in _by_arm(runs).items():
         colour = COLOURS.get(arm, GREY)
         minutes = [record["seconds_per_step"] / 60 for record in of_arm]
-        curves = [[entry["accuracy"] for entry in record["held_out"]] for record in of_arm]
-        steps = [entry["step"] for entry in of_arm[0]["held_out"]]
+        curves = [
+            [entry["accuracy"] for entry in record["held_out"][1:]] for record in of_arm
+        ]  # where nothing is won yet
+        steps = [entry["step"] for entry in of_arm[0]["held_out"][1:]]
         minute = sum(minutes) / len(minutes)
         at = [step * minute for step in steps]
         for curve in curves if len(curves) > 1 else ():

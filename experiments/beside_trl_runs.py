@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ from dil_kernels.data.tokenization import tokenize_dataset
 from dil_kernels.models.evaluation import evaluating
 from experiments import forced_choice
 from experiments.scorer import Scorer, Sequences
+from experiments.tables import write_record
 
 if TYPE_CHECKING:
     from experiments.beside_trl import Run
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 SPLIT_SEED = 20250305
 HELD_OUT = 0.2  # share of the pairs
 TIMED_STEPS = 8
+EARLY = (5, 10, 30)  # steps after which a run is evaluated, too: much happens at first
 VALIDATION = 0.15  # share of the rest, on which learning rates are chosen
 ANSWERED_PROMPT_TOKENS = 512  # longer held-out prompts are not answered
 ANSWERED_TOGETHER = 8  # prompts
@@ -110,9 +114,10 @@ class Watch(TrainerCallback):
         _synchronize()
         self.seen["step_seconds"].append(time.perf_counter() - self.started[0])
         self.seen["step_cpu_seconds"].append(time.process_time() - self.started[1])
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._evaluate(state.global_step)
-            self.path.write_text(json.dumps(self.seen))  # before the checkpoint of this step
+        step = state.global_step
+        if step % self.every == 0 or step == state.max_steps or (state.max_steps > max(EARLY) and step in EARLY):
+            self._evaluate(step)
+            write_record(self.path, self.seen)  # before the checkpoint of this step
 
     def _evaluate(self, step: int) -> None:
         if self.evaluation is None:
@@ -136,7 +141,7 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
     if run.kind != "timing":
         evaluation = Evaluation(scorer, tokenized(problem.judged, problem.tokenizer, options.max_length))
     folder = run.folder(options)
-    watch = Watch(evaluation, options.eval_steps, run.seen_path(options))
+    watch = Watch(evaluation, options.eval_steps, run.path(options, ".part"))
     steps = options.max_steps or options.epochs * (len(problem.train) // options.batch_size)
     if tuning:
         steps = max(1, len(problem.train) // options.batch_size // 3)
@@ -157,12 +162,20 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         "gradient_checkpointing": False,
         "max_length": options.max_length,
         "precompute_ref_log_probs": not options.random_llama,
-        "seed": 42 + run.seed,
+        "seed": 42 + 1000 * run.seed,  # of the order; accelerate adds the epoch
         "disable_tqdm": True,
     }
     trainer = _make_trainer(run, problem, config, options, watch)
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").is_file():  # which is written last
+            shutil.rmtree(checkpoint)
     checkpoints = list(folder.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=bool(checkpoints))
+    try:
+        trainer.train(resume_from_checkpoint=bool(checkpoints))
+    except FloatingPointError:
+        if not tuning:
+            raise
+        return {"learning_rate": learning_rate, "validation": {**evaluation.start, "margin": -math.inf}}
     seconds = watch.seen["step_seconds"]
     first = 2 if len(seconds) > 4 else 0  # compilation and warm-up
     tokens = options.batch_size * _tokens_a_pair(tokenized(problem.train, problem.tokenizer, options.max_length))
@@ -173,19 +186,22 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         "cpu_seconds_per_step": median(watch.seen["step_cpu_seconds"][first:]),
         "tokens_per_second": tokens / median(seconds[first:]),
         "peak_bytes": _peak_bytes(),
-        "train_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        **watch.seen,
+        "log": trainer.state.log_history,
+        "options": {name: str(value) for name, value in vars(options).items()},
         "environment": describe_environment(),
     }
+    record["held_out"] = record.pop("curve")
     if run.kind == "timing":
         return record
     if tuning:
-        return {**record, "validation": watch.seen["curve"][-1]}
-    record["held_out"] = watch.seen["curve"]
+        (*_, validation) = record.pop("held_out")
+        return {**record, "validation": validation}
     assert evaluation is not None
     record["lengths"] = evaluation.lengths.tolist()
     if not options.random_llama:
         record["items"] = forced_choice.score(scorer, problem.tokenizer, questions)
-        record["kl"] = _kl(scorer, load_problem(options, tuning), options)
+        record["answers"] = _answers(scorer, load_problem(options, tuning), options)
     return record
 
 
@@ -210,10 +226,10 @@ def _make_trainer(run: Run, problem: Problem, config: dict[str, Any], options: a
 
 
 @torch.no_grad()
-def _kl(scorer: Scorer, start: Problem, options: argparse.Namespace) -> dict[str, float]:
-    """KL of the policy from the reference, on answers that the policy samples to held-out prompts.
+def _answers(scorer: Scorer, start: Problem, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Answers that the policy samples to held-out prompts, with their log-probs under policy and reference.
 
-    Answers end after `options.answer_tokens`; the estimate is the mean log ratio of the answers, in nats each.
+    They end after `options.answer_tokens` at the latest.
     """
     torch.manual_seed(0)
     pairs = tokenized(start.judged, start.tokenizer, options.max_length)
@@ -239,15 +255,17 @@ def _kl(scorer: Scorer, start: Problem, options: argparse.Namespace) -> dict[str
             )
         for prompt, answer in zip(group, answers[:, longest:].tolist(), strict=True):
             sequences.append((prompt, answer[: answer.index(end) + 1] if end in answer else answer))
-    ratios = scorer(sequences) - Scorer(start.model)(sequences)
-    tokens = sum(len(answer) for _, answer in sequences)
-    return {
-        "answers": len(sequences),
-        "nats_an_answer": ratios.mean().item(),
-        "standard_error": (ratios.std() / len(sequences) ** 0.5).item() if len(sequences) > 1 else 0.0,
-        "nats_a_token": ratios.sum().item() / tokens,
-        "tokens_an_answer": tokens / len(sequences),
-    }
+    logps, ref_logps = scorer(sequences).tolist(), Scorer(start.model)(sequences).tolist()
+    return [
+        {
+            "prompt": number // options.answers,
+            "tokens": len(answer),
+            "ended": answer[-1] == end,
+            "logp": logps[number],
+            "ref_logp": ref_logps[number],
+        }
+        for number, (_, answer) in enumerate(sequences)
+    ]
 
 
 def load_problem(options: argparse.Namespace, tuning: bool) -> Problem:

@@ -29,12 +29,15 @@ def items() -> list[Item]:
     """All of them, the same in every call."""
     rng = random.Random(SEED)
     makers = {"sums": _sum, "copying": _copying, "agreement": _agreement}
-    made = [Item(kind, *make(rng)) for kind, make in makers.items() for _ in range(PER_KIND)]
-    return made + _facts(rng)
+    made: dict[Item, None] = {}  # each once
+    for number, (kind, make) in enumerate(makers.items(), start=1):
+        while len(made) < number * PER_KIND:
+            made[Item(kind, *make(rng))] = None
+    return [*made, *_facts(rng)]
 
 
-def score(scorer: Scorer, tokenizer: Any, questions: Sequence[Item]) -> list[bool]:
-    """Of each item, whether the right option has the largest log-prob, summed over its tokens."""
+def score(scorer: Scorer, tokenizer: Any, questions: Sequence[Item]) -> list[list[float]]:
+    """Of each item the log-probs of its options, summed over their tokens; the right one's comes first."""
     sequences, places = [], []
     for item in questions:
         context = tokenizer(item.context)["input_ids"]
@@ -45,7 +48,12 @@ def score(scorer: Scorer, tokenizer: Any, questions: Sequence[Item]) -> list[boo
     if not bool(logps.isfinite().all()):
         raise FloatingPointError("the model has log-probs that are not finite")
     ends = [*places[1:], len(sequences)]
-    return [bool(logps[start] > logps[start + 1 : end].max()) for start, end in zip(places, ends, strict=True)]
+    return [logps[start:end].tolist() for start, end in zip(places, ends, strict=True)]
+
+
+def is_right(logps: Sequence[float]) -> bool:
+    """Whether the right option of an item is the likeliest."""
+    return logps[0] > max(logps[1:])
 
 
 def _sum(rng: random.Random) -> tuple[str, tuple[str, ...]]:

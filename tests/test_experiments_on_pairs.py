@@ -30,6 +30,9 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path):
     assert runs["dil lsif"]["chosen_logp_change"] != runs["dil dpo"]["chosen_logp_change"]
     assert float(runs["dil dpo"]["kl_nats_a_token"]) > 0
     assert {row["kind"] for row in read_csv(tmp_path / "items.csv")} == {"sums", "copying", "agreement", "facts", "all"}
+    for row in read_csv(tmp_path / "same_loss.csv"):
+        assert float(row["largest_difference"]) < 1e-3
+        assert int(row["step"]) == 0 or float(row["largest_log_ratio"]) > 0.1
     same, other = read_csv(tmp_path / "differences.csv")
     assert (same["arm"], float(same["accuracy"]), float(same["response_accuracy"])) == ("dil dpo", 0.0, 0.0)
     for name in ("accuracy", "response_accuracy"):
@@ -79,7 +82,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
     monkeypatch.setattr(beside_trl_runs.Watch, "on_step_end", watch)
     record = beside_trl_runs.make(run, 1e-3, stopped)
     assert record["held_out"] == expected["held_out"]
-    assert len(record["train_loss"]) == len(expected["train_loss"]) == record["steps"] == 12
+    losses = [[entry["loss"] for entry in seen["log"] if "loss" in entry] for seen in (record, expected)]
+    assert len(losses[0]) == len(losses[1]) == record["steps"] == len(record["step_seconds"]) == 12
 
 
 def test_no_prompt_is_in_two_sets_and_the_right_options_come_first():
@@ -91,7 +95,7 @@ def test_no_prompt_is_in_two_sets_and_the_right_options_come_first():
     held_out, validation = ({str(row["prompt"]) for row in problem.judged} for problem in sets)
     assert not held_out & validation
     items = forced_choice.items()
-    assert len(items) == 480
+    assert len(items) == len({*items}) == 480
     assert items == forced_choice.items()
     assert all(len({*item.options}) == len(item.options) for item in items)
     for item in items:
