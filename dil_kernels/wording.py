@@ -1,4 +1,4 @@
-"""What errors say: which name an unknown one may have meant, and an error on one line."""
+"""What errors say: what to install, which name an unknown one may have meant, and an error on one line."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ ELSEWHERE = {
     "use_bnb_nested_quant": "bnb_4bit_use_double_quant",
     "use_peft": "lora_rank",
 }
+
+
+def needs_extra(what: str, extra: str, error: ImportError) -> str:
+    """What to install where a package is missing."""
+    return f"{what} needs the extra [{extra}]: pip install 'dil-kernels[{extra}]', in a clone '.[{extra}]' ({error})"
 
 
 def did_you_mean(option: str, known: Iterable[str]) -> str | None:

@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(0)
         from dil_kernels.cli.arguments import in_options, parse_arguments
         from dil_kernels.data import PreferenceDataError
-        from dil_kernels.wording import describe_error
+        from dil_kernels.wording import describe_error, needs_extra
 
         options, config = parse_arguments(argv)
     except ImportError as error:
-        return _fail(f"dil-train needs the extra [train]: pip install 'dil-kernels[train]' ({error})", BAD_INPUT)
+        return _fail(needs_extra("dil-train", "train", error), BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted before training began", INTERRUPTED)
     except Exception as error:  # whatever argparse, YAML and JSON raise beside their errors of syntax

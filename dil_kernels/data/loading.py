@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dil_kernels.wording import needs_extra
+
 try:
     import datasets
 except ImportError as error:
-    raise ImportError(
-        f"dil_kernels.data needs the extra [train]: pip install 'dil-kernels[train]' ({error})"
-    ) from error
+    raise ImportError(needs_extra("dil_kernels.data", "train", error)) from error
 
 from dil_kernels.data.cache_key import code_key
 from dil_kernels.data.columns import (

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dil_kernels.wording import needs_extra
+
 try:
     from accelerate.utils import is_peft_model
     from trl import DPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
 except ImportError as error:
-    raise ImportError(f"this DILTrainer needs the extra [trl]: pip install 'dil-kernels[trl]' ({error})") from error
+    raise ImportError(needs_extra("this DILTrainer", "trl", error)) from error
 
 from dil_kernels.backends import resolve_backend
 from dil_kernels.data.batches import Batch

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dil_kernels.wording import needs_extra
+
 try:
     from transformers import PreTrainedModel
     from transformers.utils import ModelOutput
 except ImportError as error:
-    raise ImportError(f"the fused head needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
+    raise ImportError(needs_extra("the fused head", "train", error)) from error
 
 from dil_kernels.functional.linear import linear_token_logps
 from dil_kernels.models.head_operands import operands, site_problem, sites_of, unwrapped

@@ -25,11 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dil_kernels.wording import needs_extra
+
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 except ImportError as error:
-    raise ImportError(f"packing needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
+    raise ImportError(needs_extra("packing", "train", error)) from error
 
 from dil_kernels.data.batches import Packed, Segments
 from dil_kernels.models.evaluation import evaluating

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from dil_kernels.functional import dil_loss, unpaired_dil_loss
+from dil_kernels.wording import needs_extra
 
 try:
     import datasets
     from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 except ImportError as error:
-    raise ImportError(
-        f"dil_kernels.models.reward needs the extra [train]: pip install 'dil-kernels[train]' ({error})"
-    ) from error
+    raise ImportError(needs_extra("dil_kernels.models.reward", "train", error)) from error
 
 from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.data.token_columns import TOKEN_COLUMNS

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dil_kernels.wording import needs_extra
+
 try:
     from transformers import TrainingArguments, set_seed
 except ImportError as error:
-    raise ImportError(f"training needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
+    raise ImportError(needs_extra("training", "train", error)) from error
 
 from dil_kernels.models.tensor_parallel import tensor_parallel_size
 

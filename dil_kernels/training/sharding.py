@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from dil_kernels.wording import needs_extra
+
 try:
     from accelerate.utils import broadcast_object_list
     from transformers.utils.quantization_config import QuantizationMethod
 except ImportError as error:
-    raise ImportError(f"training needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
+    raise ImportError(needs_extra("training", "train", error)) from error
 
 from dil_kernels.functional.vocab_parallel import is_dtensor
 from dil_kernels.models.evaluation import evaluating

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dil_kernels.wording import needs_extra
+
 try:
     import datasets
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, TrainOutput
 except ImportError as error:
-    raise ImportError(f"DILTrainer needs the extra [train]: pip install 'dil-kernels[train]' ({error})") from error
+    raise ImportError(needs_extra("DILTrainer", "train", error)) from error
 
 from dil_kernels.data.batches import Batch
 from dil_kernels.data.collators import PreferenceCollator
@@ -368,9 +370,7 @@ class DILTrainer(FilledByTokens):
             NotImplementedError: FSDP2 has not sharded the model yet.
         """
         if self.accelerator.is_fsdp2 and not is_sharded(self.model):
-            raise NotImplementedError(
-                "FSDP2 shards the model when training begins: evaluate then (eval_on_start=True), or afterwards"
-            )
+            raise NotImplementedError("FSDP2 shards the model as training begins: evaluate then (eval_on_start=True)")
         self._eval_sums = zero_sums(self.args.device)
         gather_each_once(self)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
