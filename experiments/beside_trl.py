@@ -51,6 +51,9 @@ DPO, TRL, LSIF, BCE, HALF, UKL = (
     Arm("dil", "bce, alpha 1/2", {"loss_type": "bce", "alpha": 0.5}),
     Arm("dil", "ukl", {"loss_type": "ukl"}),
 )
+# As TRL takes its batches; timed only.
+PADDED = Arm("dil", "dpo, padded", {**DPO.options, "prefix_sharing": False})
+TIMED_ROUNDS = 3
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 ORDER = (  # by what would be missed most; losses and seeds
     ((DPO, LSIF, TRL), 0),
@@ -108,7 +111,8 @@ def all_runs(options: argparse.Namespace) -> Iterator[Run]:
             if options.learning_rate is None and seed == 0 and arm is not TRL:
                 yield from (Run("tuning", arm, 0, rate) for rate in LEARNING_RATES)
             yield Run("run", arm, seed)
-    yield from (Run("timing", arm) for arms, seed in order if seed == 0 for arm in arms)
+    timed = (*dict.fromkeys(arm for arms, _ in order for arm in arms), PADDED)
+    yield from (Run("timing", arm, turn) for turn in range(1 if options.quick else TIMED_ROUNDS) for arm in timed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +161,7 @@ def rate_of(run: Run, options: argparse.Namespace) -> float:
         return float(run.learning_rate or options.learning_rate)
     if run.kind == "start":
         return 0.0
-    arm = DPO if run.arm is TRL else run.arm
+    arm = DPO if run.arm in (TRL, PADDED) else run.arm
     tried = [each for each in all_runs(options) if (each.kind, each.arm) == ("tuning", arm)]
     seen = {float(each.learning_rate or 0.0): read(options, each)["validation"] for each in tried}
     return max(seen, key=lambda rate: (seen[rate]["accuracy"], seen[rate]["margin"]))
@@ -182,7 +186,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pairs", type=Path, help="preference pairs (default: the embedded ones)")
     parser.add_argument("--max-length", type=int, default=1024, help="longer pairs are left out (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step (default: %(default)s)")
-    parser.add_argument("--trl-micro-batch", type=int, help="pairs that TRL takes at a time (default: all of a step)")
+    parser.add_argument("--trl-micro-batch", type=int, help="pairs padded at a time (default: all of a step)")
     parser.add_argument("--learning-rate", type=float, help="of every loss (default: chosen for each)")
     parser.add_argument("--epochs", type=int, default=3, help="over the training pairs (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, help="optimizer steps (default: those of the epochs)")

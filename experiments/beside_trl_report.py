@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from experiments.figures import (
@@ -45,13 +46,21 @@ def write_report(records: Records, output: Path) -> None:
     """Write the tables and figures of finished runs, and print the summary.
 
     Args:
-        records: of the runs, with their kind, arm and seed. What a step costs is taken from a run that was made for
-            that, if there is one of the arm.
-        output: for tuning.csv, runs.csv, summary.csv, curves.csv, pairs.csv, differences.csv, same_loss.csv,
-            equal_margins.csv, items.csv, environment.txt, accuracy.png and curves.png.
+        records: of the runs, with their kind, arm and seed. What a step costs is taken from the runs that were made for
+            that, if there are any of the arm.
+        output: for timing.csv, tuning.csv, runs.csv, summary.csv, curves.csv, pairs.csv, differences.csv,
+            same_loss.csv, equal_margins.csv, items.csv, environment.txt, accuracy.png and curves.png.
     """
-    timed = {record["arm"]: {name: record[name] for name in COST} for record in records if record["kind"] == "timing"}
-    runs = [{**record, **timed.get(record["arm"], {})} for record in records if record["kind"] == "run"]
+    timing = [
+        {**_key(record), **{name: record[name] for name in COST}} for record in records if record["kind"] == "timing"
+    ]
+    if timing:
+        write_csv(output / "timing.csv", timing)
+    costs = {
+        arm: {name: median(row[name] for row in timing if row["arm"] == arm) for name in COST}
+        for arm in {row["arm"] for row in timing}
+    }
+    runs = [{**record, **costs.get(record["arm"], {})} for record in records if record["kind"] == "run"]
     tuning = [
         {"arm": record["arm"], "learning_rate": record["learning_rate"], **_means(record["validation"])}
         for record in records

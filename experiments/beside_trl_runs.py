@@ -170,22 +170,23 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         if not (checkpoint / "trainer_state.json").is_file():  # which is written last
             shutil.rmtree(checkpoint)
     checkpoints = list(folder.glob("checkpoint-*"))
+    _reset_peak()
     try:
         trainer.train(resume_from_checkpoint=bool(checkpoints))
     except FloatingPointError:
         if not tuning:
             raise
         return {"learning_rate": learning_rate, "validation": {**evaluation.start, "margin": -math.inf}}
-    seconds = watch.seen["step_seconds"]
+    peak, seconds = _peak_bytes(), watch.seen["step_seconds"]
     first = 2 if len(seconds) > 4 else 0  # compilation and warm-up
-    tokens = options.batch_size * _tokens_a_pair(tokenized(problem.train, problem.tokenizer, options.max_length))
+    tokens = _tokens(trainer, tokenized(problem.train, problem.tokenizer, options.max_length), len(seconds))
     record = {
         "learning_rate": learning_rate,
         "steps": len(seconds),
         "seconds_per_step": median(seconds[first:]),
         "cpu_seconds_per_step": median(watch.seen["step_cpu_seconds"][first:]),
-        "tokens_per_second": tokens / median(seconds[first:]),
-        "peak_bytes": _peak_bytes(),
+        "tokens_per_second": sum(tokens[first:]) / sum(seconds[first:]),
+        "peak_bytes": peak,
         **watch.seen,
         "log": trainer.state.log_history,
         "options": {name: str(value) for name, value in vars(options).items()},
@@ -206,23 +207,24 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
 
 
 def _make_trainer(run: Run, problem: Problem, config: dict[str, Any], options: argparse.Namespace, watch: Watch) -> Any:
-    """`DILTrainer`, each prompt once, or TRL's `DPOTrainer`."""
+    """`DILTrainer`, each prompt once unless the arm says otherwise, or TRL's `DPOTrainer`."""
     what = {"model": problem.model, "train_dataset": problem.train, "processing_class": problem.tokenizer}
     what["callbacks"] = [watch]
     assert run.arm is not None
     config |= run.arm.options
+    shares = run.arm.trainer == "dil" and run.arm.options.get("prefix_sharing", True)
+    micro_batch = options.batch_size if shares else options.trl_micro_batch or options.batch_size
+    config["per_device_train_batch_size"] = micro_batch
+    config["gradient_accumulation_steps"] = options.batch_size // micro_batch
     if run.arm.trainer == "trl":
         from trl import DPOConfig, DPOTrainer
 
-        micro_batch = options.trl_micro_batch or options.batch_size
-        config["per_device_train_batch_size"] = config["precompute_ref_batch_size"] = micro_batch
-        config["gradient_accumulation_steps"] = options.batch_size // micro_batch
+        config["precompute_ref_batch_size"] = micro_batch
         reference = None if config["precompute_ref_log_probs"] else copy.deepcopy(problem.model)
         return DPOTrainer(ref_model=reference, args=DPOConfig(**config), **what)
     from dil_kernels.trainer import DILConfig, DILTrainer
 
-    config["per_device_train_batch_size"] = options.batch_size
-    return DILTrainer(args=DILConfig(**config, prefix_sharing=True), **what)
+    return DILTrainer(args=DILConfig(**{"prefix_sharing": True, **config}), **what)
 
 
 @torch.no_grad()
@@ -333,16 +335,30 @@ def tokenized(pairs: Any, tokenizer: Any, max_length: int | None) -> Any:
     return tokenize_dataset(pairs, tokenizer, max_length=max_length, max_prompt_length=half, truncation_mode="keep_end")
 
 
-def _tokens_a_pair(pairs: Any) -> float:
-    """Tokens of prompts and responses that a pair has on average, padding not counted."""
-    total = sum(2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
-    return total / len(pairs)
+def _tokens(trainer: Any, pairs: Any, steps: int) -> list[int]:
+    """Tokens of prompts and responses in each step, padding not counted; epochs after the first count as it does."""
+    of_pairs = [2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs]
+    batches = [sum(of_pairs[row] for row in rows) for rows in trainer.get_train_dataloader().batch_sampler]
+    micro_batches = trainer.args.gradient_accumulation_steps
+    epoch = [sum(batches[first : first + micro_batches]) for first in range(0, len(batches), micro_batches)]
+    return [epoch[step % len(epoch)] for step in range(steps)]
+
+
+def _reset_peak() -> None:
+    """Let `_peak_bytes` be that of what follows."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_bytes() -> int:
-    """On a GPU of what torch allocated; else of the whole process, evaluation included."""
+    """On a GPU of what torch allocated; else of the whole process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text().split()
+        return 1024 * int(status[status.index("VmHWM:") + 1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

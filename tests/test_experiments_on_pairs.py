@@ -48,9 +48,13 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path):
     for row in margins:
         difference = float(row["chosen_logp_change"]) - float(row["rejected_logp_change"])
         assert difference == pytest.approx(float(row["margin"]), abs=1e-4)
-    timing = json.loads((tmp_path / "runs" / "timing_dil_dpo_seed_0.json").read_text())
-    assert timing["steps"] == 8
-    assert float(runs["dil dpo"]["seconds_per_step"]) == pytest.approx(timing["seconds_per_step"], rel=1e-4)
+    for arm, row in {row["arm"]: row for row in read_csv(tmp_path / "timing.csv")}.items():
+        name = arm.replace(",", "").replace(" ", "_")
+        timing = json.loads((tmp_path / "runs" / f"timing_{name}_seed_0.json").read_text())
+        assert timing["steps"] == 8
+        assert float(row["tokens_per_second"]) == pytest.approx(timing["tokens_per_second"], rel=1e-4)
+        if arm in runs:
+            assert float(runs[arm]["seconds_per_step"]) == pytest.approx(timing["seconds_per_step"], rel=1e-4)
     for name in ("accuracy.png", "curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     # Finished runs are not made again.
