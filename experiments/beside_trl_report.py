@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from experiments.comparisons import at_equal_margins, differences, same_loss
 from experiments.figures import (
     BLUE,
     GREEN,
@@ -75,10 +76,14 @@ def write_report(records: Records, output: Path) -> None:
     curves = [{**_key(record), **_means(entry)} for record in runs for entry in record["held_out"]]
     write_csv(output / "curves.csv", curves)
     write_csv(output / "pairs.csv", [row for record in runs for row in _pairs(record)])
-    for name, compared in (("differences", beside_trl(runs)), ("same_loss", same_loss(runs))):
+    comparisons = {
+        "differences": differences(runs, BASELINE),
+        "same_loss": same_loss(runs, "dil dpo", BASELINE),
+        "equal_margins": at_equal_margins(runs, BASELINE),
+    }
+    for name, compared in comparisons.items():
         if compared:
             write_csv(output / f"{name}.csv", compared)
-    write_csv(output / "equal_margins.csv", at_equal_margins(runs))
     items = _items(records)
     if items:
         write_csv(output / "items.csv", items)
@@ -105,68 +110,6 @@ def _pairs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {**_key(record), "pair": number, **dict(zip(names, (*lengths, *ratios), strict=True))}
         for number, (lengths, ratios) in enumerate(rows)
-    ]
-
-
-def beside_trl(runs: Records) -> list[dict[str, Any]]:
-    """Held-out pairs won more than by TRL's DPO, on the seeds of both.
-
-    The standard error is that of the mean over the pairs: another draw of pairs, not of seeds.
-    """
-    won = {(record["arm"], record["seed"]): _won(_pairs(record)) for record in runs}
-    rows = []
-    for arm in dict.fromkeys(record["arm"] for record in runs if record["arm"] != BASELINE):
-        seeds = [seed for of, seed in won if of == arm and (BASELINE, seed) in won]
-        if not seeds:
-            continue
-        row: dict[str, Any] = {"arm": arm, "seeds": len(seeds)}
-        for number, name in enumerate(("accuracy", "response_accuracy")):
-            changes = [
-                sum(ours[number] - theirs[number] for ours, theirs in of_seeds) / len(seeds)
-                for of_seeds in zip(
-                    *(zip(won[arm, seed], won[BASELINE, seed], strict=True) for seed in seeds), strict=True
-                )
-            ]
-            change, deviation = mean_and_sd(changes)
-            row |= {name: change, f"{name}_standard_error": deviation / len(changes) ** 0.5}
-        rows.append(row)
-    return rows
-
-
-def same_loss(runs: Records) -> list[dict[str, Any]]:
-    """How far DPO of both trainers is apart: the largest difference of any held-out response's log ratio, in nats."""
-    curves = {(record["arm"], record["seed"]): record["held_out"] for record in runs}
-    rows = []
-    for arm, seed in curves:
-        if arm != BASELINE or ("dil dpo", seed) not in curves:
-            continue
-        for theirs, ours in zip(curves[arm, seed], curves["dil dpo", seed], strict=True):
-            apart = [
-                abs(b - a)
-                for row, other in zip(theirs["log_ratios"], ours["log_ratios"], strict=True)
-                for a, b in zip(row, other, strict=True)
-            ]
-            moved = [abs(value) for row in theirs["log_ratios"] for value in row]
-            rows.append(
-                {
-                    "seed": seed,
-                    "step": theirs["step"],
-                    "largest_difference": max(apart),
-                    "largest_log_ratio": max(moved),
-                    "difference_of_margins": ours["margin"] - theirs["margin"],
-                }
-            )
-    return rows
-
-
-def _won(pairs: Records) -> list[tuple[bool, bool]]:
-    """Whether each pair is won by the log ratios a token, and by those of whole responses."""
-    return [
-        (
-            pair["chosen_log_ratio"] / pair["chosen_tokens"] > pair["rejected_log_ratio"] / pair["rejected_tokens"],
-            pair["chosen_log_ratio"] > pair["rejected_log_ratio"],
-        )
-        for pair in pairs
     ]
 
 
@@ -221,23 +164,6 @@ def summarise(rows: Records) -> list[dict[str, Any]]:
                 line[f"{name}_sd"] = deviation if len(of_arm) > 1 else ""
         summary.append(line)
     return summary
-
-
-def at_equal_margins(runs: Records) -> list[dict[str, Any]]:
-    """The change of log-probs where each run first has the margin that all of them reach, by linear interpolation."""
-    margin = min(max(entry["margin"] for entry in record["held_out"]) for record in runs)
-    rows = []
-    for record in runs:
-        curve = record["held_out"]
-        after = next(place for place, entry in enumerate(curve) if entry["margin"] >= margin)
-        before, share = curve[max(0, after - 1)], 1.0
-        if after > 0:
-            share = (margin - before["margin"]) / (curve[after]["margin"] - before["margin"])
-        row = {**_key(record), "margin": margin}
-        for name in ("chosen_logp", "rejected_logp"):
-            row[f"{name}_change"] = before[name] + share * (curve[after][name] - before[name]) - curve[0][name]
-        rows.append(row)
-    return rows
 
 
 def _items(records: Records) -> list[dict[str, Any]]:

@@ -6,12 +6,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from csv_rows import read_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import beside_trl, beside_trl_runs, exactness, failing_rates, forced_choice
+from experiments.comparisons import chosen_at
 
 
 def test_the_same_loss_trains_alike_in_both_trainers(tmp_path):
@@ -43,11 +45,13 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path):
     won = [float(row["chosen_log_ratio"]) > float(row["rejected_log_ratio"]) for row in pairs]
     assert sum(won) / len(won) == pytest.approx(float(runs["dil lsif"]["response_accuracy"]), abs=1e-4)
     margins = read_csv(tmp_path / "equal_margins.csv")
-    assert [row["arm"] for row in margins] == list(runs)
-    assert len({row["margin"] for row in margins}) == 1
+    assert {row["arm"] for row in margins} == {*runs}
+    assert {row["unit"] for row in margins} <= {"token", "response"}
     for row in margins:
-        difference = float(row["chosen_logp_change"]) - float(row["rejected_logp_change"])
-        assert difference == pytest.approx(float(row["margin"]), abs=1e-4)
+        assert float(row["standard_error"]) > 0
+        assert (row["beside_baseline"] == "") == (row["arm"] == "trl dpo")
+        if row["arm"] == "dil dpo":
+            assert float(row["beside_baseline"]) == pytest.approx(0.0, abs=1e-4)
     for arm, row in {row["arm"]: row for row in read_csv(tmp_path / "timing.csv")}.items():
         name = arm.replace(",", "").replace(" ", "_")
         timing = json.loads((tmp_path / "runs" / f"timing_{name}_seed_0.json").read_text())
@@ -61,6 +65,19 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path):
     before = (tmp_path / "runs" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns
     assert beside_trl.main(command) == 0
     assert (tmp_path / "runs" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns == before
+
+
+def test_runs_are_compared_where_they_first_have_a_margin():
+    ratios = np.zeros((4, 2, 2))  # evaluations, pairs, sides
+    ratios[:, :, 0] = np.array([0.0, 0.2, -0.4, 9.0])[:, None] + [0.0, 0.1]
+    ratios[0] = 0.0
+    ratios[:, :, 1] = np.array([0.0, -0.3, -1.4, 9.0])[:, None]
+    both, first = np.array([[0, 1]]), np.array([[0, 0]])
+    # Margins of the means are 0, 0.55, 1.05, 0.05; of the first pair 0, 0.5, 1, 0.
+    assert chosen_at(ratios, both, 0.55).tolist() == pytest.approx([0.25])
+    assert chosen_at(ratios, both, 0.80).tolist() == pytest.approx([(0.25 - 0.35) / 2])
+    assert chosen_at(ratios, first, 0.25).tolist() == pytest.approx([0.1])
+    assert np.isnan(chosen_at(ratios, both, 1.1)).all()
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path, monkeypatch):

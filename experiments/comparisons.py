@@ -1,0 +1,128 @@
+"""Runs of one experiment beside each other, on the same held-out pairs.
+
+A run is a mapping with arm, seed, held_out - evaluations, with step, margin and log_ratios [pairs, 2] of whole
+responses, chosen ones first - and lengths [pairs, 2] in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Held-out margins at which runs are compared, in nats: of averages over tokens, and of whole responses.
+MARGINS = {"token": (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), "response": (5.0, 10.0, 20.0, 40.0, 80.0, 160.0)}
+RESAMPLES = 1000
+Runs = Sequence[Mapping[str, Any]]
+
+
+def differences(runs: Runs, baseline: str) -> list[dict[str, Any]]:
+    """Pairs won at the end, by log ratios a token and by those of whole responses, more than by a baseline.
+
+    Means over the seeds of both. The standard error is over pairs: another draw of pairs, not of seeds.
+    """
+    won = {
+        (run["arm"], run["seed"]): np.stack([_margins(run, unit)[-1] > 0 for unit in MARGINS]).astype(float)
+        for run in runs
+    }
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run in runs if run["arm"] != baseline):
+        more = [won[arm, seed] - won[baseline, seed] for of, seed in won if of == arm and (baseline, seed) in won]
+        if not more:
+            continue
+        row: dict[str, Any] = {"arm": arm, "seeds": len(more)}
+        for name, of_pairs in zip(("accuracy", "response_accuracy"), np.mean(more, axis=0), strict=True):
+            row[name] = float(of_pairs.mean())
+            row[f"{name}_standard_error"] = float(of_pairs.std(ddof=1) / len(of_pairs) ** 0.5)
+        rows.append(row)
+    return rows
+
+
+def same_loss(runs: Runs, arm: str, other: str) -> list[dict[str, Any]]:
+    """How far two arms are apart at each evaluation: the largest difference of a response's log ratio, in nats."""
+    by_key = {(run["arm"], run["seed"]): run for run in runs}
+    rows = []
+    for seed in [seed for of, seed in by_key if of == arm and (other, seed) in by_key]:
+        pair = by_key[arm, seed], by_key[other, seed]
+        for ours, theirs in zip(*(run["held_out"] for run in pair), strict=True):
+            first, second = (np.array(entry["log_ratios"]) for entry in (ours, theirs))
+            rows.append(
+                {
+                    "seed": seed,
+                    "step": ours["step"],
+                    "largest_difference": float(np.abs(first - second).max()),
+                    "largest_log_ratio": float(np.abs(second).max()),
+                    "difference_of_margins": ours["margin"] - theirs["margin"],
+                }
+            )
+    return rows
+
+
+def at_equal_margins(runs: Runs, baseline: str) -> list[dict[str, Any]]:
+    """The change of the chosen responses' log-probs where each run first has a margin, by linear interpolation.
+
+    Standard errors are of the draw of held-out pairs, by bootstrap; the same pairs are drawn for all runs. A run has
+    rows for the margins that it reaches. With the baseline those of its seed are compared.
+    """
+    number_of_pairs = len(runs[0]["lengths"])
+    draws = np.random.default_rng(0).integers(number_of_pairs, size=(RESAMPLES, number_of_pairs))
+    everything = np.arange(number_of_pairs)[None]
+    rows: list[dict[str, Any]] = []
+    for unit, margins in MARGINS.items():
+        seen = {(run["arm"], run["seed"]): _log_ratios(run, unit) for run in runs}
+        for margin in margins:
+            changes = {
+                key: (chosen_at(ratios, everything, margin)[0], chosen_at(ratios, draws, margin))
+                for key, ratios in seen.items()
+            }
+            for (arm, seed), (change, drawn) in changes.items():
+                if np.isnan(change):
+                    continue
+                row = {"arm": arm, "seed": seed, "unit": unit, "margin": margin}
+                row |= {"chosen_logp_change": float(change), "standard_error": _error(drawn)}
+                other, others_drawn = changes.get((baseline, seed), (np.nan, drawn))
+                compared = arm != baseline and not np.isnan(other)
+                row["beside_baseline"] = float(change - other) if compared else ""
+                row["beside_baseline_standard_error"] = _error(drawn - others_drawn) if compared else ""
+                rows.append(row)
+    return rows
+
+
+def chosen_at(ratios: np.ndarray, draws: np.ndarray, margin: float) -> np.ndarray:
+    """Means of the chosen responses' log ratios where a run first has a margin.
+
+    Args:
+        ratios: log ratios [evaluations, pairs, 2]; of the first evaluation all are 0.
+        draws: pairs [draws, n] over which means are taken.
+        margin: more than 0.
+
+    Returns:
+        [draws], NaN where the margin is never reached.
+    """
+    chosen, rejected = (ratios[..., side][:, draws].mean(-1) for side in (0, 1))  # [evaluations, draws]
+    margins = chosen - rejected
+    reached = margins >= margin
+    after = reached.argmax(0)
+    column = np.arange(draws.shape[0])
+    before = np.maximum(after - 1, 0)
+    start, end = margins[before, column], margins[after, column]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = (margin - start) / (end - start)
+        change = chosen[before, column] + share * (chosen[after, column] - chosen[before, column])
+    return np.where(reached.any(0), change, np.nan)
+
+
+def _log_ratios(run: Mapping[str, Any], unit: str) -> np.ndarray:  # [evaluations, pairs, 2]
+    ratios = np.array([entry["log_ratios"] for entry in run["held_out"]])
+    return ratios / np.array(run["lengths"]) if unit == "token" else ratios
+
+
+def _margins(run: Mapping[str, Any], unit: str) -> np.ndarray:  # [evaluations, pairs]
+    ratios = _log_ratios(run, unit)
+    return ratios[..., 0] - ratios[..., 1]
+
+
+def _error(drawn: np.ndarray) -> float:
+    """The deviation over the draws that reach the margin."""
+    return float(np.nanstd(drawn, ddof=1))
