@@ -128,9 +128,13 @@ def train(arm: Arm, rate: float, options: argparse.Namespace) -> dict[str, Any]:
         trainer = DILTrainer(
             problem.model, args=config, train_dataset=problem.train, processing_class=problem.tokenizer
         )
-        trainer.train()
+        try:
+            trainer.train()
+            finite = True
+        except FloatingPointError:  # of the trainer, at a loss that is not finite
+            finite = False
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
-    finite = all(math.isfinite(entry[name]) for entry in steps for name in ("loss", "grad_norm"))
+    finite = finite and all(math.isfinite(entry["grad_norm"]) for entry in steps)
     changes = {
         f"{name}_change": after - evaluation.start[name]
         for name, after in evaluation().items()
@@ -143,7 +147,7 @@ def train(arm: Arm, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "outcome": outcome,
         **changes,
-        "largest_grad_norm": max(entry["grad_norm"] for entry in steps),
+        "largest_grad_norm": max((entry["grad_norm"] for entry in steps), default=math.nan),
     }
 
 
