@@ -165,3 +165,12 @@ def test_the_smallest_failing_rate_is_found_in_few_runs(tmp_path, capfd):
     capfd.readouterr()
     assert failing_rates.main(command) == 0
     assert "train data" not in "".join(capfd.readouterr())
+
+
+def test_a_training_that_stops_at_its_loss_has_failed(tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise FloatingPointError("the loss is not finite")
+
+    monkeypatch.setattr("dil_kernels.trainer.DILTrainer.train", stop)
+    options = failing_rates.parse_options(["--quick", "--runs-dir", str(tmp_path / "runs"), "--output", str(tmp_path)])
+    assert failing_rates.train(failing_rates.ARMS[0], 1e-3, options)["outcome"] == "non-finite"
