@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -12,12 +11,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import pytest
 from file_modes import make_read_only, set_rights
+from forked import forking, write_into
 from tiny_model import make_model, make_pairs, save_model, write_lines
 
 MOMENTS = ("tokenising", "precomputing", "training", "checkpointing", "evaluating", "final save")
@@ -51,7 +49,6 @@ EXPECTED = {
     for moment, outcome in zip(MOMENTS, outcomes, strict=True)
 }
 
-PATHS = (str(Path(__file__).parent), str(Path(__file__).parents[1]))
 STEPS, SAVE_STEPS, EVAL_STEPS = 6, 2, 3
 SMALL_FILE = 16 << 10  # which logs and states fit into, and weights do not
 DAY = 86400
@@ -230,10 +227,7 @@ def child(
     os.environ.update(environment)
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    write_into(log, log)
     import datasets
     import torch
 
@@ -276,12 +270,7 @@ class Runner:
     """Starts runs as forks of one process that has imported everything."""
 
     def __init__(self, inputs: Path) -> None:
-        self._inputs, self._count = inputs, 0
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["fault_imports"])
-        with pytest.MonkeyPatch.context() as patch:  # by which it finds the module
-            patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [*PATHS, os.environ.get("PYTHONPATH")])))
-            forkserver.ensure_running()
+        self._inputs, self._count, self._context = inputs, 0, forking()
 
     def folder(self, name: str) -> Path:
         """Inputs of a cell, which it may change."""

@@ -3,37 +3,68 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+import torch
+from forked import PATHS, forking, write_into
+
 IMPORTS = f"""import sys
 from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+sys.path[:0] = {[*reversed(PATHS)]!r}
 import torch
 """
 
 
-def run_on_two_processes(source: str, tmp_path: Path, directory: Path) -> subprocess.CompletedProcess[str]:
-    """Run a script with torchrun, one thread a process; its failure is this test's.
+class Printed(NamedTuple):
+    """By both processes together."""
+
+    stdout: str
+    stderr: str
+
+
+def run_on_two_processes(source: str, tmp_path: Path, directory: Path) -> Printed:
+    """Run a script on two processes of one thread; its failure is this test's.
 
     Args:
         source: of the script, after `IMPORTS`.
         tmp_path: where the script is written.
         directory: its one argument.
     """
-    script = tmp_path / "run.py"
+    script, out, err = (tmp_path / name for name in ("run.py", "run.out", "run.err"))
     script.write_text(IMPORTS + "torch.set_num_threads(1)\n" + source)
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(script), str(directory)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, as under torchrun
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    context = forking()
+    processes = []
+    for rank in "01":
+        of_rank = {**environment, "RANK": rank, "LOCAL_RANK": rank}
+        processes.append(context.Process(target=_run, args=([str(script), str(directory)], of_rank, out, err)))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+        process.join()
+    printed = Printed(out.read_text(), err.read_text())
+    assert [process.exitcode for process in processes] == [0, 0], printed.stderr[-3000:]
+    return printed
+
+
+def _run(argv: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    """In a process of its own."""
+    os.environ.clear()
+    os.environ.update(environment)
+    write_into(out, err)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")

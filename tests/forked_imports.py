@@ -1,6 +1,7 @@
-"""What every run of fault_runs.py needs; a process that has imported it is forked for each."""
+"""What runs of `forked.py` need; a process that has imported it is forked for each."""
 
 import importlib
+import importlib.util
 
 for name in (
     "fault_runs",
@@ -13,3 +14,5 @@ for name in (
     "transformers.models.llama.modeling_llama",
 ):
     importlib.import_module(name)
+if importlib.util.find_spec("trl"):
+    importlib.import_module("dil_kernels.integrations.trl")
