@@ -123,12 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from experiments.beside_trl_runs import make
 
         (run,) = (run for run in all_runs(options) if run.name == options.run)
-        write_record(run.record_path(options), make(run, rate_of(run, options), options))
+        record = make(run, rate_of(run, options), options)
         for weights in run.folder(options).glob("checkpoint-*/model.safetensors"):
             weights.replace(run.path(options, ".safetensors"))
+        write_record(run.record_path(options), record)
         shutil.rmtree(run.folder(options), ignore_errors=True)
         run.path(options, ".part").unlink(missing_ok=True)
-        report(options)
         return 0
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     left = [run for run in all_runs(options) if not run.record_path(options).is_file()]
@@ -138,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "experiments.beside_trl", *given, "--run", run.name]
         if subprocess.run(command).returncode != 0:
             failed.append(run.name)
+        report(options)
     report(options)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

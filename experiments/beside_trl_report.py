@@ -203,15 +203,13 @@ def _by_arm(runs: Records) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _draw_accuracy(runs: Records, path: Path) -> None:
-    """Held-out accuracy over the time of training: the mean of the seeds, each seed beside it."""
+    """Held-out accuracy over the time of training, without the start: the mean of the seeds, each seed beside it."""
     figure = new_figure(7.2, 4.2)
     axes = figure.subplots()
     for arm, of_arm in _by_arm(runs).items():
         colour = COLOURS.get(arm, GREY)
         minutes = [record["seconds_per_step"] / 60 for record in of_arm]
-        curves = [
-            [entry["accuracy"] for entry in record["held_out"][1:]] for record in of_arm
-        ]  # where nothing is won yet
+        curves = [[entry["accuracy"] for entry in record["held_out"][1:]] for record in of_arm]
         steps = [entry["step"] for entry in of_arm[0]["held_out"][1:]]
         minute = sum(minutes) / len(minutes)
         at = [step * minute for step in steps]

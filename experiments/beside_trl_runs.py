@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -176,7 +177,9 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
     except FloatingPointError:
         if not tuning:
             raise
-        return {"learning_rate": learning_rate, "validation": {**evaluation.start, "margin": -math.inf}}
+        assert evaluation is not None
+        lost = {"step": steps, **evaluation.start, "margin": -math.inf}
+        return {"learning_rate": learning_rate, "validation": lost}
     peak, seconds = _peak_bytes(), watch.seen["step_seconds"]
     first = 2 if len(seconds) > 4 else 0  # compilation and warm-up
     tokens = _tokens(trainer, tokenized(problem.train, problem.tokenizer, options.max_length), len(seconds))
@@ -349,11 +352,12 @@ def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+        with contextlib.suppress(OSError):  # where that is not allowed it stays that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_bytes() -> int:
-    """On a GPU of what torch allocated; else of the whole process."""
+    """On a GPU of what torch allocated; else of the process, evaluation included."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":

@@ -1,7 +1,8 @@
 """Runs of one experiment beside each other, on the same held-out pairs.
 
 A run is a mapping with arm, seed, held_out - evaluations, with step, margin and log_ratios [pairs, 2] of whole
-responses, chosen ones first - and lengths [pairs, 2] in tokens.
+responses, chosen ones first - and lengths [pairs, 2] in tokens. Errors take pairs as independent, as those of
+different prompts are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 # Held-out margins at which runs are compared, in nats: of averages over tokens, and of whole responses.
 MARGINS = {"token": (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), "response": (5.0, 10.0, 20.0, 40.0, 80.0, 160.0)}
 RESAMPLES = 1000
+ENOUGH = 0.95  # of the resamples must reach a margin for a standard error
 Runs = Sequence[Mapping[str, Any]]
 
 
@@ -23,7 +25,9 @@ def differences(runs: Runs, baseline: str) -> list[dict[str, Any]]:
     Means over the seeds of both. The standard error is over pairs: another draw of pairs, not of seeds.
     """
     won = {
-        (run["arm"], run["seed"]): np.stack([_margins(run, unit)[-1] > 0 for unit in MARGINS]).astype(float)
+        (run["arm"], run["seed"]): np.stack([_log_ratios(run, unit)[-1] @ [1, -1] > 0 for unit in MARGINS]).astype(
+            float
+        )
         for run in runs
     }
     rows = []
@@ -62,49 +66,45 @@ def same_loss(runs: Runs, arm: str, other: str) -> list[dict[str, Any]]:
 def at_equal_margins(runs: Runs, baseline: str) -> list[dict[str, Any]]:
     """The change of the chosen responses' log-probs where each run first has a margin, by linear interpolation.
 
-    Standard errors are of the draw of held-out pairs, by bootstrap; the same pairs are drawn for all runs. A run has
-    rows for the margins that it reaches. With the baseline those of its seed are compared.
+    A run has rows for the margins that it reaches; with the baseline those of its seed are compared. Standard errors
+    are of the draw of held-out pairs, by bootstrap with the same draws for all runs; empty where a margin is not
+    reached in nearly all draws.
     """
-    number_of_pairs = len(runs[0]["lengths"])
-    draws = np.random.default_rng(0).integers(number_of_pairs, size=(RESAMPLES, number_of_pairs))
-    everything = np.arange(number_of_pairs)[None]
+    pairs = len(runs[0]["lengths"])
+    draws = np.random.default_rng(0).integers(pairs, size=(RESAMPLES, pairs))
+    weights = np.stack([np.full(pairs, 1 / pairs), *(np.bincount(draw, minlength=pairs) / pairs for draw in draws)])
     rows: list[dict[str, Any]] = []
     for unit, margins in MARGINS.items():
-        seen = {(run["arm"], run["seed"]): _log_ratios(run, unit) for run in runs}
+        means = {(run["arm"], run["seed"]): weights @ _log_ratios(run, unit) for run in runs}
         for margin in margins:
-            changes = {
-                key: (chosen_at(ratios, everything, margin)[0], chosen_at(ratios, draws, margin))
-                for key, ratios in seen.items()
-            }
-            for (arm, seed), (change, drawn) in changes.items():
+            changes = {key: chosen_at(of_run, margin) for key, of_run in means.items()}
+            for (arm, seed), (change, *drawn) in changes.items():
                 if np.isnan(change):
                     continue
-                row = {"arm": arm, "seed": seed, "unit": unit, "margin": margin}
-                row |= {"chosen_logp_change": float(change), "standard_error": _error(drawn)}
-                other, others_drawn = changes.get((baseline, seed), (np.nan, drawn))
-                compared = arm != baseline and not np.isnan(other)
-                row["beside_baseline"] = float(change - other) if compared else ""
-                row["beside_baseline_standard_error"] = _error(drawn - others_drawn) if compared else ""
+                row = {"arm": arm, "seed": seed, "unit": unit, "margin": margin, "chosen_logp_change": float(change)}
+                row["standard_error"] = _error(np.array(drawn))
+                more = changes[arm, seed] - changes.get((baseline, seed), np.nan)
+                compared = arm != baseline and not np.isnan(more[0])
+                row["beside_baseline"] = float(more[0]) if compared else ""
+                row["beside_baseline_standard_error"] = _error(more[1:]) if compared else ""
                 rows.append(row)
     return rows
 
 
-def chosen_at(ratios: np.ndarray, draws: np.ndarray, margin: float) -> np.ndarray:
+def chosen_at(means: np.ndarray, margin: float) -> np.ndarray:
     """Means of the chosen responses' log ratios where a run first has a margin.
 
     Args:
-        ratios: log ratios [evaluations, pairs, 2]; of the first evaluation all are 0.
-        draws: pairs [draws, n] over which means are taken.
+        means: of log ratios [evaluations, draws, 2], chosen ones first; at the first evaluation all are 0.
         margin: more than 0.
 
     Returns:
         [draws], NaN where the margin is never reached.
     """
-    chosen, rejected = (ratios[..., side][:, draws].mean(-1) for side in (0, 1))  # [evaluations, draws]
+    chosen, rejected = means[..., 0], means[..., 1]
     margins = chosen - rejected
     reached = margins >= margin
-    after = reached.argmax(0)
-    column = np.arange(draws.shape[0])
+    after, column = reached.argmax(0), np.arange(means.shape[1])
     before = np.maximum(after - 1, 0)
     start, end = margins[before, column], margins[after, column]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -118,11 +118,6 @@ def _log_ratios(run: Mapping[str, Any], unit: str) -> np.ndarray:  # [evaluation
     return ratios / np.array(run["lengths"]) if unit == "token" else ratios
 
 
-def _margins(run: Mapping[str, Any], unit: str) -> np.ndarray:  # [evaluations, pairs]
-    ratios = _log_ratios(run, unit)
-    return ratios[..., 0] - ratios[..., 1]
-
-
-def _error(drawn: np.ndarray) -> float:
-    """The deviation over the draws that reach the margin."""
-    return float(np.nanstd(drawn, ddof=1))
+def _error(drawn: np.ndarray) -> float | str:
+    known = drawn[~np.isnan(drawn)]
+    return float(known.std(ddof=1)) if len(known) > ENOUGH * len(drawn) else ""

@@ -3,10 +3,10 @@
     python -m experiments.failing_rates --pairs pairs.jsonl    # SmolLM2-135M, full fine-tuning; resumable
     python -m experiments.failing_rates --quick                # a tiny random model; seconds
 
-Everything but the learning rate is a default of `DILTrainer`: AdamW, a linear schedule without warm-up, gradients
-clipped to a norm of 1. A run has failed if a loss or gradient norm was not finite ("non-finite"), or if at its end the
-held-out chosen responses are less likely than before by more than a nat a token ("unlearned"). The rate is found by
-bisection on a grid of two steps a decade, on the assumption that where one rate fails, higher ones do.
+The optimizer is as by default in `DILTrainer`: AdamW, a linear schedule without warm-up, gradients clipped to a norm
+of 1. A run has failed if a loss or gradient norm was not finite ("non-finite"), or if at its end the held-out chosen
+responses are less likely than before by more than a nat a token ("unlearned"). The rate is found by bisection on a grid
+of two steps a decade, on the assumption that where one rate fails, higher ones do.
 """
 
 from __future__ import annotations

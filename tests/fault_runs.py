@@ -224,6 +224,7 @@ def child(
     environment: dict[str, str],
 ) -> None:
     """`dil-train` in a process of its own, which runs in the folder; its exit status is that of the program."""
+    os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
@@ -294,7 +295,7 @@ class Runner:
         meeting = self._context.Event(), self._context.Event()
         log = folder / f"log{self._count}.txt"
         given = arguments(folder, out, **more)
-        details = (folder, out, given, fault, moment, log, meeting, environment or {})
+        details = (folder, out, given, fault, moment, log, meeting, {**os.environ, **(environment or {})})
         process = self._context.Process(target=child, args=details)
         process.start()
         run = Run(process, log, meeting)

@@ -1,7 +1,7 @@
 """What runs of `forked.py` need; a process that has imported it is forked for each."""
 
+import contextlib
 import importlib
-import importlib.util
 
 for name in (
     "fault_runs",
@@ -14,5 +14,5 @@ for name in (
     "transformers.models.llama.modeling_llama",
 ):
     importlib.import_module(name)
-if importlib.util.find_spec("trl"):
+with contextlib.suppress(ImportError):  # without TRL
     importlib.import_module("dil_kernels.integrations.trl")

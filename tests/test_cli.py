@@ -281,3 +281,22 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(program: str, tmp_path
     )
     assert result.returncode == 130
     assert (result.stdout, result.stderr) == ("", f"{program}: error: interrupted before it began\n")
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    source = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("accelerate", "datasets", "transformers"):
+            raise ImportError(f"No module named {name!r}")
+sys.meta_path.insert(0, Missing())
+from dil_kernels.cli import programs
+sys.exit(programs.main(["--model", "m", "--train-file", "pairs.jsonl", "--output-dir", "out"]))
+"""
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(
+        "dil-train: error: dil-train needs the extra [train]: pip install 'dil-kernels[train]', in a"
+    )

@@ -320,7 +320,7 @@ def test_errors_move_no_cursor(tmp_path: Path, capsys) -> None:
     capsys.readouterr()  # saving has a progress bar
     assert programs.main(options) == 2
     printed = capsys.readouterr().err
-    assert "pairs" in printed
+    assert "pairs\\x07.jsonl" in printed
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", printed)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ import torch
 from forked import PATHS, forking, write_into
 
 IMPORTS = f"""import sys
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 sys.path[:0] = {[*reversed(PATHS)]!r}
 import torch
@@ -45,17 +49,24 @@ def run_on_two_processes(source: str, tmp_path: Path, directory: Path) -> Printe
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
     }
-    context = forking()
-    processes = []
-    for rank in "01":
-        of_rank = {**environment, "RANK": rank, "LOCAL_RANK": rank}
-        processes.append(context.Process(target=_run, args=([str(script), str(directory)], of_rank, out, err)))
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        process.kill()
-        process.join()
+    for path in (out, err):
+        path.write_text("")
+    context, processes = forking(), []
+    try:
+        for rank in "01":
+            of_rank = {**environment, "RANK": rank, "LOCAL_RANK": rank}
+            process = context.Process(target=_run, args=([str(script), str(directory)], of_rank, out, err))
+            process.start()
+            processes.append(process)
+        end = time.monotonic() + 300
+        while (running := [process for process in processes if process.is_alive()]) and time.monotonic() < end:
+            if any(process.exitcode for process in processes):
+                break  # the other one waits for it
+            wait([process.sentinel for process in running], end - time.monotonic())
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     printed = Printed(out.read_text(), err.read_text())
     assert [process.exitcode for process in processes] == [0, 0], printed.stderr[-3000:]
     return printed

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dil_kernels.wording import needs_extra
+
 if TYPE_CHECKING:
     import datasets
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(0)
         from dil_kernels.cli.arguments import in_options, parse_arguments
         from dil_kernels.data import PreferenceDataError
-        from dil_kernels.wording import describe_error, needs_extra
+        from dil_kernels.wording import describe_error
 
         options, config = parse_arguments(argv)
     except ImportError as error:
