@@ -50,7 +50,8 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # Each in an environment of its own, with a torch that lacks its CUDA libraries, on another Python where there is one; the CUDA
-# part is compiled where nvcc is; SIMD levels are of the compiler and left to `make test`. Last, the binary built against one torch runs under the other.
+# part is compiled where nvcc is; SIMD levels are of the compiler and left to `make test`. Last, the binary built against one
+# torch runs under the other.
 # A shim of pyenv answers only for versions that are chosen: here all that it has.
 python_or_ours = $(shell PYENV_VERSION="$$(pyenv versions --bare 2>/dev/null | paste -sd:)" \
   $(1) -c "import ensurepip, sys; print(sys.executable)" 2>/dev/null || echo $(PYTHON))

@@ -25,9 +25,7 @@ def differences(runs: Runs, baseline: str) -> list[dict[str, Any]]:
     Means over the seeds of both. The standard error is over pairs: another draw of pairs, not of seeds.
     """
     won = {
-        (run["arm"], run["seed"]): np.stack([_log_ratios(run, unit)[-1] @ [1, -1] > 0 for unit in MARGINS]).astype(
-            float
-        )
+        (run["arm"], run["seed"]): np.array([_log_ratios(run, unit)[-1] @ [1.0, -1.0] > 0 for unit in MARGINS], float)
         for run in runs
     }
     rows = []

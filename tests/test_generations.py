@@ -134,9 +134,8 @@ def test_no_text_and_no_torn_line_breaks_the_record(tmp_path: Path, monkeypatch:
     rows = [json.loads(line) for line in record.read_text().strip().split("\n")]
     assert [row["step"] for row in rows] == [0] * 4 + [2] * 4 + [3] * 4
     assert "a\u2028b\x85" in rows[0]["prompt"]
-    record.write_text(
-        record.read_text()[:-9] + '\n[]\n{"step": 2}\nnull\n' + 100_000 * "["
-    )  # as a killed run leaves it, and damaged
+    # As a killed run leaves it, and damaged.
+    record.write_text(record.read_text()[:-9] + '\n[]\n{"step": 2}\nnull\n' + 100_000 * "[")
     resumed = make_trainer(tmp_path, eval_dataset=make_pairs(6, seed=5), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [json.loads(line) for line in record.read_text().strip().split("\n")] == rows

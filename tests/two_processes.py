@@ -14,8 +14,6 @@ import torch
 from forked import PATHS, forking, write_into
 
 IMPORTS = f"""import sys
-import time
-from multiprocessing.connection import wait
 from pathlib import Path
 sys.path[:0] = {[*reversed(PATHS)]!r}
 import torch

@@ -370,7 +370,7 @@ class DILTrainer(FilledByTokens):
             NotImplementedError: FSDP2 has not sharded the model yet.
         """
         if self.accelerator.is_fsdp2 and not is_sharded(self.model):
-            raise NotImplementedError("FSDP2 shards the model as training begins: evaluate then (eval_on_start=True)")
+            raise NotImplementedError("FSDP2 shards a model in train(): evaluate then (eval_on_start), or afterwards")
         self._eval_sums = zero_sums(self.args.device)
         gather_each_once(self)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
