@@ -51,6 +51,20 @@ def test_every_layout_answers_as_the_rows_say(rows: list[dict[str, Any]]) -> Non
         assert {name: values.tolist() for name, values in batch.given_ref_logps.items()} == refs
 
 
+@pytest.mark.parametrize(("prompt", "completion"), [([], []), ([5], []), ([], [6])])
+@pytest.mark.parametrize("count", [1, 3])
+def test_where_nothing_can_be_scored_a_row_has_two_positions(
+    prompt: list[int], completion: list[int], count: int
+) -> None:
+    pair = {"prompt_ids": prompt, "chosen_ids": completion, "rejected_ids": completion}
+    unpaired = {"prompt_ids": prompt, "completion_ids": completion, "label": True}
+    for row, responses in ((pair, 2), (unpaired, 1)):
+        for batch in all_layouts([row] * count):
+            assert batch.labels.shape[-1] >= 2
+            assert batch.num_scored == 0
+            assert batch.has_scored_token().tolist() == [False] * responses * count
+
+
 def test_reference_log_probs_that_a_collator_lost_are_missed() -> None:
     row = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [7], "ref_chosen_logps": -1.0}
     for batch in all_layouts([row]):

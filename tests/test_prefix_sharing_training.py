@@ -97,7 +97,9 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tmp_path: Path, kind
     @settings(max_examples=12)
     @given(data=st.data(), seed=st.integers(0, 2**16))
     def check(data: Any, seed: int) -> None:
-        rows = make_rows(data.draw, random.Random(seed), unpaired, "precompute_ref_log_probs" in options)
+        compare(make_rows(data.draw, random.Random(seed), unpaired, "precompute_ref_log_probs" in options))
+
+    def compare(rows: list[dict[str, Any]]) -> None:
         results = []
         for trainer in trainers:
             trainer.model.zero_grad()
@@ -117,6 +119,9 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tmp_path: Path, kind
             assert (shared_gradients[name] - gradient).abs().max() <= ROUNDING * scale, name
 
     check()
+    references = {"ref_logps": -20.0, **REFERENCES}
+    nothing = {"completion_ids": [], "label": True} if unpaired else {"chosen_ids": [], "rejected_ids": []}
+    compare([{"prompt_ids": [5], **nothing, **references}])
 
 
 TRAINING = {

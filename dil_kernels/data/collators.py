@@ -38,7 +38,7 @@ class PreferenceCollator:
             unpaired responses: [S, T], is_chosen [S] bool, rows [S] and ref_logps [S].
         """
         sides = _responses_of(pairs)
-        longest = max(len(prompt) + len(response) for prompt, response in sides)
+        longest = max(2, *(len(prompt) + len(response) for prompt, response in sides))  # one position predicts nothing
         shape = (len(sides), longest + -longest % self.pad_to_multiple_of)
         input_ids = torch.full(shape, self.pad_token_id)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -64,7 +64,7 @@ class PackedCollator:
             prompts and on the first token of every sequence), cu_seqlens int32 [2B + 1], max_seqlen and num_scored;
             rows, reference log-probs and is_chosen as in `PreferenceCollator`.
         """
-        row, labels = pack_sequences(_responses_of(pairs))
+        row, labels = pack_sequences(_two_positions(_responses_of(pairs)))
         num_scored = int((labels != IGNORE_INDEX).sum())
         return {**row._asdict(), "labels": labels, "num_scored": num_scored, **_pair_columns(pairs)}
 
@@ -79,7 +79,7 @@ class SharedPrefixCollator:
             The fields of `SharedPrefixes`, labels [1, N] and num_scored; rows, reference log-probs and is_chosen as in
             `PreferenceCollator`.
         """
-        row, labels = share_prefixes(_responses_of(pairs))
+        row, labels = share_prefixes(_two_positions(_responses_of(pairs)))
         num_scored = int((labels != IGNORE_INDEX).sum())
         return {**row._asdict(), "labels": labels, "num_scored": num_scored, **_pair_columns(pairs)}
 
@@ -142,6 +142,15 @@ def share_prefixes(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
         stretch_prefixes=[place for _, place, part in parts if part],
     )
     return row, torch.tensor([[IGNORE_INDEX] * num_unscored + labels], dtype=torch.int64)
+
+
+def _two_positions(sequences: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+    """Sequences for one row: where they have fewer than two tokens together the first, unscored, is filled."""
+    missing = 2 - sum(len(prompt) + len(response) for prompt, response in sequences)
+    if missing <= 0:
+        return sequences
+    (prompt, response), *others = sequences
+    return [([*prompt, *response, *[0] * missing], []), *others]
 
 
 def _responses_of(pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
