@@ -9,10 +9,10 @@
 Both trainers get the same pairs in the same order (the same seed draws the same permutation), none of them truncated,
 the same precomputed reference, optimizer and precision. Of each loss the learning rate is the best of four on pairs
 that are taken from the training side; TRL's DPO takes that of ours. Held-out pairs are scored by one function for all,
-outside of what is timed. Each run is a process of its own; a stopped one goes on from its last checkpoint, and one that
-is finished is not repeated. What a step costs is measured at the end, in a few steps of each trainer and loss: nothing
-else should run then. Tables and figures are written anew after every run. Weights of finished runs stay beside their
-records.
+in fp32, outside of what is timed. Each run is a process of its own; a stopped one goes on from its last checkpoint, and
+one that is finished is not repeated: what was seen in it is in a record beside the tables, so that a clone of the
+repository goes on where this one stopped. What a step costs is measured at the end, in a few steps of each trainer and
+loss: nothing else should run then. Tables and figures are written anew after every run.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Run:
 
     def record_path(self, options: argparse.Namespace) -> Path:
         """For what was seen in it, once it is finished."""
-        return self.path(options, ".json")
+        return Path(options.output, "records", self.path(options, ".json").name)
 
 
 def all_runs(options: argparse.Namespace) -> Iterator[Run]:
@@ -194,14 +194,17 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--eval-steps", type=int, default=20, help="steps between evaluations (default: %(default)s)")
     parser.add_argument("--answers", type=int, default=4, help="sampled a held-out prompt, for the KL (%(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=128, help="of an answer at most (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp32"], default="bf16", help="of training (%(default)s: mixed)"
+    )
     parser.add_argument("--only", type=int, help="make at most so many runs")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs/beside_trl"), help="where finished runs are kept")
-    parser.add_argument("--output", type=Path, default=RESULTS / "beside_trl", help="folder of tables and figures")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/beside_trl"), help="of checkpoints and weights")
+    parser.add_argument("--output", type=Path, default=RESULTS / "beside_trl", help="of records, tables and figures")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.quick:
         options.max_steps, options.eval_steps, options.learning_rate = 12, 4, 1e-3
-        options.answers, options.answer_tokens = 1, 8
+        options.answers, options.answer_tokens, options.precision = 1, 8, "fp32"
     return options
 
 

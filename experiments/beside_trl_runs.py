@@ -159,7 +159,8 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         "save_steps": options.eval_steps,
         "save_total_limit": 1,
         "report_to": [],
-        "bf16": torch.cuda.is_available(),
+        "bf16": options.precision == "bf16",
+        "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": False,
         "max_length": options.max_length,
         "precompute_ref_log_probs": not options.random_llama,
@@ -192,7 +193,7 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         "peak_bytes": peak,
         **watch.seen,
         "log": trainer.state.log_history,
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": {name: _said(value) for name, value in vars(options).items() if value is not None},
         "environment": describe_environment(),
     }
     record["held_out"] = record.pop("curve")
@@ -207,6 +208,11 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         record["items"] = forced_choice.score(scorer, problem.tokenizer, questions)
         record["answers"] = _answers(scorer, load_problem(options, tuning), options)
     return record
+
+
+def _said(value: Any) -> str:
+    """An option, without the place of a file on this machine."""
+    return value.name if isinstance(value, Path) else str(value)
 
 
 def _make_trainer(run: Run, problem: Problem, config: dict[str, Any], options: argparse.Namespace, watch: Watch) -> Any:

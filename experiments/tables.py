@@ -25,7 +25,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write what was seen in a run as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.write_text(json.dumps(record) + "\n")
     unfinished.replace(path)
 
 

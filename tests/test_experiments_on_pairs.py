@@ -64,7 +64,7 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path, monkeypatch):
             assert float(row["beside_baseline"]) == pytest.approx(0.0, abs=1e-4)
     for arm, row in {row["arm"]: row for row in read_csv(tmp_path / "timing.csv")}.items():
         name = arm.replace(",", "").replace(" ", "_")
-        timing = json.loads((tmp_path / "runs" / f"timing_{name}_seed_0.json").read_text())
+        timing = json.loads((tmp_path / "records" / f"timing_{name}_seed_0.json").read_text())
         assert timing["steps"] == 8
         assert float(row["tokens_per_second"]) == pytest.approx(timing["tokens_per_second"], rel=1e-4)
         if arm in runs:
@@ -72,9 +72,9 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path, monkeypatch):
     for name in ("accuracy.png", "curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     # Finished runs are not made again.
-    before = (tmp_path / "runs" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns
+    before = (tmp_path / "records" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns
     assert beside_trl.main(command) == 0
-    assert (tmp_path / "runs" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns == before
+    assert (tmp_path / "records" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns == before
 
 
 def test_runs_are_compared_where_they_first_have_a_margin():
