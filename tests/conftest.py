@@ -53,10 +53,19 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 torch.set_num_threads(min(2, torch.get_num_threads()))
 if settings is not None:
     COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "print_blob": True}
-    # The same examples at every run; `pytest --hypothesis-profile=explore` draws others.
+    # The same examples at every run (see pytest_configure); `pytest --hypothesis-profile=explore` draws others.
     settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
     settings.register_profile("explore", max_examples=40, **COMMON)
     settings.load_profile("default")
+
+
+@pytest.hookimpl(trylast=True)  # after Hypothesis has taken its profile
+def pytest_configure() -> None:
+    if settings is not None and settings().derandomize:
+        from hypothesis.internal.conjecture import providers
+
+        # It draws constants out of the modules that happen to be imported, so out of which tests ran before.
+        providers._get_local_constants = lambda: providers._local_constants
 
 
 def pytest_addoption(parser) -> None:
