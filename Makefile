@@ -179,6 +179,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/emulation/*
+	$(BIN)/zizmor --quiet --offline --min-severity medium .github
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
