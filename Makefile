@@ -26,7 +26,7 @@ help:
 	@echo "make sanitize     the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make fuzz         coverage-guided fuzzing of the public functions and the readers of data, 10 minutes each"
 	@echo "make faults       every fault at every moment of a run: the table of docs/faults.md"
-	@echo "make lint         ruff, mypy, import-linter, clang-format; make format applies the formatters"
+	@echo "make lint         ruff, mypy, import-linter, clang-format, zizmor; make format applies the formatters"
 	@echo "make env          versions, backends, and why one is unavailable"
 
 # torch comes first, so that the extension builds against it without a second copy in an isolated build environment.
