@@ -139,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if subprocess.run(command).returncode != 0:
             failed.append(run.name)
         report(options)
-    report(options)
+    if not left:
+        report(options)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -12,7 +12,6 @@ from experiments.comparisons import at_equal_margins, differences, same_loss
 from experiments.figures import (
     BLUE,
     GREEN,
-    GREY,
     ORANGE,
     PURPLE,
     SKY,
@@ -24,13 +23,13 @@ from experiments.figures import (
 from experiments.forced_choice import is_right
 from experiments.tables import mean_and_sd, write_csv
 
-COLOURS = {
-    "trl dpo": VERMILLION,
-    "dil dpo": GREEN,
-    "dil lsif": BLUE,
-    "dil bce": PURPLE,
-    "dil bce, alpha 1/2": ORANGE,
-    "dil ukl": SKY,
+LOOKS = {  # of an arm: its name and colour in figures
+    "trl dpo": ("TRL: DPO", VERMILLION),
+    "dil dpo": ("DILTrainer: DPO", GREEN),
+    "dil lsif": ("DILTrainer: LSIF", BLUE),
+    "dil bce": ("DILTrainer: BCE", PURPLE),
+    "dil bce, alpha 1/2": ("DILTrainer: BCE, alpha 1/2", ORANGE),
+    "dil ukl": ("DILTrainer: UKL", SKY),
 }
 PANELS = (
     ("margin", "Held-out margin", "log ratio a token, chosen - rejected"),
@@ -203,21 +202,27 @@ def _by_arm(runs: Records) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _draw_accuracy(runs: Records, path: Path) -> None:
-    """Held-out accuracy over the time of training, without the start: the mean of the seeds, each seed beside it."""
+    """Held-out accuracy over the time of training, without the start: the mean of the seeds, each seed beside it.
+
+    The legend says how fast each trainer is and what memory it takes at most.
+    """
     figure = new_figure(7.2, 4.2)
     axes = figure.subplots()
     for arm, of_arm in _by_arm(runs).items():
-        colour = COLOURS.get(arm, GREY)
+        label, colour = LOOKS[arm]
         minutes = [record["seconds_per_step"] / 60 for record in of_arm]
-        curves = [[entry["accuracy"] for entry in record["held_out"][1:]] for record in of_arm]
+        curves = [[100 * entry["accuracy"] for entry in record["held_out"][1:]] for record in of_arm]
         steps = [entry["step"] for entry in of_arm[0]["held_out"][1:]]
         minute = sum(minutes) / len(minutes)
         at = [step * minute for step in steps]
         for curve in curves if len(curves) > 1 else ():
             axes.plot(at, curve, color=colour, linewidth=0.7, alpha=0.35)
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-        axes.plot(at, mean, color=colour, linewidth=2, marker="o", markersize=4, label=arm)
-    finish_panel(axes, "Held-out pairs won, over the time of training", "minutes of training", "share of pairs")
+        speed, peak = (sum(record[name] for record in of_arm) / len(of_arm) for name in COST[2:])
+        label = f"{label} ({speed:.0f} tokens/s, {peak / 1e9:.1f} GB)"
+        axes.plot(at, mean, color=colour, linewidth=2, marker="o", markersize=4, label=label)
+    pairs = len(runs[0]["lengths"])
+    finish_panel(axes, "Held-out pairs won, over the time of training", "minutes of training", f"% of {pairs} pairs")
     axes.legend(frameon=False, fontsize=8)
     save(figure, path)
 
@@ -229,8 +234,9 @@ def _draw_curves(runs: Records, path: Path) -> None:
     for arm, of_arm in _by_arm(runs).items():
         for number, record in enumerate(of_arm):
             curve = record["held_out"]
-            look = {"color": COLOURS.get(arm, GREY), "marker": "o", "markersize": 3, "linewidth": 1.2}
-            look["label"] = arm if number == 0 else None
+            label, colour = LOOKS[arm]
+            look = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.2}
+            look["label"] = label if number == 0 else None
             for axes, (metric, *_) in zip(panels, PANELS, strict=True):
                 axes.plot([entry["step"] for entry in curve], [entry[metric] for entry in curve], **look)
             changes = [entry["chosen_logp"] - curve[0]["chosen_logp"] for entry in curve]
