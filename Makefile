@@ -226,7 +226,8 @@ gpu-profile:
 
 # PAIRS is a file of preference pairs; the embedded ones are short.
 gpu-train:
-	$(BIN)/python -m experiments.beside_trl $(if $(PAIRS),--pairs $(PAIRS)) $(ARGS)
+	$(BIN)/python -m experiments.beside_trl $(if $(PAIRS),--pairs $(PAIRS)) \
+	  --runs-dir runs/beside_trl_gpu --output experiments/results/beside_trl_gpu $(ARGS)
 	$(BIN)/python -m experiments.beside_trl $(if $(PAIRS),--pairs $(PAIRS)) --random-llama --max-steps 40 --batch-size 4 \
 	  --runs-dir runs/beside_trl_1b --output experiments/results/beside_trl_1b $(ARGS)
 

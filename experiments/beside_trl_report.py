@@ -37,7 +37,7 @@ PANELS = (
     ("rejected_logp", "Rejected responses", "log-prob a token, nats"),
 )
 LEARNED = ("accuracy", "response_accuracy", "margin", "chosen_logp_change", "rejected_logp_change")
-BASELINE = "trl dpo"
+BASELINE = "dil dpo"
 COST = ("seconds_per_step", "cpu_seconds_per_step", "tokens_per_second", "peak_bytes")
 Records = Sequence[Mapping[str, Any]]
 
@@ -77,7 +77,7 @@ def write_report(records: Records, output: Path) -> None:
     write_csv(output / "pairs.csv", [row for record in runs for row in _pairs(record)])
     comparisons = {
         "differences": differences(runs, BASELINE),
-        "same_loss": same_loss(runs, "dil dpo", BASELINE),
+        "same_loss": same_loss(runs, BASELINE, "trl dpo"),
         "equal_margins": at_equal_margins(runs, BASELINE),
     }
     for name, compared in comparisons.items():

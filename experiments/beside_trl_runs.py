@@ -26,7 +26,7 @@ from dil_kernels.data.tokenization import tokenize_dataset
 from dil_kernels.models.evaluation import evaluating
 from experiments import forced_choice
 from experiments.scorer import Scorer, Sequences
-from experiments.tables import write_record
+from experiments.tables import describe_options, write_record
 
 if TYPE_CHECKING:
     from experiments.beside_trl import Run
@@ -193,7 +193,7 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         "peak_bytes": peak,
         **watch.seen,
         "log": trainer.state.log_history,
-        "options": {name: _said(value) for name, value in vars(options).items() if value is not None},
+        "options": describe_options(options),
         "environment": describe_environment(),
     }
     record["held_out"] = record.pop("curve")
@@ -208,11 +208,6 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         record["items"] = forced_choice.score(scorer, problem.tokenizer, questions)
         record["answers"] = _answers(scorer, load_problem(options, tuning), options)
     return record
-
-
-def _said(value: Any) -> str:
-    """An option, without the place of a file on this machine."""
-    return value.name if isinstance(value, Path) else str(value)
 
 
 def _make_trainer(run: Run, problem: Problem, config: dict[str, Any], options: argparse.Namespace, watch: Watch) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
+PLACES = ("runs_dir", "output", "only", "run")  # options that change nothing that is measured
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -27,6 +29,12 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     unfinished = path.with_suffix(".new")
     unfinished.write_text(json.dumps(record) + "\n")
     unfinished.replace(path)
+
+
+def describe_options(options: argparse.Namespace) -> dict[str, str]:
+    """Options of a command line for a record: files by their names, wherever they were; not where results go."""
+    given = {name: value for name, value in vars(options).items() if value is not None and name not in PLACES}
+    return {name: value.name if isinstance(value, Path) else str(value) for name, value in given.items()}
 
 
 def _cell(value: Any) -> Any:

@@ -45,10 +45,10 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path, monkeypatch):
     for row in read_csv(tmp_path / "same_loss.csv"):
         assert float(row["largest_difference"]) < 1e-3
         assert int(row["step"]) == 0 or float(row["largest_log_ratio"]) > 0.1
-    same, other = read_csv(tmp_path / "differences.csv")
-    assert (same["arm"], float(same["accuracy"]), float(same["response_accuracy"])) == ("dil dpo", 0.0, 0.0)
+    other, same = read_csv(tmp_path / "differences.csv")
+    assert (same["arm"], float(same["accuracy"]), float(same["response_accuracy"])) == ("trl dpo", 0.0, 0.0)
     for name in ("accuracy", "response_accuracy"):
-        expected = float(runs["dil lsif"][name]) - float(runs["trl dpo"][name])
+        expected = float(runs["dil lsif"][name]) - float(runs["dil dpo"][name])
         assert float(other[name]) == pytest.approx(expected, abs=1e-4)
         assert float(other[f"{name}_standard_error"]) > 0
     pairs = [row for row in read_csv(tmp_path / "pairs.csv") if row["arm"] == "dil lsif"]
@@ -59,8 +59,8 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path, monkeypatch):
     assert {row["unit"] for row in margins} <= {"token", "response"}
     for row in margins:
         assert row["standard_error"] == "" or float(row["standard_error"]) > 0
-        assert (row["beside_baseline"] == "") == (row["arm"] == "trl dpo")
-        if row["arm"] == "dil dpo":
+        assert (row["beside_baseline"] == "") == (row["arm"] == "dil dpo")
+        if row["arm"] == "trl dpo":
             assert float(row["beside_baseline"]) == pytest.approx(0.0, abs=1e-4)
     for arm, row in {row["arm"]: row for row in read_csv(tmp_path / "timing.csv")}.items():
         name = arm.replace(",", "").replace(" ", "_")
@@ -75,6 +75,8 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path, monkeypatch):
     before = (tmp_path / "records" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns
     assert beside_trl.main(command) == 0
     assert (tmp_path / "records" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match=r"holds a run with other options \(batch_size 4, now 2\)"):
+        beside_trl.main([*command, "--batch-size", "2"])
 
 
 def test_runs_are_compared_where_they_first_have_a_margin():
