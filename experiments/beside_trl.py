@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.beside_trl_report import write_report
-from experiments.tables import PLACES, RESULTS, describe_options, write_record
+from experiments.tables import RESULTS, describe_options, write_record
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,7 @@ def check_finished(options: argparse.Namespace) -> None:
     ours = describe_options(options)
     for run in all_runs(options):
         theirs = read(options, run).get("options", ours) if run.record_path(options).is_file() else ours
-        other = [
-            name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name) and name not in PLACES
-        ]
+        other = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
         if other:
             words = ", ".join(f"{name} {theirs.get(name)}, now {ours.get(name)}" for name in sorted(other))
             raise SystemExit(f"{options.output} holds a run with other options ({words}): give another --output")
