@@ -8,11 +8,12 @@
 
 Both trainers get the same pairs in the same order (the same seed draws the same permutation), none of them truncated,
 the same precomputed reference, optimizer and precision. Of each loss the learning rate is the best of four on pairs
-that are taken from the training side; TRL's DPO takes that of ours. Held-out pairs are scored by one function for all,
-in fp32, outside of what is timed. Each run is a process of its own; a stopped one goes on from its last checkpoint, and
-one that is finished is not repeated: what was seen in it is in a record beside the tables, so that a clone of the
-repository goes on where this one stopped. What a step costs is measured at the end, in a few steps of each trainer and
-loss: nothing else should run then. Tables and figures are written anew after every run.
+that are taken from the training side; TRL's DPO takes that of ours, and DPO and LSIF are trained at other rates, too.
+Held-out pairs are scored by one function for all, in fp32, outside of what is timed. Each run is a process of its own;
+a stopped one goes on from its last checkpoint, and one that is finished is not repeated: what was seen in it is in a
+record beside the tables, so that a clone of the repository goes on where this one stopped. What a step costs is
+measured at the end, in a few steps of each trainer and loss: nothing else should run then. Tables and figures are
+written anew after every run.
 """
 
 from __future__ import annotations
@@ -55,17 +56,20 @@ DPO, TRL, LSIF, BCE, HALF, UKL = (
 PADDED = Arm("dil", "dpo, padded", {**DPO.options, "prefix_sharing": False})
 TIMED_ROUNDS = 3
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
-# By what would be missed most. DPO is the same in both trainers: TRL's, which takes much longer on a CPU, has one seed.
-ORDER = (
-    ((DPO, LSIF), 0),
-    ((DPO, LSIF), 1),
-    ((TRL,), 0),
-    ((BCE, HALF), 0),
-    ((DPO, LSIF), 2),
-    ((UKL,), 0),
-    ((BCE, HALF, UKL), 1),
+# Losses, a seed, and a learning rate instead of the chosen one, by what would be missed most. DPO is the same in both
+# trainers: TRL's, which takes much longer on a CPU, has one seed.
+ORDER: Sequence[tuple[Sequence[Arm], int, float | None]] = (
+    ((DPO, LSIF, TRL), 0, None),
+    ((LSIF, DPO), 0, 1e-5),
+    ((DPO, LSIF), 1, None),
+    ((BCE, HALF), 0, None),
+    ((LSIF,), 0, 3e-5),
+    ((DPO,), 0, 3e-6),
+    ((DPO, LSIF), 2, None),
+    ((UKL,), 0, None),
+    ((BCE, HALF, UKL), 1, None),
 )
-QUICK_ORDER = (((DPO, LSIF, TRL), 0),)
+QUICK_ORDER: Sequence[tuple[Sequence[Arm], int, float | None]] = (((DPO, LSIF, TRL), 0, None), ((LSIF,), 0, 3e-4))
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,19 @@ class Run:
     kind: str
     arm: Arm | None = None
     seed: int = 0
-    learning_rate: float | None = None  # of a tuning run; others take the chosen one
+    learning_rate: float | None = None  # if not the chosen one
 
     @property
     def name(self) -> str:
         """For people."""
         parts = [self.kind, self.arm, None if self.learning_rate is None else f"lr {self.learning_rate:g}"]
         return " ".join(str(part) for part in (*parts, f"seed {self.seed}") if part is not None)
+
+    @property
+    def label(self) -> str:
+        """The arm in tables, with the learning rate if the run was made at another than the chosen one."""
+        given = self.kind == "run" and self.learning_rate is not None
+        return f"{self.arm}, {self.learning_rate:g}" if given else str(self.arm)
 
     def folder(self, options: argparse.Namespace) -> Path:
         """For its checkpoints, while it is not finished."""
@@ -109,12 +119,12 @@ def all_runs(options: argparse.Namespace) -> Iterator[Run]:
         return
     yield Run("start")
     order = QUICK_ORDER if options.quick else ORDER
-    for arms, seed in order:
+    for arms, seed, rate in order:
         for arm in arms:
-            if options.learning_rate is None and seed == 0 and arm is not TRL:
-                yield from (Run("tuning", arm, 0, rate) for rate in LEARNING_RATES)
-            yield Run("run", arm, seed)
-    timed = (*dict.fromkeys(arm for arms, _ in order for arm in arms), PADDED)
+            if options.learning_rate is None and rate is None and seed == 0 and arm is not TRL:
+                yield from (Run("tuning", arm, 0, tried) for tried in LEARNING_RATES)
+            yield Run("run", arm, seed, rate)
+    timed = (*dict.fromkeys(arm for arms, *_ in order for arm in arms), PADDED)
     yield from (Run("timing", arm, turn) for turn in range(1 if options.quick else TIMED_ROUNDS) for arm in timed)
 
 
@@ -164,15 +174,18 @@ def check_finished(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     """Of the runs that are finished."""
     finished = [run for run in all_runs(options) if run.record_path(options).is_file()]
-    records = [{**read(options, run), "kind": run.kind, "arm": str(run.arm), "seed": run.seed} for run in finished]
+    records = [
+        {**read(options, run), "kind": run.kind, "arm": run.label, "of": str(run.arm), "seed": run.seed}
+        for run in finished
+    ]
     if any(record["kind"] == "run" for record in records):
         write_report(records, options.output)
 
 
 def rate_of(run: Run, options: argparse.Namespace) -> float:
-    """The learning rate: given, or the one of the tuning runs after which most validation pairs are won.
+    """The learning rate: given, or that of the tuning run with the largest margin on the validation pairs.
 
-    Of equal ones that of the largest margin is taken. TRL's DPO takes that of ours.
+    (Of few pairs how many are won says less.) TRL's DPO takes that of ours.
     """
     if run.learning_rate is not None or options.learning_rate is not None:
         return float(run.learning_rate or options.learning_rate)
@@ -180,8 +193,8 @@ def rate_of(run: Run, options: argparse.Namespace) -> float:
         return 0.0
     arm = DPO if run.arm in (TRL, PADDED) else run.arm
     tried = [each for each in all_runs(options) if (each.kind, each.arm) == ("tuning", arm)]
-    seen = {float(each.learning_rate or 0.0): read(options, each)["validation"] for each in tried}
-    return max(seen, key=lambda rate: (seen[rate]["accuracy"], seen[rate]["margin"]))
+    margins = {float(each.learning_rate or 0.0): read(options, each)["validation"]["margin"] for each in tried}
+    return max(margins, key=margins.__getitem__)
 
 
 def read(options: argparse.Namespace, run: Run) -> dict[str, Any]:

@@ -36,6 +36,7 @@ PANELS = (
     ("chosen_logp", "Chosen responses", "log-prob a token, nats"),
     ("rejected_logp", "Rejected responses", "log-prob a token, nats"),
 )
+BY_MARGIN = ("Chosen responses by margin", "held-out margin, nats a token", "change of the log-prob a token")
 LEARNED = ("accuracy", "response_accuracy", "margin", "chosen_logp_change", "rejected_logp_change")
 BASELINE = "dil dpo"
 COST = ("seconds_per_step", "cpu_seconds_per_step", "tokens_per_second", "peak_bytes")
@@ -46,10 +47,11 @@ def write_report(records: Records, output: Path) -> None:
     """Write the tables and figures of finished runs, and print the summary.
 
     Args:
-        records: of the runs, with their kind, arm and seed. What a step costs is taken from the runs that were made for
-            that, if there are any of the arm.
+        records: of the runs, with their kind, their arm, the arm without a learning rate that is not the chosen one
+            (of) and their seed. What a step costs is taken from the runs that were made for that, if there are any.
         output: for timing.csv, tuning.csv, runs.csv, summary.csv, curves.csv, pairs.csv, differences.csv,
-            same_loss.csv, equal_margins.csv, items.csv, environment.txt, accuracy.png and curves.png.
+            same_loss.csv, equal_margins.csv, items.csv, environment.txt, accuracy.png, curves.png and, where there are
+            runs at other learning rates, learning_rates.png.
     """
     timing = [
         {**_key(record), **{name: record[name] for name in COST}} for record in records if record["kind"] == "timing"
@@ -60,7 +62,7 @@ def write_report(records: Records, output: Path) -> None:
         arm: {name: median(row[name] for row in timing if row["arm"] == arm) for name in COST}
         for arm in {row["arm"] for row in timing}
     }
-    runs = [{**record, **costs.get(record["arm"], {})} for record in records if record["kind"] == "run"]
+    runs = [{**record, **costs.get(record["of"], {})} for record in records if record["kind"] == "run"]
     tuning = [
         {"arm": record["arm"], "learning_rate": record["learning_rate"], **_means(record["validation"])}
         for record in records
@@ -87,8 +89,12 @@ def write_report(records: Records, output: Path) -> None:
     if items:
         write_csv(output / "items.csv", items)
     (output / "environment.txt").write_text(runs[0]["environment"].rstrip() + "\n")
-    _draw_accuracy(runs, output / "accuracy.png")
-    _draw_curves(runs, output / "curves.png")
+    at_chosen = [record for record in runs if record["arm"] == record["of"]]
+    if at_chosen:
+        _draw_accuracy(at_chosen, output / "accuracy.png")
+        _draw_curves(at_chosen, output / "curves.png")
+    if len(at_chosen) < len(runs):
+        _draw_rates(runs, output / "learning_rates.png")
     for row in summary:
         cells = (f"{name}={value:.4g}" for name, value in row.items() if name != "arm" and value != "")
         print(f"{row['arm']:<20}{'  '.join(cells)}")
@@ -239,12 +245,37 @@ def _draw_curves(runs: Records, path: Path) -> None:
             look["label"] = label if number == 0 else None
             for axes, (metric, *_) in zip(panels, PANELS, strict=True):
                 axes.plot([entry["step"] for entry in curve], [entry[metric] for entry in curve], **look)
-            changes = [entry["chosen_logp"] - curve[0]["chosen_logp"] for entry in curve]
-            at_margins.plot([entry["margin"] for entry in curve], changes, **look)
+            _plot_by_margin(at_margins, curve, **look)
     for axes, (_, title, label) in zip(panels, PANELS, strict=True):
         finish_panel(axes, title, "optimizer step", label)
-    finish_panel(
-        at_margins, "Chosen responses by margin", "held-out margin, nats a token", "change of the log-prob a token"
-    )
+    finish_panel(at_margins, *BY_MARGIN)
     figure.axes[0].legend(frameon=False, fontsize=8)
     save(figure, path)
+
+
+def _draw_rates(runs: Records, path: Path) -> None:
+    """Margin and likelihood of the chosen responses at several learning rates, of the losses that have them."""
+    figure = new_figure(10, 4.2)
+    margins, at_margins = figure.subplots(1, 2)
+    compared = {record["of"] for record in runs if record["arm"] != record["of"]}
+    at_rates = [record for record in runs if record["of"] in compared and record["seed"] == 0]
+    rates = sorted({record["learning_rate"] for record in at_rates}, reverse=True)
+    for record in sorted(at_rates, key=lambda record: (record["of"], -record["learning_rate"])):
+        label, colour = LOOKS[record["of"]]
+        look = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.2}
+        look["linestyle"] = ("-", "--", ":", "-.")[rates.index(record["learning_rate"]) % 4]
+        look["label"] = f"{label}, {record['learning_rate']:g}{'' if record['arm'] != record['of'] else ' (chosen)'}"
+        curve = record["held_out"]
+        margins.plot([entry["step"] for entry in curve], [entry["margin"] for entry in curve], **look)
+        _plot_by_margin(at_margins, curve, **look)
+    (_, title, label), *_ = PANELS
+    finish_panel(margins, title, "optimizer step", label)
+    finish_panel(at_margins, *BY_MARGIN)
+    at_margins.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def _plot_by_margin(axes: Any, curve: Records, **look: Any) -> None:
+    """The change of the chosen responses' log-prob, over the margin."""
+    changes = [entry["chosen_logp"] - curve[0]["chosen_logp"] for entry in curve]
+    axes.plot([entry["margin"] for entry in curve], changes, **look)

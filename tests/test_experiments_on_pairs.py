@@ -45,7 +45,7 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path, monkeypatch):
     for row in read_csv(tmp_path / "same_loss.csv"):
         assert float(row["largest_difference"]) < 1e-3
         assert int(row["step"]) == 0 or float(row["largest_log_ratio"]) > 0.1
-    other, same = read_csv(tmp_path / "differences.csv")
+    other, same, _ = read_csv(tmp_path / "differences.csv")
     assert (same["arm"], float(same["accuracy"]), float(same["response_accuracy"])) == ("trl dpo", 0.0, 0.0)
     for name in ("accuracy", "response_accuracy"):
         expected = float(runs["dil lsif"][name]) - float(runs["dil dpo"][name])
@@ -67,9 +67,11 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path, monkeypatch):
         timing = json.loads((tmp_path / "records" / f"timing_{name}_seed_0.json").read_text())
         assert timing["steps"] == 8
         assert float(row["tokens_per_second"]) == pytest.approx(timing["tokens_per_second"], rel=1e-4)
-        if arm in runs:
-            assert float(runs[arm]["seconds_per_step"]) == pytest.approx(timing["seconds_per_step"], rel=1e-4)
-    for name in ("accuracy.png", "curves.png"):
+        for name in {arm, f"{arm}, 0.0003"} & {*runs}:
+            assert float(runs[name]["seconds_per_step"]) == pytest.approx(timing["seconds_per_step"], rel=1e-4)
+    assert float(runs["dil lsif, 0.0003"]["learning_rate"]) == 3e-4
+    assert float(runs["dil lsif, 0.0003"]["margin"]) < float(runs["dil lsif"]["margin"])
+    for name in ("accuracy.png", "curves.png", "learning_rates.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     # Finished runs are not made again.
     before = (tmp_path / "records" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns
