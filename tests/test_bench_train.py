@@ -140,6 +140,13 @@ def half_of_the_gradient(inputs):
     return loss
 
 
+def nearly_all_of_the_gradient(inputs):
+    loss = authors_step(inputs)
+    for parameter in inputs.model.parameters():
+        parameter.grad *= 0.999
+    return loss
+
+
 @pytest.mark.parametrize(
     ("fn", "reason"), [(without_reference, "wrong loss"), (half_of_the_gradient, "wrong gradient")]
 )
@@ -153,6 +160,16 @@ def test_wrong_provider_is_caught_and_not_timed(fn, reason, tmp_path):
     assert rows[OURS]["status"] == "wrong"
     assert rows[OURS]["reason"].startswith(reason)
     assert rows[OURS]["p50_ms"] == ""
+
+
+def test_a_wrong_gradient_is_caught_in_bf16_where_the_model_rounds_more_than_that():
+    inputs = make_inputs(tiny("model", torch.bfloat16), CPU)
+    truth = make_truth(inputs)
+    allowed = allowed_errors(TRAIN, measure_errors(authors_step, inputs, truth), PROVIDERS["authors"], torch.bfloat16)
+    assert find_problem(measure_errors(PROVIDERS[OURS].build(), inputs, truth), allowed) is None
+    problem = find_problem(measure_errors(nearly_all_of_the_gradient, inputs, truth), allowed)
+    assert problem is not None
+    assert problem.startswith("wrong gradient in fp32")
 
 
 def test_a_quick_run_reports_tokens_a_second_and_memory(tmp_path, capsys):

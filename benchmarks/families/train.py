@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from families.train_providers import BASELINE, PROVIDERS, Step, authors_step
 from harness.check import rounding, worst
 from harness.family import Errors, Family, Pass
 
+FP32, BF16 = torch.float32, torch.bfloat16
 TYPICAL_NATS = 1e3  # of a response's log-prob
 
 # AdamW reads and writes the weight and two moments, and reads the gradient.
@@ -50,14 +51,25 @@ def _run_step(fn: Step, inputs: Inputs) -> None:
 
 @dataclass(frozen=True)
 class Truth:
-    """Results in fp64."""
+    """Results in fp64.
+
+    In bf16 the layers of the model round so much that a wrong gradient may pass for a right one: there a step on the
+    first pairs is checked in fp32, too.
+    """
 
     loss: Tensor  # []
     gradients: dict[str, Tensor]  # of `Inputs.probed`
+    in_fp32: tuple[Inputs, Truth] | None = None
 
 
 def make_truth(inputs: Inputs) -> Truth:
     """Policy and reference in fp64, every sequence alone, the loss by its formula."""
+    in_fp32 = None
+    if inputs.case.dtype.itemsize < FP32.itemsize:
+        first_pairs = replace(inputs.case, dtype=FP32, pairs=min(inputs.case.pairs, 2))
+        other = make_inputs(first_pairs, inputs.device)
+        other.optimizer.state.clear()  # no step is taken, and the moments are large
+        in_fp32 = other, make_truth(other)
     sequences, device = inputs.case.sequences, inputs.device
 
     def sums_of(model: torch.nn.Module) -> Tensor:
@@ -80,11 +92,11 @@ def make_truth(inputs: Inputs) -> Truth:
     for sequence, coefficient in zip(sequences, upstream, strict=True):
         parts = torch.autograd.grad(coefficient * sum_logps(policy, *sequence, device), probed)
         torch._foreach_add_(gradients, list(parts))
-    return Truth(loss.detach(), dict(zip(names, gradients, strict=True)))
+    return Truth(loss.detach(), dict(zip(names, gradients, strict=True)), in_fp32)
 
 
 def measure_errors(fn: Step, inputs: Inputs, truth: Truth) -> Errors:
-    """Of the loss, in nats; of a parameter's gradient, by norms."""
+    """Of the loss, in nats; of a parameter's gradient, by norms; of both in fp32, where the case is in less."""
     loss = fn(inputs).double()
     errors = []
     for name, parameter in inputs.probed.items():
@@ -94,15 +106,19 @@ def measure_errors(fn: Step, inputs: Inputs, truth: Truth) -> Errors:
         difference = parameter.grad.double() - truth.gradients[name]
         errors.append((difference.norm() / truth.gradients[name].norm()).item())
     inputs.optimizer.zero_grad()
-    return {"loss": (loss - truth.loss).abs().item(), "gradient": worst(*errors)}
+    found = {"loss": (loss - truth.loss).abs().item(), "gradient": worst(*errors)}
+    if truth.in_fp32 is not None:
+        found |= {f"{kind} in fp32": error for kind, error in measure_errors(fn, *truth.in_fp32).items()}
+    return found
 
 
 def roundings(inputs_dtype: torch.dtype, results_dtype: torch.dtype) -> Errors:
     """The loss is one of sums of log-probs, which are results; gradients have the dtype of the weights."""
-    return {"loss": BETA * TYPICAL_NATS * rounding(results_dtype), "gradient": rounding(inputs_dtype)}
+    loss = BETA * TYPICAL_NATS * rounding(results_dtype)
+    in_fp32 = {"loss in fp32": BETA * TYPICAL_NATS * rounding(FP32), "gradient in fp32": rounding(FP32)}
+    return {"loss": loss, "gradient": rounding(inputs_dtype), **in_fp32}
 
 
-FP32, BF16 = torch.float32, torch.bfloat16
 CPU_GRID = (
     TrainCase("smollm2-135m", "real", 4, 256, "model", FP32),
     TrainCase("smollm2-135m", "real", 4, 256, "precomputed", FP32),
