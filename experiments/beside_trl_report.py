@@ -54,7 +54,9 @@ def write_report(records: Records, output: Path) -> None:
             runs at other learning rates, learning_rates.png.
     """
     timing = [
-        {**_key(record), **{name: record[name] for name in COST}} for record in records if record["kind"] == "timing"
+        {**_key(record), **{name: record[name] for name in ("pairs_at_a_time", *COST)}}
+        for record in records
+        if record["kind"] == "timing"
     ]
     if timing:
         write_csv(output / "timing.csv", timing)

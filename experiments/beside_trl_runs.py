@@ -190,6 +190,7 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         "seconds_per_step": median(seconds[first:]),
         "cpu_seconds_per_step": median(watch.seen["step_cpu_seconds"][first:]),
         "tokens_per_second": sum(tokens[first:]) / sum(seconds[first:]),
+        "pairs_at_a_time": config["per_device_train_batch_size"],
         "peak_bytes": peak,
         **watch.seen,
         "log": trainer.state.log_history,

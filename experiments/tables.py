@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
-PLACES = ("runs_dir", "output", "only", "run")  # options that change nothing that is measured
+# Options that change nothing that is learned.
+HOW = ("runs_dir", "output", "only", "run", "trl_micro_batch")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -32,8 +33,8 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def describe_options(options: argparse.Namespace) -> dict[str, str]:
-    """Options of a command line for a record: files by their names, wherever they were; not where results go."""
-    given = {name: value for name, value in vars(options).items() if value is not None and name not in PLACES}
+    """Options of a command line for a record: files by their names, wherever they were; not how and where it runs."""
+    given = {name: value for name, value in vars(options).items() if value is not None and name not in HOW}
     return {name: value.name if isinstance(value, Path) else str(value) for name, value in given.items()}
 
 

@@ -2,6 +2,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <torch/headeronly/util/Exception.h>
 
@@ -14,6 +17,13 @@ struct Level {
   bool bf16_product;
 };
 
+#if defined(__x86_64__)
+bool has_f16c() {  // `__builtin_cpu_supports` of GCC 10 does not know it
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 // DIL_KERNELS_CPU_CAPABILITY=avx512_bf16|avx512|avx2|baseline asks for no more than that, to test those kernels; results agree
 // to rounding.
 Level choose() {
@@ -24,7 +34,7 @@ Level choose() {
       !wanted || at_most("avx512_bf16") || at_most("avx512") || at_most("avx2") || at_most("baseline"),
       "DIL_KERNELS_CPU_CAPABILITY must be avx512_bf16, avx512, avx2 or baseline, got ", wanted);
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
