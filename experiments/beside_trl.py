@@ -2,6 +2,7 @@
 
     python -m experiments.beside_trl --pairs pairs.jsonl            # SmolLM2-135M, on the GPU if there is one
     python -m experiments.beside_trl --pairs pairs.jsonl --only 2   # two runs of those that are left, then stop
+    python -m experiments.beside_trl --pairs pairs.jsonl --trl-micro-batch 2  # where four pairs do not fit TRL's memory
     python -m experiments.beside_trl --model DIR --pairs pairs.jsonl
     python -m experiments.beside_trl --random-llama --max-steps 50  # a 1B-class Llama with random weights: speed only
     python -m experiments.beside_trl --quick                        # a tiny random model; seconds
@@ -39,6 +40,7 @@ class Arm:
     trainer: str  # "dil" or "trl"
     name: str  # of the loss
     options: Mapping[str, Any] = field(hash=False)  # of the trainer's config
+    at_once: bool = False  # all pairs of a step, whatever --trl-micro-batch says
 
     def __str__(self) -> str:
         return f"{self.trainer} {self.name}"
@@ -52,8 +54,9 @@ DPO, TRL, LSIF, BCE, HALF, UKL = (
     Arm("dil", "bce, alpha 1/2", {"loss_type": "bce", "alpha": 0.5}),
     Arm("dil", "ukl", {"loss_type": "ukl"}),
 )
-# As TRL takes its batches; timed only.
+# Timed only: DPO as TRL takes its batches, and TRL's with all pairs of a step at once.
 PADDED = Arm("dil", "dpo, padded", {**DPO.options, "prefix_sharing": False})
+AT_ONCE = Arm("trl", "dpo, at once", TRL.options, at_once=True)
 TIMED_ROUNDS = 3
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 # Losses, a seed, and a learning rate instead of the chosen one, by what would be missed most. DPO is the same in both
@@ -124,7 +127,9 @@ def all_runs(options: argparse.Namespace) -> Iterator[Run]:
             if options.learning_rate is None and rate is None and seed == 0 and arm is not TRL:
                 yield from (Run("tuning", arm, 0, tried) for tried in LEARNING_RATES)
             yield Run("run", arm, seed, rate)
-    timed = (*dict.fromkeys(arm for arms, *_ in order for arm in arms), PADDED)
+    timed = [*dict.fromkeys(arm for arms, *_ in order for arm in arms), PADDED]
+    if options.trl_micro_batch is not None:
+        timed.append(AT_ONCE)
     yield from (Run("timing", arm, turn) for turn in range(1 if options.quick else TIMED_ROUNDS) for arm in timed)
 
 
@@ -191,7 +196,7 @@ def rate_of(run: Run, options: argparse.Namespace) -> float:
         return float(run.learning_rate or options.learning_rate)
     if run.kind == "start":
         return 0.0
-    arm = DPO if run.arm in (TRL, PADDED) else run.arm
+    arm = DPO if run.arm in (TRL, PADDED, AT_ONCE) else run.arm
     tried = [each for each in all_runs(options) if (each.kind, each.arm) == ("tuning", arm)]
     margins = {float(each.learning_rate or 0.0): read(options, each)["validation"]["margin"] for each in tried}
     return max(margins, key=margins.__getitem__)
@@ -216,7 +221,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pairs", type=Path, help="preference pairs (default: the embedded ones)")
     parser.add_argument("--max-length", type=int, default=1024, help="longer pairs are left out (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step (default: %(default)s)")
-    parser.add_argument("--trl-micro-batch", type=int, help="pairs padded at a time (default: all of a step)")
+    parser.add_argument("--trl-micro-batch", type=int, help="pairs that are padded at a time (default: all of a step)")
     parser.add_argument("--learning-rate", type=float, help="of every loss (default: chosen for each)")
     parser.add_argument("--epochs", type=int, default=3, help="over the training pairs (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, help="optimizer steps (default: those of the epochs)")
@@ -231,6 +236,10 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS / "beside_trl", help="of records, tables and figures")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.batch_size % (options.trl_micro_batch or 1):
+        parser.error(
+            f"--trl-micro-batch {options.trl_micro_batch} does not divide the {options.batch_size} pairs of a step"
+        )
     if options.quick:
         options.max_steps, options.eval_steps, options.learning_rate = 12, 4, 1e-3
         options.answers, options.answer_tokens, options.precision = 1, 8, "fp32"

@@ -77,6 +77,8 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path, monkeypatch):
     before = (tmp_path / "records" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns
     assert beside_trl.main(command) == 0
     assert (tmp_path / "records" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit):  # steps of three pairs would be taken instead of four
+        beside_trl.main([*command, "--trl-micro-batch", "3"])
     with pytest.raises(SystemExit, match=r"holds a run with other options \(batch_size 4, now 2\)"):
         beside_trl.main([*command, "--batch-size", "2"])
 
