@@ -13,8 +13,8 @@ that are taken from the training side; TRL's DPO takes that of ours, and DPO and
 Held-out pairs are scored by one function for all, in fp32, outside of what is timed. Each run is a process of its own;
 a stopped one goes on from its last checkpoint, and one that is finished is not repeated: what was seen in it is in a
 record beside the tables, so that a clone of the repository goes on where this one stopped. What a step costs is
-measured at the end, in a few steps of each trainer and loss: nothing else should run then. Tables and figures are
-written anew after every run.
+measured at the end, in a few steps of each trainer and loss: nothing else should run then. Where TRL takes a part of a
+step's pairs at a time it is timed with all of them at once, too. Tables and figures are written anew after every run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ class Arm:
 
     def __str__(self) -> str:
         return f"{self.trainer} {self.name}"
+
+    def pairs_at_a_time(self, options: argparse.Namespace) -> int:
+        """Of a step: all of them, but where they are padded and the command line says otherwise."""
+        padded = self.trainer == "trl" or not self.options.get("prefix_sharing", True)
+        part = options.trl_micro_batch if padded and not self.at_once else None
+        return int(part or options.batch_size)
 
 
 DPO, TRL, LSIF, BCE, HALF, UKL = (
@@ -123,14 +129,21 @@ def all_runs(options: argparse.Namespace) -> Iterator[Run]:
     yield Run("start")
     order = QUICK_ORDER if options.quick else ORDER
     for arms, seed, rate in order:
+        if rate is not None and options.learning_rate is not None and not options.quick:
+            continue
         for arm in arms:
             if options.learning_rate is None and rate is None and seed == 0 and arm is not TRL:
-                yield from (Run("tuning", arm, 0, tried) for tried in LEARNING_RATES)
+                yield from tuning_runs(arm)
             yield Run("run", arm, seed, rate)
     timed = [*dict.fromkeys(arm for arms, *_ in order for arm in arms), PADDED]
-    if options.trl_micro_batch is not None:
+    if options.trl_micro_batch not in (None, options.batch_size):
         timed.append(AT_ONCE)
     yield from (Run("timing", arm, turn) for turn in range(1 if options.quick else TIMED_ROUNDS) for arm in timed)
+
+
+def tuning_runs(arm: Arm) -> list[Run]:
+    """Those that choose a learning rate."""
+    return [Run("tuning", arm, 0, rate) for rate in LEARNING_RATES]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,6 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_finished(options)
     failed = []
     for number, run in enumerate(left[: options.only], start=1):
+        as_chosen = replace(run, learning_rate=None)
+        if run.kind == "run" and run != as_chosen and run.learning_rate == rate_of(as_chosen, options):
+            print(f"{run.name} is {as_chosen.name}, as its rate is the chosen one", flush=True)
+            continue
         print(f"{run.name} ({number} of {len(left)})", flush=True)
         command = [sys.executable, "-m", "experiments.beside_trl", *given, "--run", run.name]
         if subprocess.run(command).returncode != 0:
@@ -169,10 +186,14 @@ def check_finished(options: argparse.Namespace) -> None:
     """Go on with runs that were made with the same options only."""
     ours = describe_options(options)
     for run in all_runs(options):
-        theirs = read(options, run).get("options", ours) if run.record_path(options).is_file() else ours
-        other = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+        record = read(options, run) if run.record_path(options).is_file() else {}
+        theirs, now = record.get("options", ours), ours
+        if record and run.kind == "timing":
+            theirs = {**theirs, "pairs at a time": record["pairs_at_a_time"]}
+            now = {**ours, "pairs at a time": run.arm.pairs_at_a_time(options)}
+        other = [name for name in now.keys() | theirs.keys() if now.get(name) != theirs.get(name)]
         if other:
-            words = ", ".join(f"{name} {theirs.get(name)}, now {ours.get(name)}" for name in sorted(other))
+            words = ", ".join(f"{name} {theirs.get(name)}, now {now.get(name)}" for name in sorted(other))
             raise SystemExit(f"{options.output} holds a run with other options ({words}): give another --output")
 
 
@@ -197,7 +218,8 @@ def rate_of(run: Run, options: argparse.Namespace) -> float:
     if run.kind == "start":
         return 0.0
     arm = DPO if run.arm in (TRL, PADDED, AT_ONCE) else run.arm
-    tried = [each for each in all_runs(options) if (each.kind, each.arm) == ("tuning", arm)]
+    assert arm is not None
+    tried = tuning_runs(arm)
     margins = {float(each.learning_rate or 0.0): read(options, each)["validation"]["margin"] for each in tried}
     return max(margins, key=margins.__getitem__)
 
@@ -236,10 +258,11 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS / "beside_trl", help="of records, tables and figures")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.batch_size % (options.trl_micro_batch or 1):
-        parser.error(
-            f"--trl-micro-batch {options.trl_micro_batch} does not divide the {options.batch_size} pairs of a step"
-        )
+    part = options.trl_micro_batch
+    if part is not None and (part < 1 or options.batch_size % part):
+        parser.error(f"--trl-micro-batch {part} does not divide the {options.batch_size} pairs of a step")
+    if options.random_llama and options.learning_rate is None:
+        options.learning_rate = 1e-5  # only its speed is looked at
     if options.quick:
         options.max_steps, options.eval_steps, options.learning_rate = 12, 4, 1e-3
         options.answers, options.answer_tokens, options.precision = 1, 8, "fp32"

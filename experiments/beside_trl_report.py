@@ -39,7 +39,7 @@ PANELS = (
 BY_MARGIN = ("Chosen responses by margin", "held-out margin, nats a token", "change of the log-prob a token")
 LEARNED = ("accuracy", "response_accuracy", "margin", "chosen_logp_change", "rejected_logp_change")
 BASELINE = "dil dpo"
-COST = ("seconds_per_step", "cpu_seconds_per_step", "tokens_per_second", "peak_bytes")
+COST = ("pairs_at_a_time", "seconds_per_step", "cpu_seconds_per_step", "tokens_per_second", "peak_bytes")
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -54,9 +54,7 @@ def write_report(records: Records, output: Path) -> None:
             runs at other learning rates, learning_rates.png.
     """
     timing = [
-        {**_key(record), **{name: record[name] for name in ("pairs_at_a_time", *COST)}}
-        for record in records
-        if record["kind"] == "timing"
+        {**_key(record), **{name: record[name] for name in COST}} for record in records if record["kind"] == "timing"
     ]
     if timing:
         write_csv(output / "timing.csv", timing)
@@ -134,6 +132,7 @@ def of_run(record: Mapping[str, Any]) -> dict[str, Any]:
         "chosen_logp_change": end["chosen_logp"] - start["chosen_logp"],
         "rejected_logp_change": end["rejected_logp"] - start["rejected_logp"],
         **answers,
+        "pairs_at_a_time": record["pairs_at_a_time"],
         "seconds_per_step": record["seconds_per_step"],
         "cpu_seconds_per_step": record["cpu_seconds_per_step"],
         "tokens_per_second": record["tokens_per_second"],
@@ -226,8 +225,12 @@ def _draw_accuracy(runs: Records, path: Path) -> None:
         for curve in curves if len(curves) > 1 else ():
             axes.plot(at, curve, color=colour, linewidth=0.7, alpha=0.35)
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-        speed, peak = (sum(record[name] for record in of_arm) / len(of_arm) for name in COST[2:])
-        label = f"{label} ({speed:.0f} tokens/s, {peak / 1e9:.1f} GB)"
+        together, speed, peak = (
+            sum(record[name] for record in of_arm) / len(of_arm)
+            for name in ("pairs_at_a_time", "tokens_per_second", "peak_bytes")
+        )
+        parts = f", {together:.0f} pairs at a time" if len({record["pairs_at_a_time"] for record in runs}) > 1 else ""
+        label = f"{label} ({speed:.0f} tokens/s, {peak / 1e9:.1f} GB{parts})"
         axes.plot(at, mean, color=colour, linewidth=2, marker="o", markersize=4, label=label)
     pairs = len(runs[0]["lengths"])
     finish_panel(axes, "Held-out pairs won, over the time of training", "minutes of training", f"% of {pairs} pairs")

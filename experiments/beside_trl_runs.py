@@ -217,8 +217,7 @@ def _make_trainer(run: Run, problem: Problem, config: dict[str, Any], options: a
     what["callbacks"] = [watch]
     assert run.arm is not None
     config |= run.arm.options
-    at_once = run.arm.at_once or (run.arm.trainer == "dil" and run.arm.options.get("prefix_sharing", True))
-    micro_batch = options.batch_size if at_once else options.trl_micro_batch or options.batch_size
+    micro_batch = run.arm.pairs_at_a_time(options)
     config["per_device_train_batch_size"] = micro_batch
     config["gradient_accumulation_steps"] = options.batch_size // micro_batch
     if run.arm.trainer == "trl":

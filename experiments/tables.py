@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
-# Options that change nothing that is learned.
+# Options that change nothing that is learned, but by rounding.
 HOW = ("runs_dir", "output", "only", "run", "trl_micro_batch")
 
 

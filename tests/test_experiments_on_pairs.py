@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import beside_trl, beside_trl_runs, exactness, failing_rates, forced_choice
 from experiments.comparisons import chosen_at
+from experiments.tables import describe_options, write_record
 
 
 def test_the_same_loss_trains_alike_in_both_trainers(tmp_path, monkeypatch):
@@ -77,10 +78,41 @@ def test_the_same_loss_trains_alike_in_both_trainers(tmp_path, monkeypatch):
     before = (tmp_path / "records" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns
     assert beside_trl.main(command) == 0
     assert (tmp_path / "records" / "run_trl_dpo_seed_0.json").stat().st_mtime_ns == before
-    with pytest.raises(SystemExit):  # steps of three pairs would be taken instead of four
-        beside_trl.main([*command, "--trl-micro-batch", "3"])
     with pytest.raises(SystemExit, match=r"holds a run with other options \(batch_size 4, now 2\)"):
         beside_trl.main([*command, "--batch-size", "2"])
+
+
+def test_rates_are_those_of_the_largest_validation_margin_and_parts_of_a_step_are_taken_where_it_is_padded(tmp_path):
+    options = beside_trl.parse_options(["--output", str(tmp_path), "--trl-micro-batch", "2"])
+    for arm, best in ((beside_trl.DPO, 1e-4), (beside_trl.LSIF, 1e-5)):
+        for run in beside_trl.tuning_runs(arm):
+            validation = {"margin": 0.1 if run.learning_rate == best else -0.1, "accuracy": 1 - run.learning_rate}
+            write_record(run.record_path(options), {"validation": validation})
+    runs = [run for run in beside_trl.all_runs(options) if run.kind in ("run", "timing")]
+    of_dpo = (beside_trl.DPO, beside_trl.TRL, beside_trl.PADDED, beside_trl.AT_ONCE)
+    chosen = {run for run in runs if run.arm in (*of_dpo, beside_trl.LSIF) and run.learning_rate is None}
+    assert {run.arm for run in chosen} == {*of_dpo, beside_trl.LSIF}
+    for run in chosen:
+        assert beside_trl.rate_of(run, options) == (1e-4 if run.arm in of_dpo else 1e-5)
+        parts = run.arm in (beside_trl.TRL, beside_trl.PADDED)
+        assert run.arm.pairs_at_a_time(options) == (2 if parts else 4)
+    others = [run for run in runs if run.learning_rate is not None]
+    assert others
+    assert all(beside_trl.rate_of(run, options) == run.learning_rate for run in others)
+    # One that is given is that of every run; and what only a speed is wanted of needs none.
+    for given in (["--learning-rate", "3e-5"], ["--random-llama"]):
+        options = beside_trl.parse_options(given)
+        rates = {beside_trl.rate_of(run, options) for run in beside_trl.all_runs(options) if run.kind == "run"}
+        assert rates == {float(given[-1]) if given[1:] else 1e-5}
+    timing = beside_trl.Run("timing", beside_trl.TRL)
+    options = beside_trl.parse_options(["--output", str(tmp_path)])
+    record = {"options": describe_options(options), "pairs_at_a_time": 2}
+    write_record(timing.record_path(options), record)
+    with pytest.raises(SystemExit, match=r"other options \(pairs at a time 2, now 4\)"):
+        beside_trl.check_finished(options)
+    for refused in ("0", "3"):
+        with pytest.raises(SystemExit):
+            beside_trl.parse_options(["--trl-micro-batch", refused])
 
 
 def test_runs_are_compared_where_they_first_have_a_margin():

@@ -97,6 +97,7 @@ def make_truth(inputs: Inputs) -> Truth:
 
 def measure_errors(fn: Step, inputs: Inputs, truth: Truth) -> Errors:
     """Of the loss, in nats; of a parameter's gradient, by norms; of both in fp32, where the case is in less."""
+    inputs.optimizer.zero_grad()  # another may have failed half-way
     loss = fn(inputs).double()
     errors = []
     for name, parameter in inputs.probed.items():

@@ -54,6 +54,7 @@ def run_case(run: Run, case: Case) -> list[Record]:
     try:
         inputs = run.family.make_inputs(case, run.device)
         entries = _check_all(run, case, inputs)
+        _free(run.device)  # of the truth
         rotations = _rotations(run, case, entries, inputs)
     # A grid made for a large GPU must still run its other cases on a small one.
     except torch.OutOfMemoryError as error:
