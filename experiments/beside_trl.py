@@ -65,9 +65,10 @@ PADDED = Arm("dil", "dpo, padded", {**DPO.options, "prefix_sharing": False})
 AT_ONCE = Arm("trl", "dpo, at once", TRL.options, at_once=True)
 TIMED_ROUNDS = 3
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
+Order = Sequence[tuple[Sequence[Arm], int, float | None]]
 # Losses, a seed, and a learning rate instead of the chosen one, by what would be missed most. DPO is the same in both
 # trainers: TRL's, which takes much longer on a CPU, has one seed.
-ORDER: Sequence[tuple[Sequence[Arm], int, float | None]] = (
+ORDER: Order = (
     ((DPO, LSIF, TRL), 0, None),
     ((LSIF, DPO), 0, 1e-5),
     ((DPO, LSIF), 1, None),
@@ -78,7 +79,7 @@ ORDER: Sequence[tuple[Sequence[Arm], int, float | None]] = (
     ((UKL,), 0, None),
     ((BCE, HALF, UKL), 1, None),
 )
-QUICK_ORDER: Sequence[tuple[Sequence[Arm], int, float | None]] = (((DPO, LSIF, TRL), 0, None), ((LSIF,), 0, 3e-4))
+QUICK_ORDER: Order = (((DPO, LSIF, TRL), 0, None), ((LSIF,), 0, 3e-4))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def write_report(records: Records, output: Path) -> None:
 
     Args:
         records: of the runs, with their kind, their arm, the arm without a learning rate that is not the chosen one
-            (of) and their seed. What a step costs is taken from the runs that were made for that, if there are any.
+            (of) and their seed. What a step costs is taken from the runs that were made for that, if there are some of
+            every arm; else from the runs themselves, whose memory is that of their evaluations, too.
         output: for timing.csv, tuning.csv, runs.csv, summary.csv, curves.csv, pairs.csv, differences.csv,
             same_loss.csv, equal_margins.csv, items.csv, environment.txt, accuracy.png, curves.png and, where there are
             runs at other learning rates, learning_rates.png.
@@ -62,7 +63,9 @@ def write_report(records: Records, output: Path) -> None:
         arm: {name: median(row[name] for row in timing if row["arm"] == arm) for name in COST}
         for arm in {row["arm"] for row in timing}
     }
-    runs = [{**record, **costs.get(record["of"], {})} for record in records if record["kind"] == "run"]
+    runs = [record for record in records if record["kind"] == "run"]
+    if {record["of"] for record in runs} <= costs.keys():
+        runs = [{**record, **costs[record["of"]]} for record in runs]
     tuning = [
         {"arm": record["arm"], "learning_rate": record["learning_rate"], **_means(record["validation"])}
         for record in records
