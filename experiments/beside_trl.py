@@ -249,7 +249,9 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3, help="over the training pairs (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, help="optimizer steps (default: those of the epochs)")
     parser.add_argument("--eval-steps", type=int, default=20, help="steps between evaluations (default: %(default)s)")
-    parser.add_argument("--answers", type=int, default=4, help="sampled a held-out prompt, for the KL (%(default)s)")
+    parser.add_argument(
+        "--answers", type=int, default=4, help="sampled a held-out prompt, for the KL (%(default)s; 0: none)"
+    )
     parser.add_argument("--answer-tokens", type=int, default=128, help="of an answer at most (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=["bf16", "fp32"], default="bf16", help="of training (%(default)s: mixed)"

@@ -207,7 +207,8 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
     record["lengths"] = evaluation.lengths.tolist()
     if not options.random_llama:
         record["items"] = forced_choice.score(scorer, problem.tokenizer, questions)
-        record["answers"] = _answers(scorer, load_problem(options, tuning), options)
+        if options.answers:
+            record["answers"] = _answers(scorer, load_problem(options, tuning), options)
     return record
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import dil_kernels
+from dil_kernels.cli.environment import cpu_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -23,7 +24,7 @@ from harness import timing
 from harness.check import allowed_errors, find_problem
 from harness.command import main
 from harness.family import OURS, Provider
-from harness.machine import cpu_name, last_cache_bytes
+from harness.machine import last_cache_bytes
 from harness.records import read_csv as read_records
 from harness.records import write_csv
 from harness.timing import CALLS_PER_ROUND, WARMUP_CALLS, Budget, Sample, quantiles, time_interleaved

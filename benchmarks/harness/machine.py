@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
-import platform
 import re
 import subprocess
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 import torch
 
 import dil_kernels
+from dil_kernels.cli.environment import cpu_name, version_of
 
 UNKNOWN_CACHE_BYTES = 64 << 20
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,34 +48,12 @@ def describe_machine(device: torch.device) -> Machine:
         else "",
         cpu_threads=threads,
         torch=torch.__version__,
-        triton=installed_version("triton"),
+        triton=version_of("triton"),
         dil_kernels=dil_kernels.__version__,
         commit=_git_commit(),
         source=_source_digest(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
-
-
-def installed_version(distribution: str) -> str:
-    """Version of a distribution, or "not installed"."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def cpu_name() -> str:
-    """The processor's model: from /proc/cpuinfo on Linux, sysctl on macOS, or what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"^model name\s*:\s*(\S.*)$", cpuinfo.read_text(), re.MULTILINE)
-        if match:
-            return match[1].strip()
-    if platform.system() == "Darwin":
-        brand = _output("sysctl", "-n", "machdep.cpu.brand_string")
-        if brand:
-            return brand
-    return platform.processor() or platform.machine() or "unknown CPU"
 
 
 def last_cache_bytes(device: torch.device) -> int:

@@ -10,13 +10,13 @@ from typing import NoReturn
 
 import torch
 
+from dil_kernels.cli.environment import version_of
 from harness.family import Provider
-from harness.machine import installed_version
 
 
 def peer_version(distribution: str) -> Callable[[], str]:
     """Its name and version, for the record."""
-    return lambda: f"{distribution} {installed_version(distribution)}"
+    return lambda: f"{distribution} {version_of(distribution)}"
 
 
 def peer_problem(distribution: str, module: str, device_type: str = "cuda") -> Callable[[torch.device], str | None]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -34,7 +37,8 @@ def version_rows() -> list[Row]:
 
 def device_rows() -> list[Row]:
     """The CPU, the CUDA that torch was built with, and every GPU."""
-    rows: list[Row] = [("CPU", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
+    names = ", ".join(dict.fromkeys([cpu_name(), platform.machine()]))
+    rows: list[Row] = [("CPU", f"{names}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
     if torch.version.cuda is None:
         return [*rows, ("CUDA", f"none: this PyTorch ({torch.__version__}) was built without it")]
     rows.append(
@@ -74,6 +78,20 @@ def extension_rows() -> list[Row]:
     else:
         rows += [(name.replace("_", " "), value) for name, value in extension.build_info().items()]
     return rows
+
+
+def cpu_name() -> str:
+    """The processor's model: from /proc/cpuinfo on Linux, sysctl on macOS, or what Python knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(\S.*)$", cpuinfo.read_text(), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    if platform.system() == "Darwin":
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        if asked.returncode == 0:
+            return asked.stdout.strip()
+    return platform.processor() or platform.machine() or "unknown CPU"
 
 
 def version_of(package: str) -> str:
