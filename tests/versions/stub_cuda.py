@@ -46,7 +46,7 @@ def main() -> None:
             name, _, version = line.split()[-1].partition("@")
             if CUDA_FUNCTION.match(name):
                 functions[version.lstrip("@")].add(name)
-    missing = sorted(name for name in versions if CUDA_LIBRARY.match(name))
+    missing = sorted(name for name in versions if CUDA_LIBRARY.match(name) and not (folder / name).exists())
     for library in missing:
         # What is asked for without a version may come from any library.
         nodes = {version: functions[version] for version in versions[library]}
