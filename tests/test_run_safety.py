@@ -90,12 +90,16 @@ def test_nothing_that_was_there_is_overwritten(inputs: Path, tmp_path: Path, cap
     assert not (mine / "checkpoint-9").exists()  # from which this run would have been resumed
 
 
-def test_overwriting_removes_checkpoints_alone_and_once_training_begins(inputs: Path, tmp_path: Path, capsys) -> None:
+def test_overwriting_removes_what_a_run_writes_and_once_training_begins(inputs: Path, tmp_path: Path, capsys) -> None:
     out, kept = tmp_path / "out", tmp_path / "kept"
     assert train(inputs, out) == 0
     (out / "checkpoint-best").mkdir()
     (out / "checkpoint-best" / "weights").write_text("mine")
     (out / "checkpoint-notes.txt").write_text("mine")
+    earlier = ("held_out_before.json", "generations.md", "adapter_config.json", "model-00001-of-00002.safetensors")
+    for name in earlier:
+        (out / name).write_text("of an earlier run")
+    (out / "tokenizer_tests").mkdir()  # a directory of that name is not a run's
     (out / "checkpoint-2").rename(kept)
     (out / "checkpoint-2").symlink_to(kept)
     before = contents(out)
@@ -108,7 +112,10 @@ def test_overwriting_removes_checkpoints_alone_and_once_training_begins(inputs: 
         assert contents(out) == before
     assert "is the directory of --resume-from-checkpoint, which would be overwritten" in last_line(capsys)
     assert train(inputs, out, overwrite_output_dir=True, max_steps=1) == 0
-    assert "left as they are: checkpoint-best, checkpoint-notes.txt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left as they are: checkpoint-best, checkpoint-notes.txt, tokenizer_tests" in said
+    assert "generations" not in said.partition("left as they are")[2]
+    assert not [name for name in earlier if (out / name).exists()]
     assert (out / "checkpoint-best" / "weights").read_text() == (out / "checkpoint-notes.txt").read_text() == "mine"
     assert not (out / "checkpoint-2").exists()
     assert (kept / "trainer_state.json").is_file()

@@ -60,8 +60,8 @@ class RunOptions:
     )
     eval_file: str | None = _option("held-out pairs for the before/after table; likewise", metavar="FILE")
     overwrite_output_dir: bool = _option(
-        "write into a directory that holds something: what will be overwritten is named, and checkpoints of an earlier "
-        "run are removed when training begins",
+        "write into a directory that holds something: what will be overwritten is named, checkpoints and reports of an "
+        "earlier run are removed when training begins, and its model when the new one is saved",
         default=False,
     )
     train_split: str = _option("split of a hub data set to train on (default: train)", default="train", metavar="NAME")

@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
     held_out = load_embedded_pairs("test")
     prompt = held_out[0]["prompt"]
     before = _sample(model, tokenizer, prompt)
-    run_training(model, tokenizer, _config(options), load_embedded_pairs("train"), held_out)
+    run_training(model, tokenizer, _config(options), load_embedded_pairs("train"), held_out, overwrite=True)
     reloaded = AutoModelForCausalLM.from_pretrained(options.output_dir)
     print(f"\nThe first held-out question, greedily answered: {prompt[-1]['content']}")
     print(f"  before training      {before}\n  saved and reloaded   {_sample(reloaded, tokenizer, prompt)}\n")

@@ -17,13 +17,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dil_kernels.training.checkpoints import checkpoint_directories
 from dil_kernels.training.run_lock import LOCK_NAME, OutputDirError, only_run
 
-# What a run writes: weights, adapters, tokenizers, states and reports of its own.
-WRITTEN = re.compile(
+# What a run writes beside checkpoints: weights, adapters, tokenizers; states and reports of its own.
+MODEL = re.compile(
     r"(generation_|adapter_)?config\.json|(pytorch_|adapter_)?model.*\.(safetensors|bin|json)|training_args\.bin"
-    r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|(additional_)?chat_templates?.*"
-    r"|trainer_state\.json|README\.md|training_curves\.png|before_after\.json|held_out_before\.json|generations\..*"
-    rf"|runs|{PREFIX_CHECKPOINT_DIR}-\d+"
+    r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|(spiece|spm|sentencepiece\.bpe)\.model"
+    r"|chat_template\..*|additional_chat_templates"
 )
+REPORTS = re.compile(
+    r"trainer_state\.json|README\.md|training_curves\.png|before_after\.json|held_out_before\.json|generations\..*"
+)
+CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 NAMED = 8  # entries of a directory that a message lists
 
 
@@ -71,11 +74,13 @@ def output_directory(
                 directory.rmdir()
 
 
-class RemoveCheckpoints(TrainerCallback):
-    """Removes the checkpoints of an earlier run, from which this one must not be resumed by mistake, once it begins.
+class RemoveEarlier(TrainerCallback):
+    """Removes what an earlier run left, of which nothing must pass for this one's.
+
+    Checkpoints and reports go once training begins, the model when this one's is to be saved.
 
     Attributes:
-        removed: whether that is done.
+        removed: whether training has begun.
     """
 
     removed = False
@@ -83,11 +88,28 @@ class RemoveCheckpoints(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remove them; of a link, the link alone."""
+        """Remove checkpoints and reports."""
         if state.is_world_process_zero:
-            for path in checkpoint_directories(str(args.output_dir)):
-                path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            _remove(Path(str(args.output_dir)), CHECKPOINT, REPORTS)
         self.removed = True
+
+    def before_saving(self, args: TrainingArguments) -> None:
+        """Remove the model: of an adapter or another number of shards some files would stay, and be loaded."""
+        if args.process_index == 0:
+            _remove(Path(str(args.output_dir)), MODEL)
+
+
+def _remove(directory: Path, *kinds: re.Pattern[str]) -> None:
+    """Remove what a run writes; of a link, the link alone."""
+    for path in directory.iterdir():
+        if _is_written(path, *kinds):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_written(path: Path, *kinds: re.Pattern[str]) -> bool:
+    """Whether a run writes an entry of this name; a directory of another name than theirs is somebody else's."""
+    is_ours = not path.is_dir() or CHECKPOINT.fullmatch(path.name) or path.name == "additional_chat_templates"
+    return bool(is_ours) and any(kind.fullmatch(path.name) for kind in kinds)
 
 
 def _refuse(
@@ -123,7 +145,7 @@ def _refuse_entries(path: Path, overwrite: bool | None) -> None:
     entries = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_NAME)
     if not entries:
         return
-    replaced = [name for name in entries if WRITTEN.fullmatch(name)]
+    replaced = [name for name in entries if _is_written(path / name, CHECKPOINT, MODEL, REPORTS)]
     if overwrite:
         kept = [name for name in entries if name not in replaced]
         print(f"{path}: to be overwritten: {_listed(replaced)}; left as they are: {_listed(kept)}")

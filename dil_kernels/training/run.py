@@ -15,7 +15,7 @@ from dil_kernels.training.checkpoints import NO_CHECKPOINT, SavingError, saving,
 from dil_kernels.training.generations import GENERATIONS_NAME
 from dil_kernels.training.held_out import BeforeAfter, HeldOutBefore, score_held_out
 from dil_kernels.training.model_card import CARD_NAME, PLOT_NAME, CardNotes
-from dil_kernels.training.output_dir import RemoveCheckpoints
+from dil_kernels.training.output_dir import RemoveEarlier
 from dil_kernels.training.progress import LiveLines, LiveProgress
 from dil_kernels.training.start import CannotStartError
 from dil_kernels.training.trainer import DILConfig, DILTrainer
@@ -62,7 +62,8 @@ def run_training(
         ref_model: as of `DILTrainer`.
         resume_from_checkpoint: a checkpoint, or True for the last complete one.
         sources: where model and data came from, for the model card: options of `dil-train` by name.
-        overwrite: remove the checkpoints of an earlier run from the output directory when training begins.
+        overwrite: remove checkpoints and reports of an earlier run from the output directory when training begins, and
+            its model before this one's is saved.
 
     Returns:
         The scores of the held-out responses before and after training; None without any, and where a run that was
@@ -87,9 +88,9 @@ def run_training(
         raise SetupError(str(error)) from error
     trainer.remove_callback(PrinterCallback if config.disable_tqdm else ProgressCallback)
     trainer.add_callback(LiveLines if config.disable_tqdm else LiveProgress)
-    earlier = RemoveCheckpoints()
+    earlier = RemoveEarlier()
     if overwrite:
-        trainer.add_callback(earlier)
+        trainer.callback_handler.callbacks.insert(0, earlier)  # before those that write reports of this run
 
     def where_to_go_on() -> str:
         return NO_CHECKPOINT if overwrite and not earlier.removed else where_to_resume(str(config.output_dir))
@@ -105,6 +106,8 @@ def run_training(
             results = None if held_out.scores is None else BeforeAfter(held_out.scores, after)
         trainer.card_notes = CardNotes(sources or {}, results)
         with saving(f"the trained model ({config.output_dir})", config.output_dir):
+            if overwrite:
+                earlier.before_saving(config)
             _save(trainer, results)
     except CannotStartError as error:
         raise SetupError(str(error)) from error
