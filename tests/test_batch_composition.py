@@ -214,6 +214,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "precomputed, by length": {"precompute_ref_log_probs": True, "train_sampling_strategy": "group_by_length"},
     "packed": {"padding_free": True},
     "packed, precomputed": {"padding_free": True, "precompute_ref_log_probs": True},
+    "of evaluations the loss alone": {"prediction_loss_only": True, "eval_do_concat_batches": False},
     "from logits": {"precompute_ref_log_probs": True, "fused_head": False},
     "checkpointing": {"precompute_ref_log_probs": True, "gradient_checkpointing": True},
     "LoRA": {"peft_config": ADAPTER},

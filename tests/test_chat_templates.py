@@ -164,7 +164,14 @@ def test_ids_and_the_name_of_a_called_tool_need_no_place() -> None:
     )
 
 
-@pytest.mark.parametrize("template", [THINKING, CALLING, TEXT_ARGUMENTS], ids=["quoting", "iterating", "text"])
+PRINTED_ARGUMENTS = TEXT_ARGUMENTS.replace("{{ call.function.name + ' ' + call", "{{ call.function.name }} {{ call")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [THINKING, CALLING, TEXT_ARGUMENTS, PRINTED_ARGUMENTS],
+    ids=["quoting", "iterating", "text", "printed"],  # printed as Python does they would have None instead of null
+)
 def test_arguments_may_be_json_text(template: str) -> None:
     end = said("assistant", "Paris")
     expected = texts(template, [called(ARGUMENTS), said("tool", "x"), end])
@@ -214,6 +221,16 @@ def test_a_prompt_that_ends_with_the_assistant_is_continued_or_not_as_is_said() 
     assert problem == "row 3: continue_final_message is true, but the last message of the prompt is 'user'"
     problem = refusal(OF_PARTS, answer[:1], prompt, chat_template_kwargs={"continue_final_message": "yes"})
     assert problem.endswith("continue_final_message must be true or false, got 'yes'")
+    problem = refusal(
+        TEXT_ARGUMENTS,
+        answer,
+        [*ASKED, called(ARGUMENTS, "The cap")],
+        chat_template_kwargs={"continue_final_message": True},
+    )
+    assert problem == (
+        "row 3, column 'prompt': the last message has tool_calls, which end a message: the response in column "
+        "'completion' cannot continue it"
+    )
 
 
 def test_what_an_option_leaves_out_is_the_users_choice() -> None:

@@ -34,12 +34,18 @@ STARTS: dict[str, Any] = {
     "trained, with lm_head": lambda: trained_lora(target_modules=[*TARGETS, "lm_head", "embed_tokens"]),
     "trained, whole lm_head": lambda: trained_lora(modules_to_save=["lm_head"]),
     "trained, PiSSA": lambda: trained_lora(init_lora_weights="pissa", use_rslora=True),
+    "trained, with biases": lambda: trained_lora(bias="all"),
     "trained, DoRA": lambda: trained_lora(use_dora=True),
     "IA3": lambda: get_peft_model(
         make_model(), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     ),
 }
-SECOND_MODEL = {"new, with biases", "trained, DoRA", "IA3"}  # where the policy's weights cannot serve
+SECOND_MODEL = {
+    "new, with biases",
+    "trained, with biases",
+    "trained, DoRA",
+    "IA3",
+}  # where the policy's weights cannot serve
 COPIED_ADAPTER = {"new, PiSSA", "trained", "trained, with lm_head", "trained, whole lm_head", "trained, PiSSA"}
 
 

@@ -126,8 +126,8 @@ def test_conversations_go_through_the_chat_template() -> None:
     assert score == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("unpaired", [True, False])
-def test_training_raises_chosen_over_rejected(tmp_path: Path, unpaired: bool) -> None:
+@pytest.mark.parametrize(("unpaired", "tokenised"), [(True, False), (True, True), (False, False)])
+def test_training_raises_chosen_over_rejected(tmp_path: Path, unpaired: bool, tokenised: bool) -> None:
     pairs = make_pairs(12).to_list()
     rows = pairs
     if unpaired:
@@ -138,6 +138,9 @@ def test_training_raises_chosen_over_rejected(tmp_path: Path, unpaired: bool) ->
         report_to=[], disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     data = datasets.Dataset.from_list(rows)
+    if tokenised:
+        lengths: dict[str, Any] = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
+        data = tokenize_dataset(data, make_tokenizer(), **lengths)
     reward = train_reward(make_reward_model(), make_tokenizer(), data, args, loss_type="brier", alpha=0.25)
     prompts = [pair["prompt"] for pair in pairs]
     chosen, rejected = (reward(prompts, [pair[side] for pair in pairs]) for side in ("chosen", "rejected"))

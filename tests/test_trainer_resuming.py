@@ -9,20 +9,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from tiny_model import make_model
+from peft import LoraConfig
+from tiny_model import make_model, make_pairs, make_responses
 from tiny_trainer import assert_bitwise_equal, make_trainer, resumable_run, trained_weights
 from two_processes import IMPORTS
 
-from dil_kernels.trainer import last_complete_checkpoint
+from dil_kernels.trainer import DILTrainer, last_complete_checkpoint
 from dil_kernels.training.metrics import METRICS
+from dil_kernels.training.start import CannotStartError
 
 RESUMED = {
     "frozen copy": {},
     "precomputed": {"precompute_ref_log_probs": True},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
     "dropout": {"disable_dropout": False},
+    "by length, within an epoch": {"train_sampling_strategy": "group_by_length"},
+    "by length, in a later epoch": {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 4},
 }
 
 
@@ -37,6 +42,61 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path, options: dict[str, Any]
     names = ("loss", "grad_norm", "learning_rate", *METRICS)
     for actual, expected in zip(resumed.state.log_history[:6], whole.state.log_history[:6], strict=True):
         assert {name: actual[name] for name in names} == {name: expected[name] for name in names}
+
+
+def given_reference(pairs: datasets.Dataset, chosen: float) -> datasets.Dataset:
+    values = [chosen] * len(pairs)
+    return pairs.add_column("ref_chosen_logps", values).add_column("ref_rejected_logps", values)
+
+
+def lora(**options: Any) -> Any:
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+
+
+CHANGED = {
+    "labels": lambda value: {
+        "train_dataset": make_responses(7).map(lambda row: {"label": row["label"] == value}),
+    },
+    "reference log-probs of the data": lambda value: {
+        "train_dataset": given_reference(make_pairs(7), -10.0 - value),
+        "precompute_ref_log_probs": True,
+    },
+    "alpha_pattern of adapter default": lambda value: {"peft_config": lora(alpha_pattern={"q_proj": 8 + value})},
+    "bias of adapter default": lambda value: {"peft_config": lora(bias="lora_only" if value else "none")},
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_changes_what_is_learned_is_not_resumed(tmp_path: Path, what: str) -> None:
+    def run(value: bool) -> DILTrainer:
+        saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        return make_trainer(tmp_path, **saving, **CHANGED[what](value))
+
+    run(False).train()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(CannotStartError, match=rf"was trained with {what}(=|: ).+, now "):
+        run(True).train(resume_from_checkpoint=True)
+    run(False).train(resume_from_checkpoint=True)
+
+
+def test_what_is_logged_is_of_steps_that_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = DILTrainer.training_step
+
+    def out_of_memory_at_first(trainer: DILTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(trainer, *args, **kwargs)
+        if trainer._train_batch_size == 4:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    monkeypatch.setattr(DILTrainer, "training_step", out_of_memory_at_first)
+    options: dict[str, Any] = {"auto_find_batch_size": True, "train_sampling_strategy": "sequential", "max_steps": 1}
+    options["train_dataset"] = make_pairs(8)
+    found = make_trainer(tmp_path, per_device_train_batch_size=4, **options)
+    found.train()
+    assert found._train_batch_size < 4
+    plain = make_trainer(tmp_path, per_device_train_batch_size=found._train_batch_size, **options)
+    plain.train()
+    assert found.state.log_history[0]["logps/chosen"] == plain.state.log_history[0]["logps/chosen"]
 
 
 @pytest.mark.parametrize("precompute", [False, True], ids=["frozen copy", "precomputed"])

@@ -30,7 +30,7 @@ from tiny_trainer import (
     tokenized,
     trained_weights,
 )
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 from two_processes import run_on_two_processes
 
 from dil_kernels.data.collators import PreferenceCollator
@@ -175,11 +175,15 @@ def test_pairs_may_have_a_column_called_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("disable", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_dropout_is_off_unless_asked_for(tmp_path: Path, family: str, disable: bool) -> None:
     model: Any = make_model(attention_dropout=0.5)
     if family == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(vocab_size=288, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+    if family == "falcon":  # which looks its rates up in the config whenever it runs
+        config = FalconConfig(vocab_size=288, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+        config.hidden_dropout = config.attention_dropout = 0.5
+        model = FalconForCausalLM(config)
     trainer = make_trainer(tmp_path, model=model, disable_dropout=disable)
     model.train()
     batch = trainer._prepare_inputs(batch_of(make_pairs(2)))

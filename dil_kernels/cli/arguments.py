@@ -64,6 +64,10 @@ OMITTED_FIELDS = {
     "parallelism_config",
     "include_for_metrics",
     "batch_eval_metrics",
+    "label_names",
+    "label_smoothing_factor",
+    "length_column_name",
+    "remove_unused_columns",
 }
 
 

@@ -70,6 +70,11 @@ class ChatRenderer:
         ending = {CONTINUE: True} if continued else {"add_generation_prompt": True}
         if TOOLS in pair:
             options[TOOLS] = pair[TOOLS]
+        if getattr(self._tokenizer, "chat_template", None) is None and "chat_template" not in options:
+            raise PreferenceDataError(
+                f"{where}: these are messages, and the tokenizer has no chat template to make text of them: give it "
+                "one (chat_template_path), or prompts and responses that are strings"
+            )
         texts: dict[str, str] = {}
         prompts: dict[Form, str] = {}
         try:
@@ -171,6 +176,12 @@ def _join(prompt: Messages, response: Messages, continued: bool, where: str, col
     if not continued:
         return _Conversation([*prompt, *response], len(prompt), where, column)
     last, first = prompt[-1], response[0]
+    lost = [key for key in last if key not in ("role", "content") and key in first and first[key] != last[key]]
+    if lost or last.get("tool_calls"):
+        raise PreferenceDataError(
+            f"{where}, column 'prompt': the last message has {lost[0] if lost else 'tool_calls'}, which end a message: "
+            f"the response in column {column!r} cannot continue it"
+        )
     whole = {**last, **first, "content": (last["content"] or "") + (first["content"] or "")}
     return _Conversation([*prompt[:-1], whole, *response[1:]], len(prompt) - 1, where, column)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from dil_kernels.data.messages import TOOLS, Message, Messages
 
 RENDERING_ERRORS = (TemplateError, KeyError, TypeError, ValueError)
 
+PRINTED_ARGUMENTS = re.compile(r"\{'mark\d+end': 'mark\d+end'\}")  # which a template wants as JSON text
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names of the same thing
 
 
@@ -167,13 +169,13 @@ def _forms(messages: Messages) -> list[Form]:
 def _attempt(
     marked: MarkedConversation, form: Form, options: Mapping[str, Any], apply: Callable[..., str]
 ) -> str | None:
-    """The marked conversation as text; None where the template refuses it, or writes lists of parts as they are."""
+    """The marked conversation as text; None where the template refuses it, or prints parts or arguments as they are."""
     try:
         text = apply(form.of(marked.messages), **options)
     except RENDERING_ERRORS:
         return None
-    written = form.parts and any(opening in text for opening in ("'text': 'mark", '"text": "mark'))
-    return None if written else text
+    printed = form.parts and any(opening in text for opening in ("'text': 'mark", '"text": "mark'))
+    return None if printed or PRINTED_ARGUMENTS.search(text) else text
 
 
 def _function(call: Mapping[str, Any]) -> dict[str, Any]:

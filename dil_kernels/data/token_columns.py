@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 UNPAIRED_TOKEN_COLUMNS = ("prompt_ids", "completion_ids", "label")
@@ -9,3 +11,8 @@ UNPAIRED_REF_COLUMNS = ("ref_logps",)
 GIVEN_REFERENCE = (*REF_COLUMNS, *UNPAIRED_REF_COLUMNS)
 # What a collator takes of a row; length is for samplers that group by it.
 COLLATED_COLUMNS = (*TOKEN_COLUMNS, *UNPAIRED_TOKEN_COLUMNS[1:], *GIVEN_REFERENCE, "row", "length")
+
+
+def is_tokenised(columns: Iterable[str]) -> bool:
+    """Whether a data set of these columns is one of token ids."""
+    return any({*expected} <= {*columns} for expected in (TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS))

@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError(needs_extra("dil_kernels.models.reward", "train", error)) from error
 
 from dil_kernels.data.collators import PreferenceCollator
-from dil_kernels.data.token_columns import TOKEN_COLUMNS
+from dil_kernels.data.token_columns import is_tokenised
 from dil_kernels.data.tokenization import PairTokenizer, tokenize_dataset
 from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.reward_head import install_end_of_row, scores_at_end
@@ -122,7 +122,7 @@ def train_reward(
     """
     reward = DensityRatioReward(model, tokenizer, max_length=max_length)
     pad: Any = tokenizer.pad_token_id
-    if not set(TOKEN_COLUMNS) <= set(dataset.column_names):
+    if not is_tokenised(dataset.column_names):
         dataset = tokenize_dataset(dataset, tokenizer, **_lengths(max_length))
     args.remove_unused_columns = False
     trainer = RewardTrainer(

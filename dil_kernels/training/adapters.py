@@ -175,8 +175,16 @@ def changes_nothing(model: Any, adapter: str) -> bool:
 
 
 def can_be_copied(model: Any, adapter: str) -> bool:
-    """Whether `freeze_copy` holds for the adapter: LoRA without a variant such as DoRA."""
-    return _is_lora(model, adapter) and not any(_holds(module, "lora_variant", adapter) for module in model.modules())
+    """Whether `freeze_copy` holds for the adapter: LoRA without a variant such as DoRA, on weights that are not tied.
+
+    Of adapters that train biases a model has one.
+    """
+    if not _is_lora(model, adapter):
+        return False
+    config = model.peft_config[adapter]
+    if config.bias != "none" or getattr(config, "ensure_weight_tying", False):
+        return False
+    return not any(_holds(module, "lora_variant", adapter) for module in model.modules())
 
 
 def freeze_copy(model: Any, adapter: str) -> str:

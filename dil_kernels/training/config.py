@@ -161,7 +161,10 @@ class DILConfig(FusedLossFields, TrainingArguments):
         check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.label_smoothing_factor:
-            raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} was given, but no DIL loss has one")
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} was given, which is of cross-entropy: losses of "
+                "preference pairs that smooth labels have label_smoothing"
+            )
         check_joined_rows(self)
         if self.max_tokens_per_batch is not None:
             self._check_filling()

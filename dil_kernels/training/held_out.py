@@ -66,8 +66,15 @@ def score_held_out(trainer: Trainer) -> HeldOutScores:
         trainer: a `DILTrainer` with one evaluation data set.
     """
     dataset: Any = trainer.eval_dataset
-    with torch.random.fork_rng():
-        values = torch.from_numpy(trainer.predict(dataset).predictions).double()
+    # Whatever the run's own evaluations keep of their predictions.
+    needed = {"prediction_loss_only": False, "eval_do_concat_batches": True}
+    given = {name: getattr(trainer.args, name) for name in needed}
+    vars(trainer.args).update(needed)
+    try:
+        with torch.random.fork_rng():
+            values = torch.from_numpy(trainer.predict(dataset).predictions).double()
+    finally:
+        vars(trainer.args).update(given)
     columns = dict(zip(PREDICTIONS, values.unbind(1), strict=True))
     in_pairs, per_token = "label" not in dataset.column_names, trainer.args.average_log_prob  # type: ignore[attr-defined]
     sides = []

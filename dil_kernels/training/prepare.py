@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dil_kernels.data.token_columns import GIVEN_REFERENCE, TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
+from dil_kernels.data.token_columns import GIVEN_REFERENCE, is_tokenised
 from dil_kernels.data.tokenization import tokenize_and_report
 from dil_kernels.data.truncation import DataReport
 from dil_kernels.losses import LossOptions
@@ -73,7 +73,9 @@ def prepare_dataset(
             f"loss_type={args.loss_type!r}{link} couples the chosen and the rejected response of a pair: it cannot be "
             "trained on unpaired responses (a data set with the column 'label')"
         )
-    tokenised = any(set(columns) <= set(dataset.column_names) for columns in (TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS))
+    tokenised = is_tokenised(dataset.column_names)
+    if tokenised and unpaired and (kind := dataset.features["label"]) != datasets.Value("bool"):
+        raise ValueError(f"the {name} data set, column 'label': expected true or false, got {kind.dtype}")
     if not tokenised:
         dataset = _tokenize(dataset, tokenizer, args, name, reports)
     if args.max_tokens_per_batch is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -280,10 +281,39 @@ def install_joined_rows(models: Sequence[nn.Module], option: str | None, acceler
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to 0: the modules, and the rates that modules hand to functions."""
+    """Set every dropout of the model to 0: the modules, and the rates that modules hand to functions.
+
+    Rates that a module looks up in its config whenever it runs, as Falcon's do, become 0 there, and in what is saved.
+    """
+    sources: dict[str, str] = {}
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for name in _dropout_rates(module):
+            setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        rates = {} if config is None else {name: rate for name, rate in _dropout_rates(config).items() if rate}
+        for name in rates:
+            kind = str(type(module))
+            if kind not in sources:
+                sources[kind] = _source_beside_init(module)
+            if f"config.{name}" in sources[kind]:
+                setattr(config, name, 0.0)
+
+
+def _dropout_rates(owner: Any) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if "drop" in name and isinstance(value, float)
+    }
+
+
+def _source_beside_init(module: nn.Module) -> str:
+    """What the class of a module does once it is made, where that can be read."""
+    source = []
+    for name, function in inspect.getmembers(type(module), inspect.isfunction):
+        if name != "__init__" and function is not getattr(nn.Module, name, None):
+            with contextlib.suppress(OSError, TypeError):
+                source.append(inspect.getsource(function))
+    return "\n".join(source)

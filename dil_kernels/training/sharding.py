@@ -170,7 +170,7 @@ def frozen_copy(model: nn.Module, accelerator: Any) -> nn.Module:
     """A copy of a model, without gradients and in evaluation mode; sharded where the model was loaded sharded.
 
     Raises:
-        NotImplementedError: FSDP2 has it, which allows no copies.
+        NotImplementedError: FSDP2 has it, which allows no copies; or it has weights that are computed from others.
     """
     if is_sharded(model):
         raise NotImplementedError(
@@ -184,7 +184,15 @@ def frozen_copy(model: nn.Module, accelerator: Any) -> nn.Module:
                 memo[id(parameter)] = _copied_partition(parameter, accelerator)
     if tensor_parallel_size(model) > 1:
         return copied(model, memo).requires_grad_(False).eval()
-    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+    try:
+        return copy.deepcopy(model, memo).requires_grad_(False).eval()
+    except RuntimeError as error:
+        if "deepcopy" not in str(error):
+            raise
+        raise NotImplementedError(
+            "the reference would be a copy of model, whose weights cannot be copied, as some are computed from others "
+            "(an adapter with ensure_weight_tying, say): give ref_model, or precompute_ref_log_probs=True"
+        ) from error
 
 
 def _copied_partition(parameter: nn.Parameter, accelerator: Any) -> nn.Parameter:

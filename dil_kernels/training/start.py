@@ -9,11 +9,12 @@ import os
 import re
 import socket
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -21,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from dil_kernels.data.json_text import parse_json
+from dil_kernels.data.token_columns import GIVEN_REFERENCE
 from dil_kernels.training.agreement import done_by_all, told_by_all
 from dil_kernels.training.checkpoints import changed_file, last_complete_checkpoint, step_of, where_to_resume
 from dil_kernels.training.ref_cache import dataset_fingerprint
@@ -45,7 +47,20 @@ FREE = re.compile(
     r"|ref_cache_dir|num_generations_at_eval|generate_max_new_tokens|ignore_data_skip|restore_callback_states.*"
     r"|enable_jit_checkpoint|precompute_ref_batch_size|pad_to_multiple_of|activation_offloading"
 )
-ADAPTER_OPTIONS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora")
+# Likewise: where an adapter came from, and how it begins, which a run that is resumed does not.
+FREE_OF_ADAPTERS = (
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "peft_version",
+    "inference_mode",
+    "init_lora_weights",
+    "runtime_config",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "task_type",
+)
 
 
 TO_SHARE = (
@@ -98,12 +113,30 @@ def options_record(args: Any, together: int = 1) -> dict[str, Any]:
     return _as_json({**options, "global batch": batch})
 
 
-def run_record(trainer: Any, reference: str | None) -> dict[str, Any]:
+def given_to_learn_from(args: Any, dataset: datasets.Dataset | None, reference: nn.Module) -> dict[str, str]:
+    """Hashes of what decides, beside options and token ids, what a `DILTrainer` learns, before it adds log-probs.
+
+    Args:
+        args: its options.
+        dataset: tokenised; its labels count, and its own reference log-probs where they are used.
+        reference: whose weights count, where they are here whole.
+    """
+    found = {"reference weights": fingerprint_of_weights(reference)}
+    columns = {"labels": ["label"], "reference log-probs of the data": GIVEN_REFERENCE * args.precompute_ref_log_probs}
+    for what, names in columns.items():
+        given = [] if dataset is None else [dataset[name][:] for name in names if name in dataset.column_names]
+        if given:
+            values = np.asarray(given, dtype=np.float32)
+            found[what] = xxhash.xxh3_64(values.tobytes()).hexdigest()
+    return {what: value for what, value in found.items() if value is not None}
+
+
+def run_record(trainer: Any, given: Mapping[str, str]) -> dict[str, Any]:
     """What decides what a `DILTrainer` learns, as JSON has it.
 
     Args:
         trainer: about to train.
-        reference: `fingerprint_of_weights` of the reference.
+        given: what it was given, of `given_to_learn_from`.
     """
     configs = getattr(trainer.model, "peft_config", {})
     data: datasets.Dataset = trainer.train_dataset
@@ -111,13 +144,13 @@ def run_record(trainer: Any, reference: str | None) -> dict[str, Any]:
         "training data": f"{len(data)} rows, {dataset_fingerprint(data)[:12]}",
         "names of adapters": sorted(configs),
         **{
-            f"{option} of adapter {name}": getattr(config, option, None)
+            f"{option} of adapter {name}": value
             for name, config in configs.items()
-            for option in ADAPTER_OPTIONS
+            for option, value in config.to_dict().items()
+            if option not in FREE_OF_ADAPTERS
         },
+        **given,
     }
-    if reference is not None:
-        content["reference weights"] = reference
     return {**options_record(trainer.args, processes_of_a_batch(trainer.accelerator)), **_as_json(content)}
 
 
@@ -289,6 +322,19 @@ def only_run_of_all(trainer: Any) -> contextlib.AbstractContextManager[Any]:
     else:
         done_by_all(lambda: None, OutputDirError)
     return lock
+
+
+class AtEveryStart(TrainerCallback):
+    """Calls a function when training begins, and where it begins anew (auto_find_batch_size)."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call it."""
+        self.function()
 
 
 class StopWhenFinished(TrainerCallback):

@@ -1,17 +1,20 @@
-"""The data loaders of a `DILTrainer` whose batches are filled by tokens (max_tokens_per_batch)."""
+"""The data loaders of a `DILTrainer`: batches filled by tokens (max_tokens_per_batch), or with rows of like lengths."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
 
 from dil_kernels.data.token_batches import (
@@ -65,7 +68,7 @@ def training_sampler(dataset: datasets.Dataset, args: Any, share: tuple[int, int
         share: of `share_of_batches`.
     """
     tokens = row_tokens(dataset, args)
-    seed = args.seed if args.data_seed is None else args.data_seed
+    seed: int | None = seed_of_order(args)
     if getattr(args, "train_sampling_strategy", "random") == "sequential":
         seed = None
 
@@ -75,6 +78,11 @@ def training_sampler(dataset: datasets.Dataset, args: Any, share: tuple[int, int
     if args.max_steps <= 0:
         return sampler(math.ceil(args.num_train_epochs))
     return sampler(math.ceil(args.max_steps / math.ceil(len(sampler(1)) / args.gradient_accumulation_steps)))
+
+
+def seed_of_order(args: Any) -> int:
+    """By which rows are shuffled."""
+    return int(args.seed if args.data_seed is None else args.data_seed)
 
 
 def loader_of(trainer: Any, rows: Any, batches: Any, **options: Any) -> Any:
@@ -102,6 +110,30 @@ def in_order_of_rows(values: Any, shares: Shares) -> NDArray[Any]:
     return ordered
 
 
+class LengthsByEpoch(Sampler[int]):
+    """The rows of a sampler that draws from torch's global generator, by seed and epoch instead: resumed, the same.
+
+    Args:
+        sampler: of transformers, that groups rows by length.
+        seed: of the run.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be that of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator()
+        self.sampler.generator.manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+
 class FilledByTokens(Trainer):
     """A `Trainer` whose batches are filled by tokens where its arguments have max_tokens_per_batch."""
 
@@ -120,6 +152,12 @@ class FilledByTokens(Trainer):
         self._rows_per_step = batches * len(dataset) / sampler.num_batches
         persistent = self.args.dataloader_persistent_workers
         return loader_of(self, RowsOrFiller(dataset, sampler), sampler, persistent_workers=persistent)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            return LengthsByEpoch(sampler, seed_of_order(self.args))
+        return sampler
 
     def get_total_train_batch_size(self, args: Any) -> float:  # type: ignore[override]
         """The rows of an optimizer step; on average, where batches are filled by tokens."""

@@ -60,9 +60,10 @@ from dil_kernels.training.set_up import (
 from dil_kernels.training.sharding import gather_each_once, gather_rows, is_sharded, prepare_processes, shard_again
 from dil_kernels.training.start import (
     RECORD_NAME,
+    AtEveryStart,
     StopWhenFinished,
     checkpoint_to_resume,
-    fingerprint_of_weights,
+    given_to_learn_from,
     only_run_of_all,
     refuse_no_step,
     run_record,
@@ -181,7 +182,7 @@ class DILTrainer(FilledByTokens):
         if args.padding_free or args.prefix_sharing:
             join_rows(self, data_collator, models)
         # Hashed while the weights are whole.
-        self._reference_fingerprint = fingerprint_of_weights(models[-1])
+        self._given = given_to_learn_from(args, self.train_dataset, models[-1])
         cache = trainer_ref_cache(self, models[-1]) if args.precompute_ref_log_probs else ""
         reference.place(self.accelerator)
         self._reference_sync = None
@@ -192,6 +193,7 @@ class DILTrainer(FilledByTokens):
             precompute_reference(self, functools.partial(self.batch_loss.reference_token_logps, model), cache)
             self.batch_loss.reference = None
         self._start_record()
+        self.add_callback(AtEveryStart(self._start_record))
         self._eval_sums = zero_sums(args.device)
         self.card_notes = CardNotes()
         self._finish = StopWhenFinished()
@@ -244,11 +246,10 @@ class DILTrainer(FilledByTokens):
         """
         refuse_no_step(self)
         shard_again(self.model)
-        self._run_record = run_record(self, self._reference_fingerprint)
+        self._run_record = run_record(self, self._given)
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint, self._run_record)
         if checkpoint is not None and self._reference_sync is not None:
             self._reference_sync.load(Path(checkpoint))
-        self._start_record()
         with only_run_of_all(self):
             output = super().train(checkpoint, *args, **kwargs)
         check_weights(self.model, self.state.global_step, self.accelerator.gather)
