@@ -250,7 +250,9 @@ def test_help_lists_what_the_registries_hold(capsys) -> None:
 
 
 def test_env_says_what_is_there_and_why_not(capsys) -> None:
-    assert programs.env_main() == 0
+    with pytest.raises(SystemExit, match="2"):
+        programs.env_main(["--verbose"])
+    assert programs.env_main([]) == 0
     text = capsys.readouterr().out
     for name in backends.BACKENDS:
         assert f"\n  {name} " in text

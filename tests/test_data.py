@@ -138,6 +138,11 @@ BROKEN_CHAT = {
         {"chosen": CHAT["chosen"], "rejected": CHAT["rejected"]},
         ": column 'prompt' is missing, and the responses hold only the answer",
     ),
+    "prompt under another name": (
+        {"question": "w9", "chosen": CHAT["chosen"], "rejected": CHAT["rejected"]},
+        ": column 'prompt' is missing, and the responses hold only the answer (columns with a value: question, chosen, "
+        "rejected)",
+    ),
     "two prompts": (
         {"chosen": CHAT["prompt"] + CHAT["chosen"], "rejected": CHAT["prompt"][1:] + CHAT["rejected"]},
         ": chosen and rejected share no message that could be the prompt",

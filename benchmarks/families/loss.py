@@ -88,7 +88,7 @@ def make_inputs(case: LossCase, device: torch.device) -> Inputs:
     ref_token_logps = token_logps + 0.5 * torch.randn(S, T - 1, generator=generator, device=device)
     labels = torch.randint(0, 32000, (S, T), generator=generator, device=device)
     labels[:, : T - case.scored_per_sequence] = IGNORE_INDEX
-    upstream = torch.linspace(-1.0, 2.0, case.pairs, device=device)
+    upstream = torch.linspace(-0.7, 2.0, case.pairs, device=device)  # of no pair the mean's own, negated
     return Inputs(token_logps.requires_grad_(), labels, ref_token_logps, upstream)
 
 

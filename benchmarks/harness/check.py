@@ -44,8 +44,10 @@ def allowed_errors(family: Family, yardstick: Errors, provider: Provider, dtype:
 
 
 def find_problem(errors: Errors, allowed: Errors) -> str | None:
-    """What exceeds the allowed errors, or None. NaN exceeds."""
+    """What exceeds the allowed errors, or None. NaN exceeds, and nothing is within a limit that is not finite."""
     for kind, limit in allowed.items():
+        if not math.isfinite(limit):
+            return f"unknown {kind}: eager PyTorch has no finite error to go by"
         if not errors[kind] <= limit:
             return f"wrong {kind}: relative error {errors[kind]:.1e}, allowed {limit:.1e}"
     return None

@@ -38,7 +38,9 @@ def version_rows() -> list[Row]:
 def device_rows() -> list[Row]:
     """The CPU, the CUDA that torch was built with, and every GPU."""
     names = ", ".join(dict.fromkeys([cpu_name(), platform.machine()]))
-    rows: list[Row] = [("CPU", f"{names}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
+    rows: list[Row] = [
+        ("CPU", f"{names}, {_counted(os.cpu_count() or 1, 'core')}, {_counted(torch.get_num_threads(), 'thread')}")
+    ]
     if torch.version.cuda is None:
         return [*rows, ("CUDA", f"none: this PyTorch ({torch.__version__}) was built without it")]
     rows.append(
@@ -100,6 +102,10 @@ def version_of(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _align(rows: Sequence[Row]) -> str:

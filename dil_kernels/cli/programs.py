@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import sys
@@ -77,10 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def env_main() -> int:
-    """Run `dil-env`: print what is installed, which backends are available, and why the others are not."""
+def env_main(argv: Sequence[str] | None = None) -> int:
+    """Run `dil-env`: print what is installed, which backends are available, and why the others are not.
+
+    Args:
+        argv: no options but --help; those of the process if not given.
+    """
     from dil_kernels.cli.environment import describe_environment
 
+    parser = argparse.ArgumentParser(
+        prog="dil-env", description="Say what is installed, which backends are available, and why the others are not."
+    )
+    parser.parse_args(argv)
     print(describe_environment())
     return 0
 

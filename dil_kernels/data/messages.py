@@ -56,6 +56,10 @@ class PreferenceDataError(ValueError):
     """Preference data that cannot be trained on; names the file, the line or row (counted from 1) and the column."""
 
 
+class NoPromptError(PreferenceDataError):
+    """There is no column of prompts, and the responses share nothing that could be one."""
+
+
 def check_messages(value: Any, where: str, column: str) -> Messages:
     """The messages of a conversation: role and content, and whatever other keys each has.
 
@@ -261,7 +265,7 @@ def split_conversations(prompt: str | None, responses: Mapping[str, Messages], w
     elif not shared and any(len(messages) > 1 for messages in responses.values()):
         raise PreferenceDataError(f"{where}: {' and '.join(responses)} share no message that could be the prompt")
     elif not shared:
-        raise PreferenceDataError(f"{where}: column 'prompt' is missing, and the responses hold only the answer")
+        raise NoPromptError(f"{where}: column 'prompt' is missing, and the responses hold only the answer")
     if prompt is not None and prompt.strip() not in [str(message["content"]).strip() for message in prompt_messages]:
         raise PreferenceDataError(
             f"{where}, column 'prompt': not a message of the conversation in {' and '.join(responses)}"
@@ -292,7 +296,7 @@ def split_strings(chosen: str, rejected: str, where: str) -> tuple[str, str, str
             parts = chosen[:end], chosen[end:], rejected[end:]
             if all(part.strip() for part in parts):
                 return parts
-    raise PreferenceDataError(
+    raise NoPromptError(
         f"{where}: column 'prompt' is missing, and chosen and rejected begin with no line or word in common"
     )
 

@@ -11,6 +11,7 @@ from dil_kernels.data.messages import (
     JSON_COLUMNS,
     MEDIA,
     Messages,
+    NoPromptError,
     PreferenceDataError,
     check_json_columns,
     check_messages,
@@ -69,6 +70,11 @@ def check_pair(record: Any, where: str, like: Pair | None = None) -> Pair:
     try:
         pair = (_check_strings if is_text else _check_conversation)(record, where, columns)
         options = check_json_columns(record, where)
+    except NoPromptError as error:
+        found = [name for name, value in record.items() if value is not None]
+        if set(found) <= {*columns}:
+            raise
+        raise PreferenceDataError(f"{error} (columns with a value: {', '.join(found)})") from None
     except RecursionError:
         raise PreferenceDataError(f"{where}: objects or lists are nested too deeply") from None
     if columns == ("completion",):
