@@ -99,7 +99,8 @@ def test_overwriting_removes_what_a_run_writes_and_once_training_begins(inputs: 
     earlier = ("held_out_before.json", "generations.md", "adapter_config.json", "model-00001-of-00002.safetensors")
     for name in earlier:
         (out / name).write_text("of an earlier run")
-    (out / "tokenizer_tests").mkdir()  # a directory of that name is not a run's
+    (out / "model.bin").mkdir()  # a directory of that name is not a run's
+    (out / "tokenizer.txt").write_text("mine")
     (out / "checkpoint-2").rename(kept)
     (out / "checkpoint-2").symlink_to(kept)
     before = contents(out)
@@ -113,7 +114,7 @@ def test_overwriting_removes_what_a_run_writes_and_once_training_begins(inputs: 
     assert "is the directory of --resume-from-checkpoint, which would be overwritten" in last_line(capsys)
     assert train(inputs, out, overwrite_output_dir=True, max_steps=1) == 0
     said = capsys.readouterr().out
-    assert "left as they are: checkpoint-best, checkpoint-notes.txt, tokenizer_tests" in said
+    assert "left as they are: checkpoint-best, checkpoint-notes.txt, model.bin, tokenizer.txt" in said
     assert "generations" not in said.partition("left as they are")[2]
     assert not [name for name in earlier if (out / name).exists()]
     assert (out / "checkpoint-best" / "weights").read_text() == (out / "checkpoint-notes.txt").read_text() == "mine"

@@ -19,12 +19,13 @@ from dil_kernels.training.run_lock import LOCK_NAME, OutputDirError, only_run
 
 # What a run writes beside checkpoints: weights, adapters, tokenizers; states and reports of its own.
 MODEL = re.compile(
-    r"(generation_|adapter_)?config\.json|(pytorch_|adapter_)?model.*\.(safetensors|bin|json)|training_args\.bin"
-    r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|(spiece|spm|sentencepiece\.bpe)\.model"
-    r"|chat_template\..*|additional_chat_templates"
+    r"(generation_|adapter_)?config\.json|(pytorch_|adapter_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|training_args\.bin|tokenizer(_config)?\.json|(tokenizer|spiece|spm|sentencepiece\.bpe)\.model"
+    r"|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt|bpe)|merges\.txt|chat_template\.(jinja|json)"
+    r"|additional_chat_templates"
 )
 REPORTS = re.compile(
-    r"trainer_state\.json|README\.md|training_curves\.png|before_after\.json|held_out_before\.json|generations\..*"
+    r"trainer_state\.json|README\.md|training_curves\.png|before_after\.json|held_out_before\.json|generations\.(md|jsonl)"
 )
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 NAMED = 8  # entries of a directory that a message lists
