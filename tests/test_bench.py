@@ -256,6 +256,15 @@ def test_peers_are_called_rightly(name, module, dtype):
     assert find_problem(errors, allowed_errors(LOGPROB, eager, provider, dtype)) is None
 
 
+def test_a_check_that_could_not_fail_is_none() -> None:
+    problem = find_problem({"gradient": math.inf}, {"gradient": math.inf})
+    assert problem == "unknown gradient: eager PyTorch has no finite error to go by"
+    for path in sorted((REPOSITORY / "benchmarks" / "results").glob("*/*.csv")):
+        with path.open(newline="") as file:
+            limits = [row["max_error_allowed"] for row in csv.DictReader(file) if row.get("max_error_allowed")]
+        assert all(math.isfinite(float(limit)) for limit in limits), path
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
