@@ -122,11 +122,16 @@ def given_to_learn_from(args: Any, dataset: datasets.Dataset | None, reference: 
         reference: whose weights count, where they are here whole.
     """
     found = {"reference weights": fingerprint_of_weights(reference)}
-    columns = {"labels": ["label"], "reference log-probs of the data": GIVEN_REFERENCE * args.precompute_ref_log_probs}
+    present = [] if dataset is None else dataset.column_names
+    columns = {
+        "labels": ["label"] if "completion_ids" in present else [],  # pairs may have a column of that name, too
+        "reference log-probs of the data": GIVEN_REFERENCE if args.precompute_ref_log_probs else (),
+    }
     for what, names in columns.items():
-        given = [] if dataset is None else [dataset[name][:] for name in names if name in dataset.column_names]
-        if given:
-            values = np.asarray(given, dtype=np.float32)
+        given = [name for name in names if name in present]
+        if dataset is not None and given:
+            rows = dataset.with_format("numpy")
+            values = np.stack([np.asarray(rows[name][:], dtype=np.float32) for name in given])
             found[what] = xxhash.xxh3_64(values.tobytes()).hexdigest()
     return {what: value for what, value in found.items() if value is not None}
 
