@@ -221,16 +221,29 @@ def test_a_prompt_that_ends_with_the_assistant_is_continued_or_not_as_is_said() 
     assert problem == "row 3: continue_final_message is true, but the last message of the prompt is 'user'"
     problem = refusal(OF_PARTS, answer[:1], prompt, chat_template_kwargs={"continue_final_message": "yes"})
     assert problem.endswith("continue_final_message must be true or false, got 'yes'")
-    problem = refusal(
-        TEXT_ARGUMENTS,
-        answer,
-        [*ASKED, called(ARGUMENTS, "The cap")],
-        chat_template_kwargs={"continue_final_message": True},
-    )
+    continuing = {"continue_final_message": True}
+    expected = texts(TEXT_ARGUMENTS, answer, prompt, chat_template_kwargs=continuing)
+    # Numbers may differ, text must not be lost.
+    counted, numbered = [*ASKED, {**prompt[-1], "id": 7}], [{**answer[0], "id": 8}, *answer[1:]]
+    assert texts(TEXT_ARGUMENTS, numbered, counted, chat_template_kwargs=continuing) == expected
+    counted[-1]["id"], numbered[0]["id"] = "a", "b"
+    problem = refusal("{{ messages[-1].id }}" + TEXT_ARGUMENTS, numbered, counted, chat_template_kwargs=continuing)
+    assert "the last message has id: the response in column 'completion'" in problem
+    prompt = [*ASKED, called(ARGUMENTS, "The cap")]
+    problem = refusal(TEXT_ARGUMENTS, answer, prompt, chat_template_kwargs=continuing)
     assert problem == (
-        "row 3, column 'prompt': the last message has tool_calls, which end a message: the response in column "
-        "'completion' cannot continue it"
+        "row 3, column 'prompt': the last message has tool_calls: the response in column 'completion', which continues "
+        "it, cannot come before or take its place"
     )
+
+
+def test_a_template_that_can_only_print_arguments_is_still_looked_at() -> None:
+    mapping = "{% if a is mapping %}({{ a }}){% else %}{{ raise_exception('no') }}{% endif %}"
+    template = TEXT_ARGUMENTS.replace(
+        "{{ call.function.name + ' ' + call.function.arguments }}", "{% set a = call.function.arguments %}" + mapping
+    )
+    assert template != TEXT_ARGUMENTS
+    assert refusal(template, [called(ARGUMENTS)]).endswith("the chat template has no place for tool_calls")
 
 
 def test_what_an_option_leaves_out_is_the_users_choice() -> None:

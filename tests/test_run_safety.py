@@ -16,6 +16,7 @@ from dil_kernels.cli import programs
 from dil_kernels.quickstart import run as quickstart
 from dil_kernels.trainer import DILConfig, DILTrainer
 from dil_kernels.training.checkpoints import writing_checkpoint
+from dil_kernels.training.run import run_training
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,27 @@ def test_overwriting_removes_what_a_run_writes_and_once_training_begins(inputs: 
     (out / "checkpoint-9").mkdir()
     assert train(inputs, out, resume_from_checkpoint=kept, **longer) == 0
     assert not (out / "checkpoint-9").exists()
+
+
+def test_a_run_that_is_resumed_is_not_overwritten(tmp_path: Path) -> None:
+    def run(**options: Any) -> Any:
+        config = DILConfig(
+            str(tmp_path),
+            max_steps=2,
+            save_steps=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            ref_cache_dir="none",
+        )
+        return run_training(make_model(), make_tokenizer(), config, make_pairs(4), make_pairs(2), **options)
+
+    first = run()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert run(overwrite=True, resume_from_checkpoint=True).before == first.before
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert run(overwrite=True).before == first.before
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_a_directory_that_cannot_be_written_is_refused_at_once(

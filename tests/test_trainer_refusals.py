@@ -79,6 +79,15 @@ def test_every_option_says_what_it_is() -> None:
             "the train data set, column 'label': expected true or false, got int64",
         ),
         (
+            lambda model: {
+                "train_dataset": datasets.Dataset.from_list(
+                    [{"prompt_ids": [1], "completion_ids": [2], "label": [True]}]
+                )
+            },
+            ValueError,
+            "the train data set, column 'label': expected true or false, got List",
+        ),
+        (
             lambda model: {"train_dataset": make_pairs(2).to_iterable_dataset()},
             TypeError,
             "the train data set is streamed",

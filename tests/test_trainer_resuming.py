@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from tiny_model import make_model, make_pairs, make_responses
 from tiny_trainer import assert_bitwise_equal, make_trainer, resumable_run, trained_weights
-from two_processes import IMPORTS
+from two_processes import IMPORTS, run_on_two_processes
 
 from dil_kernels.trainer import DILTrainer, last_complete_checkpoint
 from dil_kernels.training.metrics import METRICS
@@ -42,6 +42,27 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path, options: dict[str, Any]
     names = ("loss", "grad_norm", "learning_rate", *METRICS)
     for actual, expected in zip(resumed.state.log_history[:6], whole.state.log_history[:6], strict=True):
         assert {name: actual[name] for name in names} == {name: expected[name] for name in names}
+
+
+BY_LENGTH = """
+import shutil
+from tiny_model import make_pairs
+from tiny_trainer import assert_bitwise_equal, make_trainer, trained_weights
+
+def run(name):
+    options = {"train_sampling_strategy": "group_by_length", "save_strategy": "steps", "save_steps": 5}
+    return make_trainer(Path(sys.argv[1], name), train_dataset=make_pairs(12), max_steps=6, **options)
+
+whole = run("whole")
+whole.train()
+resumed = run("resumed")
+resumed.train(resume_from_checkpoint=str(Path(sys.argv[1], "whole", "checkpoint-5")))
+assert_bitwise_equal(trained_weights(resumed), trained_weights(whole))
+"""
+
+
+def test_two_processes_resume_within_a_later_epoch_by_length(tmp_path: Path) -> None:
+    run_on_two_processes(BY_LENGTH, tmp_path, tmp_path)
 
 
 def given_reference(pairs: datasets.Dataset, chosen: float) -> datasets.Dataset:

@@ -189,6 +189,8 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path, family: str, disable: b
     batch = trainer._prepare_inputs(batch_of(make_pairs(2)))
     first, second = (trainer.compute_loss(model, batch) for _ in range(2))
     assert (first == second) == disable
+    if family == "llama":
+        assert model.config.attention_dropout == 0.5  # which its modules have read: what is saved keeps it
 
 
 def test_length_grouping_has_its_lengths(tmp_path: Path) -> None:

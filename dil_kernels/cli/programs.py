@@ -127,7 +127,6 @@ def train(options: RunOptions, config: DILConfig) -> None:
 
 def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | None) -> None:
     from dil_kernels.training.agreement import done_by_all
-    from dil_kernels.training.output_dir import continues
     from dil_kernels.training.run import run_training
 
     tokenizer = done_by_all(lambda: _load_tokenizer(options), InputError)  # which is small, before the data
@@ -143,7 +142,7 @@ def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | No
         ref_model=ref_model,
         resume_from_checkpoint=checkpoint or False,
         sources={name: value for name, value in options.given().items() if name not in OF_ONE_RUN},
-        overwrite=options.overwrite_output_dir and not continues(str(config.output_dir), checkpoint),
+        overwrite=options.overwrite_output_dir,
     )
 
 

@@ -82,7 +82,7 @@ class ChatRenderer:
             prompt = _with_reasoning(pair["prompt"], template)
             for column in response_columns(pair):
                 response = _with_reasoning(pair[column], template)
-                conversation = _join(prompt, response, continued, where, column)
+                conversation = _join(prompt, response, continued, template, where, column)
                 shape = self._shape(conversation.messages, options, template)
                 self._check_shape(shape, conversation)
                 texts[column] = self._apply(shape.form.of(conversation.messages), **options)
@@ -172,15 +172,19 @@ def _is_continued(prompt: Messages, option: bool | None, where: str) -> bool:
     return bool(option)
 
 
-def _join(prompt: Messages, response: Messages, continued: bool, where: str, column: str) -> _Conversation:
+def _join(
+    prompt: Messages, response: Messages, continued: bool, template: str, where: str, column: str
+) -> _Conversation:
     if not continued:
         return _Conversation([*prompt, *response], len(prompt), where, column)
     last, first = prompt[-1], response[0]
-    lost = [key for key in last if key not in ("role", "content") and key in first and first[key] != last[key]]
-    if lost or last.get("tool_calls"):
+    texts = [key for key in last.keys() - {"role", "content"} if isinstance(last[key], str) and last[key].strip()]
+    lost = ["tool_calls"] if last.get("tool_calls") else []
+    lost += [key for key in sorted(texts) if first.get(key, last[key]) != last[key] and _names(template, key)]
+    if lost:
         raise PreferenceDataError(
-            f"{where}, column 'prompt': the last message has {lost[0] if lost else 'tool_calls'}, which end a message: "
-            f"the response in column {column!r} cannot continue it"
+            f"{where}, column 'prompt': the last message has {lost[0]}: the response in column {column!r}, which "
+            "continues it, cannot come before or take its place"
         )
     whole = {**last, **first, "content": (last["content"] or "") + (first["content"] or "")}
     return _Conversation([*prompt[:-1], whole, *response[1:]], len(prompt) - 1, where, column)

@@ -141,8 +141,11 @@ def probe(marked: MarkedConversation, options: Mapping[str, Any], apply: Callabl
     tools, tool_markers = _mark_tools(options.get(TOOLS, []))
     marked_options = {**options, TOOLS: tools} if tools else options
     best: tuple[list[Piece], Form, str] | None = None
-    for form in _forms(marked.messages):
-        text = _attempt(marked, form, marked_options, apply)
+    tries = [(form, False) for form in _forms(marked.messages)]
+    for form, printed in tries + [(form, True) for form, _ in tries]:  # where there is no other way
+        if printed and best is not None:
+            break
+        text = _attempt(marked, form, marked_options, apply, printed)
         if text is not None and (best is None or len(marked.lost(text)) < len(best[0])):
             best = marked.lost(text), form, text
             if not best[0]:
@@ -167,15 +170,18 @@ def _forms(messages: Messages) -> list[Form]:
 
 
 def _attempt(
-    marked: MarkedConversation, form: Form, options: Mapping[str, Any], apply: Callable[..., str]
+    marked: MarkedConversation, form: Form, options: Mapping[str, Any], apply: Callable[..., str], printed: bool = True
 ) -> str | None:
-    """The marked conversation as text; None where the template refuses it, or prints parts or arguments as they are."""
+    """The marked conversation as text; None where the template refuses it, or writes lists of parts as they are.
+
+    And, unless `printed`, where it writes arguments as Python does.
+    """
     try:
         text = apply(form.of(marked.messages), **options)
     except RENDERING_ERRORS:
         return None
-    printed = form.parts and any(opening in text for opening in ("'text': 'mark", '"text": "mark'))
-    return None if printed or PRINTED_ARGUMENTS.search(text) else text
+    written = form.parts and any(opening in text for opening in ("'text': 'mark", '"text": "mark'))
+    return None if written or (PRINTED_ARGUMENTS.search(text) and not printed) else text
 
 
 def _function(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,8 @@ class HeldOutBefore(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Score, or read what the run that is resumed scored."""
+        if self.scores is not None:  # training begins anew (auto_find_batch_size)
+            return
         path = Path(str(args.output_dir)) / BEFORE_NAME
         dataset: Any = self._trainer.eval_dataset
         data = dataset_fingerprint(dataset)

@@ -89,9 +89,9 @@ class RemoveEarlier(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remove checkpoints and reports."""
+        """Remove checkpoints and reports; where training begins anew (auto_find_batch_size), reports are this run's."""
         if state.is_world_process_zero:
-            _remove(Path(str(args.output_dir)), CHECKPOINT, REPORTS)
+            _remove(Path(str(args.output_dir)), CHECKPOINT, *[REPORTS] * (not self.removed))
         self.removed = True
 
     def before_saving(self, args: TrainingArguments) -> None:
@@ -108,9 +108,9 @@ def _remove(directory: Path, *kinds: re.Pattern[str]) -> None:
 
 
 def _is_written(path: Path, *kinds: re.Pattern[str]) -> bool:
-    """Whether a run writes an entry of this name; a directory of another name than theirs is somebody else's."""
-    is_ours = not path.is_dir() or CHECKPOINT.fullmatch(path.name) or path.name == "additional_chat_templates"
-    return bool(is_ours) and any(kind.fullmatch(path.name) for kind in kinds)
+    """Whether a run writes this: an entry of such a name that is a directory, or none, as the run's is."""
+    is_directory = CHECKPOINT.fullmatch(path.name) or path.name == "additional_chat_templates"
+    return path.is_dir() == bool(is_directory) and any(kind.fullmatch(path.name) for kind in kinds)
 
 
 def _refuse(
@@ -149,7 +149,7 @@ def _refuse_entries(path: Path, overwrite: bool | None) -> None:
     replaced = [name for name in entries if _is_written(path / name, CHECKPOINT, MODEL, REPORTS)]
     if overwrite:
         kept = [name for name in entries if name not in replaced]
-        print(f"{path}: to be overwritten: {_listed(replaced)}; left as they are: {_listed(kept)}")
+        print(f"{path}: to be overwritten: {', '.join(replaced) or 'nothing'}; left as they are: {_listed(kept)}")
         return
     holds = f"output_dir={path} holds "
     if overwrite is None:

@@ -75,7 +75,8 @@ def prepare_dataset(
         )
     tokenised = is_tokenised(dataset.column_names)
     if tokenised and unpaired and (kind := dataset.features["label"]) != datasets.Value("bool"):
-        raise ValueError(f"the {name} data set, column 'label': expected true or false, got {kind.dtype}")
+        found = getattr(kind, "dtype", kind)
+        raise ValueError(f"the {name} data set, column 'label': expected true or false, got {found}")
     if not tokenised:
         dataset = _tokenize(dataset, tokenizer, args, name, reports)
     if args.max_tokens_per_batch is not None:

@@ -15,7 +15,7 @@ from dil_kernels.training.checkpoints import NO_CHECKPOINT, SavingError, saving,
 from dil_kernels.training.generations import GENERATIONS_NAME
 from dil_kernels.training.held_out import BeforeAfter, HeldOutBefore, score_held_out
 from dil_kernels.training.model_card import CARD_NAME, PLOT_NAME, CardNotes
-from dil_kernels.training.output_dir import RemoveEarlier
+from dil_kernels.training.output_dir import RemoveEarlier, continues
 from dil_kernels.training.progress import LiveLines, LiveProgress
 from dil_kernels.training.start import CannotStartError
 from dil_kernels.training.trainer import DILConfig, DILTrainer
@@ -63,7 +63,7 @@ def run_training(
         resume_from_checkpoint: a checkpoint, or True for the last complete one.
         sources: where model and data came from, for the model card: options of `dil-train` by name.
         overwrite: remove checkpoints and reports of an earlier run from the output directory when training begins, and
-            its model before this one's is saved.
+            its model before this one's is saved; nothing of a run that is resumed there.
 
     Returns:
         The scores of the held-out responses before and after training; None without any, and where a run that was
@@ -75,6 +75,9 @@ def run_training(
         TrainingError: training, or writing its results, failed.
         TrainingInterrupt: for a `KeyboardInterrupt` in training.
     """
+    resumed = resume_from_checkpoint is True or continues(str(config.output_dir), resume_from_checkpoint or None)
+    overwrite = overwrite and not resumed
+    earlier = RemoveEarlier()
     try:
         trainer = DILTrainer(
             model=model,
@@ -83,14 +86,12 @@ def run_training(
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
+            callbacks=[earlier] if overwrite else None,  # before those that write reports of this run
         )
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise SetupError(str(error)) from error
     trainer.remove_callback(PrinterCallback if config.disable_tqdm else ProgressCallback)
     trainer.add_callback(LiveLines if config.disable_tqdm else LiveProgress)
-    earlier = RemoveEarlier()
-    if overwrite:
-        trainer.callback_handler.callbacks.insert(0, earlier)  # before those that write reports of this run
 
     def where_to_go_on() -> str:
         return NO_CHECKPOINT if overwrite and not earlier.removed else where_to_resume(str(config.output_dir))

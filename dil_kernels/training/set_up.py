@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -285,19 +286,14 @@ def disable_dropout(model: nn.Module) -> None:
 
     Rates that a module looks up in its config whenever it runs, as Falcon's do, become 0 there, and in what is saved.
     """
-    sources: dict[str, str] = {}
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name in _dropout_rates(module):
             setattr(module, name, 0.0)
         config = getattr(module, "config", None)
-        rates = {} if config is None else {name: rate for name, rate in _dropout_rates(config).items() if rate}
-        for name in rates:
-            kind = str(type(module))
-            if kind not in sources:
-                sources[kind] = _source_beside_init(module)
-            if f"config.{name}" in sources[kind]:
+        for name, rate in _dropout_rates(config).items():
+            if rate and re.search(rf"config\.{name}\b", _source_of_forward(module)):
                 setattr(config, name, 0.0)
 
 
@@ -309,11 +305,8 @@ def _dropout_rates(owner: Any) -> dict[str, float]:
     }
 
 
-def _source_beside_init(module: nn.Module) -> str:
-    """What the class of a module does once it is made, where that can be read."""
-    source = []
-    for name, function in inspect.getmembers(type(module), inspect.isfunction):
-        if name != "__init__" and function is not getattr(nn.Module, name, None):
-            with contextlib.suppress(OSError, TypeError):
-                source.append(inspect.getsource(function))
-    return "\n".join(source)
+def _source_of_forward(module: nn.Module) -> str:
+    try:
+        return inspect.getsource(type(module).forward)
+    except (OSError, TypeError):  # made at run time, or compiled
+        return ""

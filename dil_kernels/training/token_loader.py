@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
@@ -13,7 +13,7 @@ from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
 
@@ -116,21 +116,19 @@ class LengthsByEpoch(Sampler[int]):
     Args:
         sampler: of transformers, that groups rows by length.
         seed: of the run.
+        state: of the trainer; where batches are skipped on several processes, nothing else tells a sampler the epoch.
     """
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be that of an epoch."""
-        self.epoch = epoch
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, state: Callable[[], TrainerState]) -> None:
+        self.sampler, self.seed, self.state = sampler, seed, state
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
+        epoch = int((self.state().epoch or 0) + 1e-6)  # which counts fractions
         self.sampler.generator = torch.Generator()
-        self.sampler.generator.manual_seed(self.seed + self.epoch)
+        self.sampler.generator.manual_seed(self.seed + epoch)
         return iter(self.sampler)
 
 
@@ -156,7 +154,7 @@ class FilledByTokens(Trainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
-            return LengthsByEpoch(sampler, seed_of_order(self.args))
+            return LengthsByEpoch(sampler, seed_of_order(self.args), lambda: self.state)
         return sampler
 
     def get_total_train_batch_size(self, args: Any) -> float:  # type: ignore[override]
