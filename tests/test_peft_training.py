@@ -40,12 +40,8 @@ STARTS: dict[str, Any] = {
         make_model(), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     ),
 }
-SECOND_MODEL = {
-    "new, with biases",
-    "trained, with biases",
-    "trained, DoRA",
-    "IA3",
-}  # where the policy's weights cannot serve
+# Where the policy's weights cannot serve.
+SECOND_MODEL = {"new, with biases", "trained, with biases", "trained, DoRA", "IA3"}
 COPIED_ADAPTER = {"new, PiSSA", "trained", "trained, with lm_head", "trained, whole lm_head", "trained, PiSSA"}
 
 

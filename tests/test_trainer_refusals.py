@@ -40,7 +40,8 @@ ROOT = Path(__file__).parents[1]
         ),
         (
             {"label_smoothing_factor": 0.1},
-            "label_smoothing_factor=0.1 was given, .* have label_smoothing",
+            "label_smoothing_factor=0.1 was given, which is of cross-entropy: losses of preference pairs that smooth "
+            "labels have label_smoothing",
         ),
     ],
 )

@@ -45,7 +45,6 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path, options: dict[str, Any]
 
 
 BY_LENGTH = """
-import shutil
 from tiny_model import make_pairs
 from tiny_trainer import assert_bitwise_equal, make_trainer, trained_weights
 

@@ -91,7 +91,8 @@ class RemoveEarlier(TrainerCallback):
     ) -> None:
         """Remove checkpoints and reports; where training begins anew (auto_find_batch_size), reports are this run's."""
         if state.is_world_process_zero:
-            _remove(Path(str(args.output_dir)), CHECKPOINT, *[REPORTS] * (not self.removed))
+            kinds = (CHECKPOINT,) if self.removed else (CHECKPOINT, REPORTS)
+            _remove(Path(str(args.output_dir)), *kinds)
         self.removed = True
 
     def before_saving(self, args: TrainingArguments) -> None:

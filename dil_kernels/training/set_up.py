@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -293,7 +294,7 @@ def disable_dropout(model: nn.Module) -> None:
             setattr(module, name, 0.0)
         config = getattr(module, "config", None)
         for name, rate in _dropout_rates(config).items():
-            if rate and re.search(rf"config\.{name}\b", _source_of_forward(module)):
+            if rate and re.search(rf"config\.{name}\b", _source(type(module).forward)):
                 setattr(config, name, 0.0)
 
 
@@ -305,8 +306,9 @@ def _dropout_rates(owner: Any) -> dict[str, float]:
     }
 
 
-def _source_of_forward(module: nn.Module) -> str:
+@functools.cache
+def _source(function: Callable[..., Any]) -> str:
     try:
-        return inspect.getsource(type(module).forward)
+        return inspect.getsource(function)
     except (OSError, TypeError):  # made at run time, or compiled
         return ""

@@ -133,7 +133,10 @@ class LengthsByEpoch(Sampler[int]):
 
 
 class FilledByTokens(Trainer):
-    """A `Trainer` whose batches are filled by tokens where its arguments have max_tokens_per_batch."""
+    """A `Trainer` whose batches are filled by tokens where its arguments have max_tokens_per_batch.
+
+    Rows that are grouped by length come in the same order where a run is resumed.
+    """
 
     args: Any
     _evaluated: tuple[str, int] | None = None  # the prefix of the metrics, and the batches of each process
