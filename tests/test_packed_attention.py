@@ -83,7 +83,7 @@ def test_attention_runs_without_a_mask_of_all_pairs() -> None:
     layer = model.model.layers[1].self_attn
     layer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
     model(**row_of((6, 8, 5))[1])
-    assert seen == [PackedMask((6, 8, 5), (None, None, None), (None, None, None))]
+    assert seen == [PackedMask((6, 8, 5), (None, None, None), (None, None, None), causal=True)]
 
 
 def test_generation_and_checkpoints_stay_as_they_were(tmp_path: Path) -> None:

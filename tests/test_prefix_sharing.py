@@ -144,6 +144,7 @@ def test_attention_forms_no_mask_of_all_pairs() -> None:
     assert isinstance(mask, PackedMask)
     assert mask.lengths == (2, 3, 2, 2)
     assert mask.prefixes == (None, 0, 0, None)
+    assert mask.causal
     assert [None if part is None else [*part.shape] for part in mask.masks] == [None, [1, 1, 3, 5], [1, 1, 2, 4], None]
     assert mask.masks[1].long().tolist() == [[[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]]
 
@@ -154,6 +155,7 @@ def test_a_window_counts_in_the_sequence() -> None:
     layer = model.model.layers[0].self_attn
     layer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
     model(**share_prefixes([([5, 6, 7, 8], [9, 10]), ([5, 6, 7, 8], [10])])[0].model_inputs())
+    assert not seen[0].causal
     assert seen[0].masks[2].long().tolist() == [[[[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]]
 
 

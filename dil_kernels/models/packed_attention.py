@@ -3,8 +3,9 @@
 A packed row [1, N] has position_ids that restart at 0 with every sequence. FlashAttention takes such a row as it is.
 For PyTorch's scaled_dot_product_attention, transformers forms the mask of all N x N pairs of tokens; here it is
 taken apart into those of the single sequences, and attention runs sequence by sequence, without a mask where that is
-causal. The segments of a `SharedPrefixes` row (prefix_sharing.py), whose positions do not tell them apart, attend to
-their prefixes, too, by the mask that their sequence has.
+causal, or on a GPU in one call for all of them (varlen_attention.py). The segments of a `SharedPrefixes` row
+(prefix_sharing.py), whose positions do not tell them apart, attend to their prefixes, too, by the mask that their
+sequence has.
 
 Under torch.compile both stay outside of the graphs, of which one then serves rows of any sequences: what is between
 two attentions is compiled, layer by layer.
@@ -19,7 +20,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from dil_kernels.models.probes import (
     weights_are_whole,
 )
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
+from dil_kernels.models.varlen_attention import in_autocast_dtype, takes_varlen, varlen_attention, varlen_inputs
 
 __all__ = ["UnsupportedPackingError", "install_packed_attention", "packing_problem"]
 
@@ -112,6 +114,8 @@ class PackedMask:
     lengths: tuple[int, ...]  # T of stretches of tokens; they attend to themselves and to one stretch before them
     masks: tuple[Tensor | None, ...]  # [1, 1, T, P + T] bool of each, None for causal
     prefixes: tuple[int | None, ...]  # the place of the stretch of P tokens before each, None for none
+    causal: bool  # with the ends of queries and keys aligned, without exception: no window, no chunks
+    varlen: dict[torch.device, dict[str, Any]] = field(default_factory=dict, compare=False)  # made where it is used
 
 
 def _packed_sdpa_attention(
@@ -136,6 +140,11 @@ def _attend_by_stretches(
 ) -> Tensor:
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("its attention adds a bias of positions")
+    cast = in_autocast_dtype(query, key, value)
+    if packed.causal and takes_varlen(*cast, **kwargs):
+        if query.device not in packed.varlen:
+            packed.varlen[query.device] = varlen_inputs(Segments(packed.lengths, packed.prefixes), query.device)
+        return varlen_attention(*cast, packed.varlen[query.device], kwargs.get("scaling"))
     kwargs["is_causal"] = True  # a mask that is none
     queries, keys, values = (x.split(packed.lengths, dim=2) for x in (query, key, value))
     outputs = []
@@ -181,12 +190,8 @@ def _take_apart(mask_function: Callable[..., Tensor], num_tokens: int, device: t
     starts = [0, *((~mask_function(zero, zero, index[1:], index[:-1])).nonzero().squeeze(1) + 1).tolist()]
     if len(starts) == 1:
         return None
-    ends = [*starts[1:], num_tokens]
-    masks = _stretch_masks(
-        mask_function, [(start, start, end) for start, end in zip(starts, ends, strict=True)], device
-    )
-    lengths = tuple(end - start for start, end in zip(starts, ends, strict=True))
-    return None if masks is None else PackedMask(lengths, masks, (None,) * len(lengths))
+    bounds = [(start, start, end) for start, end in zip(starts, [*starts[1:], num_tokens], strict=True)]
+    return _packed_mask(mask_function, bounds, (None,) * len(bounds), device)
 
 
 def _mask_of_segments(mask_function: Callable[..., Tensor], segments: Segments, device: torch.device) -> PackedMask:
@@ -194,16 +199,19 @@ def _mask_of_segments(mask_function: Callable[..., Tensor], segments: Segments, 
     lengths, prefixes = segments.lengths, segments.prefixes
     before = [0 if prefix is None else lengths[prefix] for prefix in prefixes]
     bounds = [(0, start, start + length) for start, length in zip(before, lengths, strict=True)]
-    masks = _stretch_masks(mask_function, bounds, device)
-    if masks is None:
+    mask = _packed_mask(mask_function, bounds, prefixes, device)
+    if mask is None:
         raise NotImplementedError("its tokens attend to later ones")
-    return PackedMask(lengths, masks, prefixes)
+    return mask
 
 
-def _stretch_masks(
-    mask_function: Callable[..., Tensor], bounds: Sequence[tuple[int, int, int]], device: torch.device
-) -> tuple[Tensor | None, ...] | None:
-    """The mask of each stretch, from its first key, first query and end; None if one is not causal.
+def _packed_mask(
+    mask_function: Callable[..., Tensor],
+    bounds: Sequence[tuple[int, int, int]],
+    prefixes: tuple[int | None, ...],
+    device: torch.device,
+) -> PackedMask | None:
+    """Of stretches given by first key, first query and end; None if one is not causal.
 
     In the masks of transformers, a stretch whose last token attends to its first is causal without exception.
     """
@@ -216,10 +224,11 @@ def _stretch_masks(
     causal, backwards = torch.stack([attends(last, first), attends(first, last) & (first < last)]).tolist()
     if any(backwards):
         return None
-    return tuple(
+    masks = tuple(
         None if whole and key == query else attends(index[query:end, None], index[None, key:end])[None, None]
         for (key, query, end), whole in zip(bounds, causal, strict=True)
     )
+    return PackedMask(tuple(end - query for _, query, end in bounds), masks, prefixes, all(causal))
 
 
 def attention_of(model: Any) -> str:
