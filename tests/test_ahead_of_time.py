@@ -68,6 +68,18 @@ def test_no_triton_kernel_spills(report) -> None:
     assert [row for row in report if row["spilled_bytes"] != "0"] == []
 
 
+def test_parts_of_rows_all_run_at_once(report) -> None:
+    from dil_kernels.kernels.launch import PROGRAMS_PER_SM
+
+    splits = [row for row in report if row["kernel"] == "logps_split" and row["variant"] == "plain"]
+    assert {row["arch"] for row in splits} == ARCHITECTURES
+    shared = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KB for the programs of an SM, with 1 of each
+    for row in splits:
+        registers = 32 * int(row["warps"]) * (-(-int(row["registers"]) // 8) * 8)  # given out by 8
+        assert PROGRAMS_PER_SM * registers <= 65536, row
+        assert PROGRAMS_PER_SM * (int(row["shared_bytes"]) + 1024) <= (shared[row["arch"]] + 1) * 1024, row
+
+
 def test_logits_move_16_bytes_a_thread_also_in_odd_vocabularies(report) -> None:
     readers = [row for row in report if row["kernel"] in ("logps_fwd", "logps_split", "logps_bwd")]
     assert {int(row["V"]) % 16 for row in readers} == {0, 1, 8}
@@ -135,13 +147,13 @@ def test_launches_cover_a_row_and_fit_the_machine() -> None:
             assert splits * span >= V
             assert span % BLOCK_V == 0
             assert num_warps * 32 * (16 // itemsize) == BLOCK_V
-            assert splits == 1 or (num_rows * splits < 2 * 4 * 132 and span >= launch.MIN_SPAN // 2)
+            # All parts of rows run at once.
+            assert splits == 1 or (num_rows * splits <= 4 * 132 and span >= launch.MIN_SPAN // 2)
             assert 2 * max(span, BLOCK_V) > ROWS * BLOCK_V
             for shape in (shapes.backward, shapes.capped_backward):
                 tiles, block, _, num_warps = launch.backward_launch(shape, V, itemsize)
                 assert (tiles - 1) * block < V
                 assert block & (block - 1) == 0
                 assert 1 <= num_warps <= 32
-    few, many = (launch.forward_launch(launch.shapes((9, 0), 2).forward, N, 128256, 2, 132) for N in (64, 8192))
-    assert few.splits == 16
-    assert many.splits == 1
+    launches = (launch.forward_launch(launch.shapes((9, 0), 2).forward, N, 128256, 2, 132) for N in (1, 66, 67, 512))
+    assert [chosen.splits for chosen in launches] == [16, 8, 4, 1]

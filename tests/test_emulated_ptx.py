@@ -49,7 +49,7 @@ def test_batches_of_any_size_take_one_compilation_a_kernel() -> None:
     *of_logits, of_the_head = [json.loads(line) for line in result.stdout.splitlines()]
     assert of_logits == [
         {"V": 1009, "_logps_fwd_kernel": 1, "_logps_bwd_kernel": 1},
-        {"V": 8192, "_logps_split_kernel": 1, "_logps_merge_kernel": 1, "_logps_bwd_kernel": 1},
+        {"V": 8192, "_logps_fwd_kernel": 1, "_logps_split_kernel": 1, "_logps_merge_kernel": 1, "_logps_bwd_kernel": 1},
     ]
     # With and without a stash, a tile for many rows or few, and where the rows beyond the stash begin.
     assert max(count for kernel, count in of_the_head.items() if kernel != "V") <= 3

@@ -49,7 +49,7 @@ TABLE = {
     (8, 0): {2: Shapes(Shape(8, 4, stages=3), *BACKWARDS_OF_16_BITS), 4: FP32},
     (12, 0): {2: Shapes(Shape(4, 4, stages=3), *BACKWARDS_OF_16_BITS), 4: FP32},  # 100 KB of shared memory an SM
 }
-PROGRAMS_PER_SM = 4  # below this, rows are split
+PROGRAMS_PER_SM = 4  # of the forward, that live at once; where the rows are fewer, they are split
 MIN_SPAN = 4096  # elements; a smaller share of a row costs more to merge than it saves
 
 
@@ -87,9 +87,12 @@ class BackwardLaunch(NamedTuple):
 # Choosing how to launch takes as long as launching: choices are kept.
 @functools.lru_cache(maxsize=4096)
 def forward_launch(shape: Shape, num_rows: int, V: int, itemsize: int, num_sms: int) -> ForwardLaunch:
-    """How to launch the forward over a number of rows: tiles no larger than a row or a split needs."""
+    """How to launch the forward over a number of rows: tiles no larger than a row or a split needs.
+
+    Few rows are split as far as all programs still run at once. More would leave most of the GPU waiting for the last.
+    """
     splits = 1
-    while splits < MAX_SPLITS and num_rows * splits < PROGRAMS_PER_SM * num_sms and 2 * splits * MIN_SPAN <= V:
+    while splits < MAX_SPLITS and 2 * splits * num_rows <= PROGRAMS_PER_SM * num_sms and 2 * splits * MIN_SPAN <= V:
         splits *= 2
     span = V if splits == 1 else triton.cdiv(V, splits)
     block, num_warps = _block(shape.num_warps, span, itemsize)

@@ -131,7 +131,7 @@ def _logps_fwd_kernel(
     x_ptr = logits_ptr + b * stride_xb + t * stride_xt
     head, body = cut(x_ptr, V)
     m, s, w, total, top = reduce_span(
-        x_ptr + head, 0, body, label - head, multiplier * LOG2E, inv_cap, HAS_CAP, STATISTICS, ROWS, BLOCK_V, STAGES
+        x_ptr + head, body, label - head, multiplier * LOG2E, inv_cap, HAS_CAP, STATISTICS, ROWS, BLOCK_V, STAGES
     )
     _finish_row(
         logps_ptr, row_max_ptr, log_sum_ptr, statistics_ptr, x_ptr, row, num_rows, label, m, s, w, total, top, head,
@@ -175,10 +175,9 @@ def _logps_split_kernel(
     head, body = cut(x_ptr, V)
     begin = split * span
     m, s, w, total, top = reduce_span(
-        x_ptr + head,
-        begin,
-        tl.minimum(begin + span, body),
-        label - head,
+        x_ptr + head + begin,
+        tl.minimum(span, body - begin),
+        label - head - begin,
         multiplier * LOG2E,
         inv_cap,
         HAS_CAP,

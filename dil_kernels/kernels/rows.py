@@ -86,9 +86,8 @@ def meet(m, s, w, total, top, scale, STATISTICS: tl.constexpr):
 
 @triton.jit
 def reduce_span(
-    body_ptr,
-    begin,
-    end,
+    span_ptr,
+    length,
     label,
     scale,
     inv_cap,
@@ -98,13 +97,13 @@ def reduce_span(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Over elements [begin, end) of a body without its label: maximum, sums of 2^t and of t 2^t, TOTAL_SCALE times the
-    sum of the values, and the largest logit before softcapping, which may round different ones to the same value.
+    """Over a part of a body without its label: maximum, sums of 2^t and of t 2^t, TOTAL_SCALE times the sum of the
+    values, and the largest logit before softcapping, which may round different ones to the same value.
 
-    begin and end are multiples of a 16-byte vector, and all indices count from the start of the body. With more than
-    one stage, tiles are copied to shared memory ahead of their use.
+    The part starts at a 16-byte boundary and is whole vectors long, or empty where its length is negative; the label
+    counts from its start. With more than one stage, tiles are copied to shared memory ahead of their use.
     """
-    VEC: tl.constexpr = vector_elements(body_ptr)
+    VEC: tl.constexpr = vector_elements(span_ptr)
     TILE: tl.constexpr = ROWS * BLOCK_V
     offsets = tl.arange(0, ROWS)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     m = tl.full((BLOCK_V,), LOWEST, tl.float32)
@@ -112,13 +111,13 @@ def reduce_span(
     w = tl.zeros((BLOCK_V,), tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
     top = tl.full((BLOCK_V,), -float("inf"), tl.float32)
-    num_full = tl.maximum(end - begin, 0) // TILE
-    label_tile = tl.where(label >= begin, tl.minimum((label - begin) // TILE, num_full), num_full).to(tl.int32)
+    num_full = tl.maximum(length, 0) // TILE
+    label_tile = tl.where(label >= 0, tl.minimum(label // TILE, num_full), num_full).to(tl.int32)
     has_label = (label_tile < num_full).to(tl.int32)
     # Full tiles but the label's need no mask.
     for i in tl.range(0, num_full - has_label, num_stages=STAGES):
         tile = i + (i >= label_tile).to(tl.int32)
-        x = tl.load(aligned_rows(body_ptr, begin + tile * TILE + offsets, BLOCK_V))
+        x = tl.load(aligned_rows(span_ptr, tile * TILE + offsets, BLOCK_V))
         v = processed(x, inv_cap, HAS_CAP)
         m, s, w = accumulate(m, s, w, v, scale, STATISTICS)
         if STATISTICS:
@@ -126,10 +125,10 @@ def reduce_span(
             if HAS_CAP:
                 top = tl.maximum(top, tl.max(x.to(tl.float32), axis=0))
     # The tile that the span ends in, if any, and the label's, if it is another.
-    for j in range((begin + num_full * TILE >= end).to(tl.int32), 1 + has_label):
-        index = begin + tl.where(j == 0, num_full, label_tile) * TILE + offsets
-        x = tl.load(aligned_rows(body_ptr, index, BLOCK_V), mask=index // VEC < end // VEC, other=0.0)
-        keep = (index < end) & (index != label)
+    for j in range((num_full * TILE >= length).to(tl.int32), 1 + has_label):
+        index = tl.where(j == 0, num_full, label_tile) * TILE + offsets
+        x = tl.load(aligned_rows(span_ptr, index, BLOCK_V), mask=index // VEC < length // VEC, other=0.0)
+        keep = (index < length) & (index != label)
         v = tl.where(keep, processed(x, inv_cap, HAS_CAP), -float("inf"))
         m, s, w = accumulate(m, s, w, v, scale, STATISTICS)
         if STATISTICS:

@@ -109,7 +109,8 @@ def _sum(to: Operation) -> None:
 
 
 def _extreme(to: Operation) -> None:
-    to.set(f"np.{to.root}imum({to.read(1)}, {to.read(2)})")
+    extreme = f"np.{to.root}imum({to.read(1)}, {to.read(2)})"
+    to.set(f"np.maximum({extreme}, 0)" if "relu" in to.parts else extreme)
 
 
 def _quotient(to: Operation) -> None:

@@ -45,7 +45,7 @@ JITFunction._do_compile = compile_nothing
 
 ops = torch.ops.dil_kernels
 how = (-100, True, 0.0, 1.0)
-for V in (1009, 8192):  # rows of the second are split
+for V in (1009, 8192):  # rows of the second are split where they are few
     for B in (1, 2, 16):
         for T in range(2, 34):
             logits, labels = torch.empty(B, T, V, dtype=torch.bfloat16), torch.empty(B, T, dtype=torch.int64)
