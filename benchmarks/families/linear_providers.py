@@ -102,6 +102,15 @@ def _build_liger_scaled() -> LossFromHidden:
     return _of_scored_rows(token_logps)
 
 
+def _build_verl() -> LossFromHidden:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets, 1.0, "none")[0]  # with the entropies as the second
+
+    return _of_scored_rows(token_logps)
+
+
 def _torch_problem(_device: torch.device) -> str | None:
     """F.linear_cross_entropy is new in PyTorch 2.13."""
     return None if hasattr(functional, "linear_cross_entropy") else f"PyTorch {torch.__version__} has none"
@@ -158,6 +167,12 @@ def _build_liger_flce() -> LossFromHidden:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return _of_mean_cross_entropy(liger_fused_linear_cross_entropy)
+
+
+def _build_liger_cute() -> LossFromHidden:
+    from liger_kernel.functional import fused_linear_cross_entropy
+
+    return _of_mean_cross_entropy(lambda *args: fused_linear_cross_entropy(*args, impl="nvidia-cutedsl")[0])
 
 
 def _build_quack() -> LossFromHidden:
@@ -247,6 +262,14 @@ PROVIDERS = {
             rounds_results=True,
         ),
         Provider(
+            "liger-flce-cute",
+            "liger_kernel.functional.fused_linear_cross_entropy, impl nvidia-cutedsl, on the scored rows",
+            _build_liger_cute,
+            problem=peer_problem("nvidia-cutlass-dsl", "cutlass"),
+            version=peer_version("liger-kernel"),
+            rounds_results=True,
+        ),
+        Provider(
             "cce",
             "cut_cross_entropy.linear_cross_entropy, impl cce, reduction none, on the scored rows",
             _build_cce,
@@ -262,7 +285,13 @@ PROVIDERS = {
             version=peer_version("quack-kernels"),
             rounds_results=True,
         ),
-        not_run("verl", "verl linear_cross_entropy, Triton", "runs on CUDA only, and needs verl's whole installation"),
+        Provider(
+            "verl",
+            "verl.utils.kernel.linear_cross_entropy, Triton, reduction none, on the scored rows",
+            _build_verl,
+            problem=peer_problem("verl", "verl"),
+            version=peer_version("verl"),
+        ),
         not_run("unsloth", "Unsloth's fused preference loss", "runs on CUDA only, inside Unsloth's own trainer"),
         not_run("liger-tp", "liger_kernel scaled cross entropy over a vocabulary of several ranks", "needs NVSHMEM"),
     )

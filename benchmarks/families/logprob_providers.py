@@ -109,6 +109,13 @@ def _build_liger() -> SequenceLogps:
     return _of_cross_entropy(functools.partial(liger_cross_entropy, ignore_index=IGNORE_INDEX, reduction="none"))
 
 
+def _build_liger_cute() -> SequenceLogps:
+    from liger_kernel.functional import cross_entropy
+
+    options = {"ignore_index": IGNORE_INDEX, "reduction": "none", "impl": "nvidia-cutedsl"}
+    return _of_cross_entropy(lambda logits, labels: cross_entropy(logits, labels, **options)[0])
+
+
 def _build_quack(inplace: bool) -> SequenceLogps:
     from quack import cross_entropy
 
@@ -187,6 +194,15 @@ PROVIDERS = {
             "liger_kernel liger_cross_entropy, reduction none; gradients overwrite the logits",
             _build_liger,
             problem=peer_problem("liger-kernel", "liger_kernel"),
+            version=peer_version("liger-kernel"),
+            rounds_results=True,
+            destroys_inputs=True,
+        ),
+        Provider(
+            "liger-cute",
+            "liger_kernel.functional.cross_entropy, impl nvidia-cutedsl, reduction none",
+            _build_liger_cute,
+            problem=peer_problem("nvidia-cutlass-dsl", "cutlass"),
             version=peer_version("liger-kernel"),
             rounds_results=True,
             destroys_inputs=True,
