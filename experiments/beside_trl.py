@@ -3,6 +3,7 @@
     python -m experiments.beside_trl --pairs pairs.jsonl            # SmolLM2-135M, on the GPU if there is one
     python -m experiments.beside_trl --pairs pairs.jsonl --only 2   # two runs of those that are left, then stop
     python -m experiments.beside_trl --pairs pairs.jsonl --trl-micro-batch 2  # where four pairs do not fit TRL's memory
+    python -m experiments.beside_trl --pairs pairs.jsonl --jobs 8 --no-checkpoints  # on a GPU with room for 8 runs
     python -m experiments.beside_trl --model DIR --pairs pairs.jsonl
     python -m experiments.beside_trl --random-llama --max-steps 50  # a 1B-class Llama with random weights: speed only
     python -m experiments.beside_trl --quick                        # a tiny random model; seconds
@@ -25,6 +26,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ TIMED_ROUNDS = 3
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 Order = Sequence[tuple[Sequence[Arm], int, float | None]]
 # Losses, a seed, and a learning rate instead of the chosen one, by what would be missed most. DPO is the same in both
-# trainers: TRL's, which takes much longer on a CPU, has one seed.
+# trainers: TRL's, which takes much longer on a CPU, has its other seeds last.
 ORDER: Order = (
     ((DPO, LSIF, TRL), 0, None),
     ((LSIF, DPO), 0, 1e-5),
@@ -78,6 +80,8 @@ ORDER: Order = (
     ((DPO, LSIF), 2, None),
     ((UKL,), 0, None),
     ((BCE, HALF, UKL), 1, None),
+    ((TRL,), 1, None),
+    ((TRL,), 2, None),
 )
 QUICK_ORDER: Order = (((DPO, LSIF, TRL), 0, None), ((LSIF,), 0, 3e-4))
 
@@ -152,35 +156,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     options = parse_options(given)
     if options.run is not None:
-        from experiments.beside_trl_runs import make
-
-        (run,) = (run for run in all_runs(options) if run.name == options.run)
-        record = make(run, rate_of(run, options), options)
-        for weights in run.folder(options).glob("checkpoint-*/model.safetensors"):
-            weights.replace(run.path(options, ".safetensors"))
-        write_record(run.record_path(options), record)
-        shutil.rmtree(run.folder(options), ignore_errors=True)
-        run.path(options, ".part").unlink(missing_ok=True)
+        for run in all_runs(options):
+            if run.name in options.run:
+                make_and_keep(run, options)
         return 0
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     left = [run for run in all_runs(options) if not run.record_path(options).is_file()]
     check_finished(options)
-    failed = []
-    for number, run in enumerate(left[: options.only], start=1):
-        as_chosen = replace(run, learning_rate=None)
-        if run.kind == "run" and run != as_chosen and run.learning_rate == rate_of(as_chosen, options):
-            print(f"{run.name} is {as_chosen.name}, as its rate is the chosen one", flush=True)
-            continue
-        print(f"{run.name} ({number} of {len(left)})", flush=True)
-        command = [sys.executable, "-m", "experiments.beside_trl", *given, "--run", run.name]
-        if subprocess.run(command).returncode != 0:
-            failed.append(run.name)
-        report(options)
-    if not left:
+    failed: list[str] = []
+    for processes in stages(left[: options.only], options):
+        with ThreadPoolExecutor(options.jobs) as pool:
+            outcomes = pool.map(lambda runs: make_in_a_process(runs, options, given), processes)
+            for runs, done in zip(processes, outcomes, strict=True):
+                failed += [] if done else [run.name for run in runs]
+                if options.jobs == 1:
+                    report(options)
         report(options)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def stages(runs: Sequence[Run], options: argparse.Namespace) -> list[list[list[Run]]]:
+    """Runs by process, in stages: processes of one may run at a time, and need what was seen in those before."""
+    if options.jobs == 1:
+        return [[[run] for run in runs]]
+    by_kinds = [[run for run in runs if run.kind in kinds] for kinds in (("start", "tuning"), ("run",), ("timing",))]
+    return [*([[run] for run in some] for some in by_kinds[:2]), [by_kinds[2]]]
+
+
+def make_in_a_process(runs: Sequence[Run], options: argparse.Namespace, given: Sequence[str]) -> bool:
+    """Whether all went well."""
+    command = [sys.executable, "-m", "experiments.beside_trl", *given]
+    for run in runs:
+        as_chosen = replace(run, learning_rate=None)
+        if run.kind == "run" and run != as_chosen and run.learning_rate == rate_of(as_chosen, options):
+            print(f"{run.name} is {as_chosen.name}, as its rate is the chosen one", flush=True)
+            continue
+        print(run.name, flush=True)
+        command += ["--run", run.name]
+    return command[-2] != "--run" or subprocess.run(command).returncode == 0
+
+
+def make_and_keep(run: Run, options: argparse.Namespace) -> None:
+    """Make a run in this process."""
+    from experiments.beside_trl_runs import make
+
+    record = make(run, rate_of(run, options), options)
+    for weights in run.folder(options).glob("checkpoint-*/model.safetensors"):
+        weights.replace(run.path(options, ".safetensors"))
+    write_record(run.record_path(options), record)
+    shutil.rmtree(run.folder(options), ignore_errors=True)
+    run.path(options, ".part").unlink(missing_ok=True)
 
 
 def check_finished(options: argparse.Namespace) -> None:
@@ -259,7 +286,11 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", type=int, help="make at most so many runs")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/beside_trl"), help="of checkpoints and weights")
     parser.add_argument("--output", type=Path, default=RESULTS / "beside_trl", help="of records, tables and figures")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, on a GPU; what steps cost is measured alone (%(default)s)"
+    )
+    parser.add_argument("--no-checkpoints", action="store_true", help="runs that are stopped begin again")
+    parser.add_argument("--run", action="append", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     part = options.trl_micro_batch
     if part is not None and (part < 1 or options.batch_size % part):

@@ -37,7 +37,7 @@ TIMED_STEPS = 8
 EARLY = (5, 10, 30)  # steps after which a run is evaluated, too: much happens at first
 VALIDATION = 0.15  # share of the rest, on which learning rates are chosen
 ANSWERED_PROMPT_TOKENS = 512  # longer held-out prompts are not answered
-ANSWERED_TOGETHER = 8  # prompts
+ANSWERED_TOGETHER = {"cpu": 8, "cuda": 64}  # prompts
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def make(run: Run, learning_rate: float, options: argparse.Namespace) -> dict[st
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": max(1, steps // 10),
         "logging_steps": 1,
-        "save_strategy": "steps" if run.kind == "run" else "no",
+        "save_strategy": "steps" if run.kind == "run" and not options.no_checkpoints else "no",
         "save_steps": options.eval_steps,
         "save_total_limit": 1,
         "report_to": [],
@@ -243,8 +243,9 @@ def _answers(scorer: Scorer, start: Problem, options: argparse.Namespace) -> lis
     prompts = [pair["prompt_ids"] for pair in pairs if len(pair["prompt_ids"]) <= ANSWERED_PROMPT_TOKENS]
     prompts.sort(key=len)
     end, sequences = start.tokenizer.eos_token_id, []
-    for first in range(0, len(prompts), ANSWERED_TOGETHER):
-        group = [prompt for prompt in prompts[first : first + ANSWERED_TOGETHER] for _ in range(options.answers)]
+    together = ANSWERED_TOGETHER[scorer.model.device.type]
+    for first in range(0, len(prompts), together):
+        group = [prompt for prompt in prompts[first : first + together] for _ in range(options.answers)]
         longest = max(map(len, group))
         ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in group])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in group])
@@ -278,6 +279,7 @@ def _answers(scorer: Scorer, start: Problem, options: argparse.Namespace) -> lis
 def load_problem(options: argparse.Namespace, tuning: bool) -> Problem:
     """What a run of the command line trains, and on what."""
     model, tokenizer = load_model(options.model, quick=options.quick, random_llama=options.random_llama)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     return make_problem(model, tokenizer, options.pairs, options.max_length, tuning=tuning)
 
 

@@ -37,7 +37,7 @@ class Scorer:
     def __call__(self, sequences: Sequences) -> Tensor:
         """Log-probs [S] fp64 of the responses, summed over their tokens; neighbours with one prompt share it."""
         logps, model = [], self.model
-        with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        with evaluating(model):
             for group in _rows(sequences):
                 row, labels = share_prefixes(group)
                 row = row._replace(

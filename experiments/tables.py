@@ -12,7 +12,7 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
 # Options that change nothing that is learned, but by rounding.
-HOW = ("runs_dir", "output", "only", "run", "trl_micro_batch")
+HOW = ("runs_dir", "output", "only", "jobs", "no_checkpoints", "run", "trl_micro_batch")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

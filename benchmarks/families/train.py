@@ -133,8 +133,8 @@ CPU_GRID = (
 CUDA_GRID = (
     TrainCase("llama-1b", "equal", 1, 2048, "model", BF16),
     TrainCase("llama-1b", "equal", 1, 2048, "precomputed", BF16),
-    TrainCase("llama-1b", "ragged", 8, 2048, "model", BF16),
-    TrainCase("llama-1b", "ragged", 8, 2048, "precomputed", BF16),
+    TrainCase("llama-1b", "ragged", 4, 2048, "model", BF16),
+    TrainCase("llama-1b", "ragged", 4, 2048, "precomputed", BF16),
     TrainCase("llama-1b", "prompt-512", 8, 512 + 256, "model", BF16),
     TrainCase("llama-1b", "prompt-2048", 4, 2048 + 128, "model", BF16),
 )
