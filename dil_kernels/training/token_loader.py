@@ -99,7 +99,8 @@ def loader_of(trainer: Any, rows: Any, batches: Any, **options: Any) -> Any:
     options |= {name: getattr(args, given) for name, given in names.items() if hasattr(args, given)}
     loader = DataLoader(rows, batch_sampler=batches, collate_fn=trainer.data_collator, **options)
     # The batches are those of this process already.
-    return prepare_data_loader(loader, trainer.accelerator.device, num_processes=1, process_index=0)
+    device = trainer.accelerator.device
+    return prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
 
 
 def in_order_of_rows(values: Any, shares: Shares) -> NDArray[Any]:
