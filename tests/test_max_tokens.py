@@ -25,10 +25,12 @@ from tiny_trainer import (
 from two_processes import run_on_two_processes
 
 from dil_kernels.cli.programs import main
+from dil_kernels.data.batches import Batch
 from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.trainer import DILConfig, DILTrainer
 from dil_kernels.training.metrics import METRICS
 from dil_kernels.training.start import CannotStartError
+from dil_kernels.training.token_loader import loader_of
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -50,6 +52,18 @@ def batches_of(trainer: DILTrainer, epoch: int = 0) -> list[dict[str, Any]]:
     batches = [*loader]
     assert len(batches) == len(loader)
     return batches
+
+
+@pytest.mark.parametrize("option", [{}, {"padding_free": True}, {"prefix_sharing": True}], ids=[*map(str, range(3))])
+def test_batches_are_on_the_device(tmp_path: Path, option: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that references are precomputed on among them; a device without memory stands for a GPU."""
+    trainer = make_trainer(tmp_path, train_dataset=pairs_that_share(5), **option)
+    monkeypatch.setattr(type(trainer.accelerator), "device", torch.device("meta"))
+    (batch,) = loader_of(trainer, trainer.train_dataset, [[0, 1, 2]])
+    layout = Batch.of(batch).layout
+    tensors = [x for x in layout.model_inputs().values() if isinstance(x, torch.Tensor)]
+    assert len(tensors) >= 2
+    assert {x.device.type for x in tensors} == {"meta"}
 
 
 @joined_rows

