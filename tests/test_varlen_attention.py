@@ -120,6 +120,10 @@ def test_it_is_measured_before_it_is_used(function: Any, right: bool, monkeypatc
 
 
 def test_what_is_not_taken() -> None:
+    assert PackedMask((2048, 2048), (None,) * 2, (None,) * 2, causal=True).in_one_call
+    assert not PackedMask((2048, 2049), (None,) * 2, (None,) * 2, causal=True).in_one_call
+    assert PackedMask((4096, 2049), (None,) * 2, (None, 0), causal=True).in_one_call
+    assert not PackedMask((4, 3), (None,) * 2, (None, 0), causal=False).in_one_call
     query = torch.zeros(1, 2, 8, 16, dtype=torch.bfloat16)
     assert not takes_varlen(query, query, query)  # a CPU's
     with torch.autocast("cpu", torch.bfloat16):

@@ -54,6 +54,7 @@ segments_of_row: ContextVar[Segments | None] = ContextVar("segments_of_row", def
 
 NAME = "dil_packed_sdpa"  # of the attention, among those of transformers
 PROBE_LENGTHS = (5, 7)
+LONG = 2048  # tokens of a stretch, in the mean, at which its own launches are no longer what a layer waits for
 OWN_CODE = "it attends by code of its own, not through transformers' interface of attention"
 
 
@@ -117,6 +118,15 @@ class PackedMask:
     causal: bool  # with the ends of queries and keys aligned, without exception: no window, no chunks
     varlen: dict[torch.device, dict[str, Any]] = field(default_factory=dict, compare=False)  # made where it is used
 
+    @property
+    def in_one_call(self) -> bool:
+        """Whether one call of FlashAttention can serve all stretches, and is worth it.
+
+        PyTorch's is slower than what "sdpa" takes on a Hopper GPU, where no mask keeps it from that.
+        """
+        short = sum(self.lengths) <= LONG * len(self.lengths)
+        return self.causal and (short or any(prefix is not None for prefix in self.prefixes))
+
 
 def _packed_sdpa_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -141,7 +151,7 @@ def _attend_by_stretches(
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("its attention adds a bias of positions")
     cast = in_autocast_dtype(query, key, value)
-    if packed.causal and takes_varlen(*cast, **kwargs):
+    if packed.in_one_call and takes_varlen(*cast, **kwargs):
         if query.device not in packed.varlen:
             packed.varlen[query.device] = varlen_inputs(Segments(packed.lengths, packed.prefixes), query.device)
         return varlen_attention(*cast, packed.varlen[query.device], kwargs.get("scaling"))
