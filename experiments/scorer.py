@@ -40,14 +40,9 @@ class Scorer:
         with evaluating(model):
             for group in _rows(sequences):
                 row, labels = share_prefixes(group)
-                row = row._replace(
-                    **{
-                        name: getattr(row, name).to(model.device)
-                        for name in ("input_ids", "position_ids", "cu_seqlens")
-                    }
-                )
+                row, labels = row.to(model.device), labels.to(model.device)
                 hidden_states = model.model(**row.model_inputs()).last_hidden_state
-                head, labels = model.get_output_embeddings().weight, labels.to(model.device)
+                head = model.get_output_embeddings().weight
                 logps.append(linear_sequence_logps(hidden_states, head, labels, cu_seqlens=row.cu_seqlens))
         return torch.cat(logps).double().cpu()
 

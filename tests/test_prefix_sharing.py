@@ -68,6 +68,9 @@ def test_a_row_has_each_prompt_once() -> None:
     assert row.cu_seqlens.dtype == torch.int32
     assert row.stretch_lengths == [2, 2, 3, 2, 1, 2, 2]
     assert row.stretch_prefixes == [None, None, 0, None, 0, 1, None]
+    moved = row.to("meta")
+    assert {x.device.type for x in moved[:3]} == {"meta"}
+    assert moved[3:] == row[3:]
 
 
 def test_only_all_token_ids_make_a_prompt_the_same() -> None:

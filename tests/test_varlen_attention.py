@@ -179,8 +179,7 @@ def test_a_model_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 by autocast: all layers take it, and it agrees with the stretches one by one."""
     model = make_family("llama").float().cuda()
     install_prefix_sharing(model)
-    row, _ = share_prefixes(SHARED)
-    inputs = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in row.model_inputs().items()}
+    inputs = share_prefixes(SHARED)[0].to("cuda").model_inputs()
     seen: list[PackedMask] = []
     layer = model.model.layers[1].self_attn
     layer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)

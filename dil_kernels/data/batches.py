@@ -73,6 +73,11 @@ class SharedPrefixes(NamedTuple):
     stretch_lengths: list[int]  #: as in `Segments`, of the prefixes, then of the segments; none is 0
     stretch_prefixes: list[int | None]
 
+    def to(self, device: torch.device | str) -> SharedPrefixes:
+        """The row on a device, that of the model."""
+        ids, positions, boundaries = (x.to(device) for x in (self.input_ids, self.position_ids, self.cu_seqlens))
+        return self._replace(input_ids=ids, position_ids=positions, cu_seqlens=boundaries)
+
     def model_inputs(self) -> dict[str, Any]:
         """What the forward of a model takes that `install_prefix_sharing` has prepared; others fail on the mask."""
         segments = Segments(tuple(self.stretch_lengths), tuple(self.stretch_prefixes))

@@ -129,8 +129,7 @@ def _measured_problem(model: Any, name: str) -> str | None:
     sequences = [
         (p, [next(ids) for _ in range(n)]) for p, n in zip((first, first, second), PROBE_RESPONSES, strict=True)
     ]
-    row, _ = share_prefixes(sequences)
-    row = row._replace(input_ids=row.input_ids.to(device), position_ids=row.position_ids.to(device))
+    row = share_prefixes(sequences)[0].to(device)
     body, calls = _body(model), []
     handle = body.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
