@@ -156,46 +156,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     options = parse_options(given)
     if options.run is not None:
-        for run in all_runs(options):
-            if run.name in options.run:
-                make_and_keep(run, options)
+        (run,) = (run for run in all_runs(options) if run.name == options.run)
+        make_and_keep(run, options)
         return 0
     options.runs_dir.mkdir(parents=True, exist_ok=True)
     left = [run for run in all_runs(options) if not run.record_path(options).is_file()]
     check_finished(options)
     failed: list[str] = []
-    for processes in stages(left[: options.only], options):
-        with ThreadPoolExecutor(options.jobs) as pool:
-            outcomes = pool.map(lambda runs: make_in_a_process(runs, options, given), processes)
-            for runs, done in zip(processes, outcomes, strict=True):
-                failed += [] if done else [run.name for run in runs]
-                if options.jobs == 1:
-                    report(options)
+    for jobs, runs in stages(left[: options.only], options.jobs):
+        print(f"{len(runs)} of {len(left)} runs", flush=True)
+        with ThreadPoolExecutor(jobs) as pool:
+            outcomes = pool.map(lambda run: make_in_a_process(run, options, given), runs)
+            failed += [run.name for run, done in zip(runs, outcomes, strict=True) if not done]
+        report(options)
+    if not left:
         report(options)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def stages(runs: Sequence[Run], options: argparse.Namespace) -> list[list[list[Run]]]:
-    """Runs by process, in stages: processes of one may run at a time, and need what was seen in those before."""
-    if options.jobs == 1:
-        return [[[run] for run in runs]]
-    by_kinds = [[run for run in runs if run.kind in kinds] for kinds in (("start", "tuning"), ("run",), ("timing",))]
-    return [*([[run] for run in some] for some in by_kinds[:2]), [by_kinds[2]]]
+def stages(runs: Sequence[Run], jobs: int) -> list[tuple[int, list[Run]]]:
+    """Runs and how many of them may go on at a time: those that need what others have seen come after them, and what
+    steps cost is measured alone."""
+    if jobs == 1:
+        return [(1, [run]) for run in runs]
+    tuned, trained, timed = (
+        [run for run in runs if run.kind in kinds] for kinds in (("start", "tuning"), ("run",), ("timing",))
+    )
+    return [*((jobs, some) for some in (tuned, trained) if some), *((1, [run]) for run in timed)]
 
 
-def make_in_a_process(runs: Sequence[Run], options: argparse.Namespace, given: Sequence[str]) -> bool:
-    """Whether all went well."""
-    command = [sys.executable, "-m", "experiments.beside_trl", *given]
-    for run in runs:
-        as_chosen = replace(run, learning_rate=None)
+def make_in_a_process(run: Run, options: argparse.Namespace, given: Sequence[str]) -> bool:
+    """Whether it went well."""
+    as_chosen = replace(run, learning_rate=None)
+    try:
         if run.kind == "run" and run != as_chosen and run.learning_rate == rate_of(as_chosen, options):
             print(f"{run.name} is {as_chosen.name}, as its rate is the chosen one", flush=True)
-            continue
-        print(run.name, flush=True)
-        command += ["--run", run.name]
-    return command[-2] != "--run" or subprocess.run(command).returncode == 0
+            return True
+    except FileNotFoundError as error:
+        print(f"{run.name} needs a run that failed ({error.filename})", file=sys.stderr)
+        return False
+    print(run.name, flush=True)
+    command = [sys.executable, "-m", "experiments.beside_trl", *given, "--run", run.name]
+    return subprocess.run(command).returncode == 0
 
 
 def make_and_keep(run: Run, options: argparse.Namespace) -> None:
@@ -290,9 +294,11 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         "--jobs", type=int, default=1, help="runs at a time, on a GPU; what steps cost is measured alone (%(default)s)"
     )
     parser.add_argument("--no-checkpoints", action="store_true", help="runs that are stopped begin again")
-    parser.add_argument("--run", action="append", help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     part = options.trl_micro_batch
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs} is less than 1")
     if part is not None and (part < 1 or options.batch_size % part):
         parser.error(f"--trl-micro-batch {part} does not divide the {options.batch_size} pairs of a step")
     if options.random_llama and options.learning_rate is None:

@@ -69,6 +69,7 @@ def test_no_triton_kernel_spills(report) -> None:
 
 
 def test_parts_of_rows_all_run_at_once(report) -> None:
+    """Those of plain rows; with statistics 3 an SM run on sm_100."""
     from dil_kernels.kernels.launch import PROGRAMS_PER_SM
 
     splits = [row for row in report if row["kernel"] == "logps_split" and row["variant"] == "plain"]

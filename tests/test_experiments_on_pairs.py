@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,39 @@ def test_rates_are_those_of_the_largest_validation_margin_and_parts_of_a_step_ar
     for refused in ("0", "3"):
         with pytest.raises(SystemExit):
             beside_trl.parse_options(["--trl-micro-batch", refused])
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_a_run_that_fails_takes_none_but_those_that_need_it(tmp_path, monkeypatch, capsys, jobs):
+    options = beside_trl.parse_options(["--output", str(tmp_path)])
+    runs = {run.name: run for run in beside_trl.all_runs(options)}
+    kinds, lock = [], threading.Lock()
+
+    def run(command, **_):
+        made = runs[command[-1]]
+        if made.name == "tuning dil dpo lr 1e-05 seed 0":
+            return subprocess.CompletedProcess(command, 1)
+        if made.kind in ("run", "timing"):
+            try:
+                beside_trl.rate_of(made, options)
+            except FileNotFoundError:
+                return subprocess.CompletedProcess(command, 1)
+        validation = {"margin": made.learning_rate or 0.0}
+        write_record(made.record_path(options), {"validation": validation, "pairs_at_a_time": 4})
+        with lock:
+            kinds.append(made.kind)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(beside_trl, "report", lambda _options: None)
+    given = ["--output", str(tmp_path), "--runs-dir", str(tmp_path / "runs"), "--jobs", str(jobs)]
+    assert beside_trl.main(given) == 1
+    failed = capsys.readouterr().err.splitlines()[-1].removeprefix("failed: ")
+    missing = {name for name, made in runs.items() if not made.record_path(options).is_file()}
+    assert missing
+    assert all("dpo" in name and name in failed for name in missing)
+    if jobs > 1:
+        assert kinds == sorted(kinds, key=["start", "tuning", "run", "timing"].index)
 
 
 def test_runs_are_compared_where_they_first_have_a_margin():

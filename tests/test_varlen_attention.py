@@ -107,16 +107,70 @@ def from_the_top(query: Tensor, key: Tensor, value: Tensor, *boundaries: Any, sc
     return function_of_aten(query, key[place], value[place], *same, 0.0, True, False, scale=scale)
 
 
+def scales_as_it_likes(*args: Any, scale: float | None = None) -> Any:
+    return function_of_aten(*args)
+
+
 def fails(*_args: Any, **_kwargs: Any) -> Any:
     raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
 
 
-@pytest.mark.parametrize(("function", "right"), [(function_of_aten, True), (from_the_top, False), (fails, False)])
+@pytest.mark.parametrize(
+    ("function", "right"),
+    [(function_of_aten, True), (from_the_top, False), (scales_as_it_likes, False), (fails, False)],
+)
 def test_it_is_measured_before_it_is_used(function: Any, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", function)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         for dtype in (torch.bfloat16, torch.float16):
             assert is_right.__wrapped__(torch.device("cpu"), dtype, 4, 2, 16) == right
+
+
+def test_want_of_memory_says_nothing_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_args: Any, **_kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        is_right.__wrapped__(torch.device("cpu"), torch.bfloat16, 4, 2, 16)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.usefixtures("calls")
+def test_the_first_to_attend_may_be_a_checkpointed_layer(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured there, and the layer saves what it saves when it is computed again."""
+    model = make_family("llama").float().train()
+    install_prefix_sharing(model)
+    inputs = share_prefixes(SHARED)[0].model_inputs()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        is_right.cache_clear()
+        monkeypatch.setattr(
+            packed_attention,
+            "takes_varlen",
+            lambda q, k, _v, **_: is_right(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3]),
+        )
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**inputs).logits.float().square().mean()
+        loss.backward()
+        assert is_right.cache_info().misses == 1
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    is_right.cache_clear()
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=1e-4)
+
+
+def test_a_row_that_its_mask_does_not_fit_is_an_error(calls: list[dict[str, Any]]) -> None:
+    """FlashAttention would read beyond it."""
+    mask = PackedMask((2, 3), (None, None), (None, None), causal=True)
+    query = torch.zeros(1, 2, 6, 8)
+    calls.clear()
+    with pytest.raises(RuntimeError, match="split"):
+        packed_attention._packed_sdpa_attention(torch.nn.Module(), query, query, query, mask)
+    assert calls == []
 
 
 def test_what_is_not_taken() -> None:
@@ -128,6 +182,7 @@ def test_what_is_not_taken() -> None:
     assert not takes_varlen(query, query, query)  # a CPU's
     with torch.autocast("cpu", torch.bfloat16):
         assert [x.dtype for x in in_autocast_dtype(*[query.float()] * 3)] == [torch.bfloat16] * 3
+        assert [x.dtype for x in in_autocast_dtype(*[query.double()] * 3)] == [torch.float64] * 3
 
 
 @pytest.mark.gpu
@@ -176,16 +231,23 @@ def test_itself_on_a_gpu(size: int, dtype: torch.dtype, shared: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 def test_a_model_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 by autocast: all layers take it, and it agrees with the stretches one by one."""
+    """bf16 by autocast: all layers take it, and logits and gradients are as near to fp32 as stretch by stretch."""
     model = make_family("llama").float().cuda()
     install_prefix_sharing(model)
     inputs = share_prefixes(SHARED)[0].to("cuda").model_inputs()
     seen: list[PackedMask] = []
     layer = model.model.layers[1].self_attn
     layer.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
-    with torch.autocast("cuda", torch.bfloat16):
-        logits = model(**inputs).logits
-        monkeypatch.setattr(packed_attention, "takes_varlen", lambda *_args, **_kwargs: False)
-        by_stretches = model(**inputs).logits
-    assert [len(mask.varlen) for mask in seen] == [1, 0]
-    assert (logits - by_stretches).norm() <= 0.02 * by_stretches.norm()
+
+    def outcome(autocast: bool) -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            logits = model(**inputs).logits.float()
+        weights = torch.arange(logits.numel(), device="cuda").cos().view_as(logits)
+        return [logits.detach(), *torch.autograd.grad((logits * weights).sum(), list(model.parameters()))]
+
+    in_one_call, truth = outcome(autocast=True), outcome(autocast=False)
+    monkeypatch.setattr(packed_attention, "takes_varlen", lambda *_args, **_kwargs: False)
+    by_stretches = outcome(autocast=True)
+    assert [len(mask.varlen) for mask in seen] == [1, 0, 0]
+    for ours, rounded, true in zip(in_one_call, by_stretches, truth, strict=True):
+        assert (ours - true).norm() <= 2 * (rounded - true).norm() + 1e-3 * true.norm()

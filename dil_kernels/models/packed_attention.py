@@ -54,7 +54,7 @@ segments_of_row: ContextVar[Segments | None] = ContextVar("segments_of_row", def
 
 NAME = "dil_packed_sdpa"  # of the attention, among those of transformers
 PROBE_LENGTHS = (5, 7)
-LONG = 2048  # tokens of a stretch, in the mean, at which its own launches are no longer what a layer waits for
+LONG = 2048  # tokens of a stretch, in the mean; from here on launches cost little beside the work (estimated)
 OWN_CODE = "it attends by code of its own, not through transformers' interface of attention"
 
 
@@ -120,9 +120,9 @@ class PackedMask:
 
     @property
     def in_one_call(self) -> bool:
-        """Whether one call of FlashAttention can serve all stretches, and is worth it.
+        """Whether one call of FlashAttention can serve all stretches, and may be worth it.
 
-        PyTorch's is slower than what "sdpa" takes on a Hopper GPU, where no mask keeps it from that.
+        Long stretches without a mask are left to the kernel that "sdpa" chooses for the GPU, which may be a newer one.
         """
         short = sum(self.lengths) <= LONG * len(self.lengths)
         return self.causal and (short or any(prefix is not None for prefix in self.prefixes))
@@ -150,11 +150,12 @@ def _attend_by_stretches(
 ) -> Tensor:
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError("its attention adds a bias of positions")
-    cast = in_autocast_dtype(query, key, value)
-    if packed.in_one_call and takes_varlen(*cast, **kwargs):
-        if query.device not in packed.varlen:
-            packed.varlen[query.device] = varlen_inputs(Segments(packed.lengths, packed.prefixes), query.device)
-        return varlen_attention(*cast, packed.varlen[query.device], kwargs.get("scaling"))
+    if packed.in_one_call and query.shape[2] == key.shape[2] == sum(packed.lengths):
+        cast = in_autocast_dtype(query, key, value)
+        if takes_varlen(*cast, **kwargs):
+            if query.device not in packed.varlen:
+                packed.varlen[query.device] = varlen_inputs(Segments(packed.lengths, packed.prefixes), query.device)
+            return varlen_attention(*cast, packed.varlen[query.device], kwargs.get("scaling"))
     kwargs["is_causal"] = True  # a mask that is none
     queries, keys, values = (x.split(packed.lengths, dim=2) for x in (query, key, value))
     outputs = []

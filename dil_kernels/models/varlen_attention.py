@@ -1,8 +1,8 @@
 """PyTorch's own FlashAttention over all stretches of a row in one call, for models that attend with "sdpa" on a GPU.
 
 Stretch by stretch, a layer of n stretches is n to 4 n launches forward, and twice that backward. The function that is
-called is not public, and serves PyTorch's varlen_attn in all releases since 2.10 by changing names: whether it computes
-what is wanted is measured before it is used.
+called is not public (the public varlen_attn around it takes other arguments from one release of PyTorch to the next):
+whether it computes what is wanted is measured before it is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dil_kernels.models.prefix_sharing_flash import KEY_INDEX, flash_inputs
 MAX_HEAD_SIZE = 256  # of FlashAttention
 HALF = (torch.bfloat16, torch.float16)
 ROUNDING = 0.1  # of values and gradients in 16 bits, by norms; other keys change them by half
-PROBE = Segments((5, 3, 4, 1), (None, 0, 0, None))
+PROBE, PROBE_SCALE = Segments((5, 3, 4, 1), (None, 0, 0, None)), 0.3
 
 
 def in_autocast_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +29,8 @@ def in_autocast_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     if not torch.is_autocast_enabled(kind):
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+    return query, key, value
 
 
 def takes_varlen(
@@ -43,6 +44,7 @@ def takes_varlen(
         and query.dtype in HALF
         and size == value.shape[-1] <= MAX_HEAD_SIZE
         and size % 8 == 0
+        and all(x.stride(-1) == 1 for x in (query, key, value))
         and not dropout
         and softcap is None
         and torch.backends.cuda.flash_sdp_enabled()
@@ -83,14 +85,18 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, inputs: dict[str
 def is_right(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
     """Whether `varlen_attention` computes here what `scaled_dot_product_attention` does, gradients included."""
     shapes = [(1, count, sum(PROBE.lengths), size) for count in (heads, key_heads, key_heads)]
+    # The first to ask may be in a checkpointed layer, whose hooks are for what the layer saves.
+    own_graph = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with own_graph, torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             generator = torch.Generator(device).manual_seed(0)
             tensors = [torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes]
             actual, truth = (
                 _with_gradients(attend, [x.to(to).requires_grad_() for x in tensors])
                 for attend, to in ((_probed, dtype), (_by_stretches, torch.float32))
             )
+    except torch.OutOfMemoryError:  # which says nothing of the function
+        raise
     except (RuntimeError, TypeError):  # not built for this device, other arguments
         return False
     return all((x.float() - true).norm() <= ROUNDING * true.norm() for x, true in zip(actual, truth, strict=True))
@@ -99,11 +105,11 @@ def is_right(device: torch.device, dtype: torch.dtype, heads: int, key_heads: in
 def _with_gradients(attend: Any, tensors: list[Tensor]) -> list[Tensor]:
     output = attend(*tensors)
     weights = torch.arange(output.numel(), device=output.device).sin().view_as(output)
-    return [output, *torch.autograd.grad((output.float() * weights).sum(), tensors)]
+    return [output.detach(), *torch.autograd.grad((output.float() * weights).sum(), tensors)]
 
 
 def _probed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return varlen_attention(query, key, value, varlen_inputs(PROBE, query.device), None)
+    return varlen_attention(query, key, value, varlen_inputs(PROBE, query.device), PROBE_SCALE)
 
 
 def _by_stretches(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -113,5 +119,5 @@ def _by_stretches(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if prefix is not None:
             k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-        outputs.append(scaled_dot_product_attention(q, k, v, mask, enable_gqa=True))
+        outputs.append(scaled_dot_product_attention(q, k, v, mask, scale=PROBE_SCALE, enable_gqa=True))
     return torch.cat(outputs, dim=2).transpose(1, 2)
