@@ -177,8 +177,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stages(runs: Sequence[Run], jobs: int) -> list[tuple[int, list[Run]]]:
-    """Runs and how many of them may go on at a time: those that need what others have seen come after them, and what
-    steps cost is measured alone."""
+    """Groups of runs, each with how many of it go on at a time.
+
+    A run comes after those that it needs, and what steps cost is measured alone.
+    """
     if jobs == 1:
         return [(1, [run]) for run in runs]
     tuned, trained, timed = (

@@ -142,17 +142,17 @@ def test_the_first_to_attend_may_be_a_checkpointed_layer(reentrant: bool, monkey
     model = make_family("llama").float().train()
     install_prefix_sharing(model)
     inputs = share_prefixes(SHARED)[0].model_inputs()
+    monkeypatch.setattr(
+        packed_attention,
+        "takes_varlen",
+        lambda q, k, _v, **_: is_right(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3]),
+    )
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         is_right.cache_clear()
-        monkeypatch.setattr(
-            packed_attention,
-            "takes_varlen",
-            lambda q, k, _v, **_: is_right(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3]),
-        )
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**inputs).logits.float().square().mean()
