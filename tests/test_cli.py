@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from tiny_model import CHAT_TEMPLATE, make_pairs, make_tokenizer, save_model, write_lines
 
+import dil_kernels
 from dil_kernels import backends
 from dil_kernels.cli import programs
 from dil_kernels.cli.arguments import build_parser
@@ -258,6 +259,14 @@ def test_env_says_what_is_there_and_why_not(capsys) -> None:
         assert f"\n  {name} " in text
     problem = backends.cuda_extension_problem()
     assert ("unavailable: " + problem if problem else "CUDA (_cuda.so)       available") in text
+
+
+@pytest.mark.parametrize("main", [programs.main, programs.env_main])
+def test_either_says_its_version(main, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"dil_kernels {dil_kernels.__version__}\n"
 
 
 INTERRUPTED_TORCH = """

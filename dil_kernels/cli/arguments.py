@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import TrainingArguments
 
+from dil_kernels import __version__
 from dil_kernels.backends import BACKENDS
 from dil_kernels.cli.class_options import lora_fields, plain_bnb_fields, plain_lora_fields
 from dil_kernels.cli.option_names import as_on_command_line, option_string
@@ -213,7 +214,7 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
     actions = {
         _underscored(option): action
         for action in parser._actions
-        if action.dest not in ("help", "config")
+        if action.dest not in ("help", "version", "config")
         for option in action.option_strings
     }
     values: dict[str, Any] = {}
@@ -283,6 +284,7 @@ def build_parser() -> Parser:
         usage="dil-train --model MODEL --train-file FILE --output-dir DIR [options]\n"
         "       dil-train --config RECIPE.yaml [options]",
     )
+    parser.add_argument("--version", action="version", version=f"dil_kernels {__version__}")
     group = parser.add_argument_group("model, data and output")
     group.add_argument(
         "--config",

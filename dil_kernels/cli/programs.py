@@ -82,13 +82,15 @@ def env_main(argv: Sequence[str] | None = None) -> int:
     """Run `dil-env`: print what is installed, which backends are available, and why the others are not.
 
     Args:
-        argv: no options but --help; those of the process if not given.
+        argv: no options but --help and --version; those of the process if not given.
     """
+    from dil_kernels import __version__
     from dil_kernels.cli.environment import describe_environment
 
     parser = argparse.ArgumentParser(
         prog="dil-env", description="Say what is installed, which backends are available, and why the others are not."
     )
+    parser.add_argument("--version", action="version", version=f"dil_kernels {__version__}")
     parser.parse_args(argv)
     print(describe_environment())
     return 0
