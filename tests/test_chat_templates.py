@@ -149,8 +149,59 @@ def test_reasoning_of_a_prompt_is_left_out_as_in_generation_and_said_once(caplog
         ids, _ = tokenize(check_pair(record, "row 3"), "row 3")
         assert tokenizer_of(THINKING).decode(ids).endswith("<|assistant|>1<|im_end|><|user|>b?<|im_end|><|assistant|>")
     assert caplog.messages == [
-        "row 3, column 'prompt', message 2: the chat template leaves out reasoning_content, in training as in "
-        "generation; this is said of the first such prompt alone"
+        f"row 3, column 'prompt', message 2: the chat template leaves out {what}, in training as in generation; "
+        "this is said of the first such row alone"
+        for what in ("reasoning_content", "the reasoning in its content, all before </think>")
+    ]
+
+
+THOUGHT = "<think>17 * 3 = 51</think>51"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [
+        ("17 * 3?", [THOUGHT, "Sure?", THOUGHT]),  # one answer twice, of which one loses its reasoning
+        (f"Say: {THOUGHT}", [THOUGHT, "thanks", "welcome"]),  # which stands in the prompt, too
+    ],
+)
+def test_a_text_that_stands_elsewhere_too_is_missed(prompt: str, answers: list[str]) -> None:
+    roles = ("assistant", "user", "assistant")
+    turns = [said(role, text) for role, text in zip(roles, answers, strict=True)]
+    assert refusal(THINKING, turns, [said("user", prompt)]).endswith(
+        "message 1: the chat template leaves out or changes a part of its content"
+    )
+
+
+def test_texts_that_stand_in_others_are_there_as_often() -> None:
+    """Also where a prompt repeats what its reasoning said, and where reasoning stands under every name there is."""
+    names = dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "51")
+    prompt = [said("user", "51"), said("assistant", THOUGHT), said("user", f"51? {THOUGHT}")]
+    for answer in (said("assistant", "51"), said("assistant", THOUGHT), said("assistant", "51", **names)):
+        assert "51" in texts(THINKING, [answer], prompt)[1]
+
+
+@pytest.mark.parametrize("content", ["IMPORTANT <think>so</think>1", "<b>, then <think>so</think>1"])
+def test_what_stands_before_reasoning_is_not_lost(content: str) -> None:
+    prompt = [said("user", "a?"), said("assistant", content), said("user", "b?")]
+    assert refusal(THINKING, [said("assistant", "2")], prompt) == (
+        "row 3, column 'prompt', message 2: the chat template leaves out or changes a part of its content"
+    )
+
+
+def test_descriptions_of_tools_that_are_left_out_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    unit = {"type": "object", "properties": {"z": {"type": "string", "description": "of its kind"}}}
+    tool = {"name": "f", "description": "does it", "parameters": {"type": "object", "properties": {"unit": unit}}}
+    written = "{% for tool in tools %}{{ tool.function.name }}: {{ tool.function.description }}{% endfor %}"
+    for tools in (
+        [{"type": "function", "function": {**tool, "parameters": {}}}],
+        [{"type": "function", "function": tool}],
+    ):
+        assert not caplog.messages
+        texts(written + THINKING, [said("assistant", "1")], tools=tools)
+    assert caplog.messages == [
+        "row 3, column 'tools': the chat template leaves out a description, in training as in generation; this is said "
+        "of the first such row alone"
     ]
 
 

@@ -6,18 +6,27 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dil_kernels.data.markers import REASONING_KEYS, RENDERING_ERRORS, Form, MarkedConversation, Piece, Shape, probe
+from dil_kernels.data.markers import (
+    REASONING_KEYS,
+    RENDERING_ERRORS,
+    Form,
+    MarkedConversation,
+    MarkedTools,
+    Piece,
+    Shape,
+    probe,
+)
 from dil_kernels.data.messages import CONTINUE, TEMPLATE_OPTIONS, TOOLS, Message, Messages, PreferenceDataError
 from dil_kernels.data.pairs import Pair, response_columns
 
 logger = logging.getLogger(__name__)
 
 SHAPES_KEPT = 4096
-END_OF_REASONING = "</think>"
+START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._shapes: dict[tuple[str, str], Shape] = {}
-        self._warned = False
+        self._warned: set[str] = set()
 
     def render(self, pair: Pair, where: str) -> tuple[str, dict[str, str]]:
         """The text of the prompt, up to where the response begins, and of the whole conversation with each response.
@@ -110,11 +119,12 @@ class ChatRenderer:
     def _shape(self, messages: Messages, options: Mapping[str, Any], template: str) -> Shape:
         marked = MarkedConversation(messages)
         others = {name: value for name, value in options.items() if name != TOOLS}
-        key = template, repr((marked.messages, others, len(options.get(TOOLS, []))))
+        tools = MarkedTools(options.get(TOOLS, []))
+        key = template, repr((marked.messages, others, tools.tools))
         if key not in self._shapes:
             if len(self._shapes) == SHAPES_KEPT:
                 self._shapes.clear()
-            shape = probe(marked, options, self._apply)
+            shape = probe(marked, others, tools, self._apply)
             # A tool without a name shows nothing.
             left_out = shape.tools_left_out or (TOOLS in options and not _names(template, TOOLS))
             self._shapes[key] = shape._replace(tools_left_out=left_out)
@@ -126,6 +136,8 @@ class ChatRenderer:
             raise PreferenceDataError(
                 f"{conversation.where}, column {TOOLS!r}: the chat template has no place for tools"
             )
+        if shape.descriptions_left_out:
+            self._warn(f"{conversation.where}, column {TOOLS!r}", "a description")
         left_out = shape.left_out - shape.by_option
         for piece in sorted(left_out, key=lambda piece: (piece.message, piece.key != "tool_calls", piece.key)):
             place = conversation.place(piece.message)
@@ -134,25 +146,40 @@ class ChatRenderer:
             self._warn(place, piece.key)
 
     def _check_kept(self, text: str, shape: Shape, conversation: _Conversation) -> None:
-        """Refuse a content or reasoning of which the template leaves out or changes a part."""
-        for index, message in enumerate(conversation.messages):
-            for key in ("content", *REASONING_KEYS):
-                value = message.get(key)
-                if not isinstance(value, str) or value.strip() in text or Piece(index, key) in shape.left_out:
+        """Refuse a content or reasoning of which the template leaves out or changes a part.
+
+        A text that stands in several pieces must be there as often: each is looked for in its own right.
+        """
+        pieces = _pieces(conversation.messages, shape.left_out)
+        kept = {piece: value for piece, value in pieces.items() if value in text}
+        # Reasoning of a prompt may be left out, as generation leaves it out, too.
+        said = {
+            piece: _after_reasoning(value) if piece.message < conversation.prompt_size else value
+            for piece, value in pieces.items()
+        }
+        for piece, value in pieces.items():
+            if piece in kept:
+                wanted = sum(other.count(value) for other in kept.values())
+                if wanted == 1 or text.count(value) >= wanted:
                     continue
-                if _is_kept(value, text):
+                lost = text.count(value) < sum(said[other].count(value) for other in kept)
+                if not lost and said[piece] == value:
                     continue
-                place, said = conversation.place(index), value.rpartition(END_OF_REASONING)[2]
-                if index >= conversation.prompt_size or said == value or not _is_kept(said, text):
-                    raise PreferenceDataError(f"{place}: the chat template leaves out or changes a part of its {key}")
-                self._warn(place, "the reasoning in its content")
+            elif _is_kept(value, text):
+                continue
+            else:
+                lost = said[piece] == value or not _is_kept(said[piece], text)
+            place = conversation.place(piece.message)
+            if lost:
+                raise PreferenceDataError(f"{place}: the chat template leaves out or changes a part of its {piece.key}")
+            self._warn(place, f"the reasoning in its content, all before {END_OF_REASONING}")
 
     def _warn(self, place: str, what: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if what not in self._warned:
+            self._warned.add(what)
             logger.warning(
-                "%s: the chat template leaves out %s, in training as in generation; this is said of the first such "
-                "prompt alone",
+                "%s: the chat template leaves out %s, in training as in generation; this is said of the first such row "
+                "alone",
                 place,
                 what,
             )
@@ -188,6 +215,29 @@ def _join(
         )
     whole = {**last, **first, "content": (last["content"] or "") + (first["content"] or "")}
     return _Conversation([*prompt[:-1], whole, *response[1:]], len(prompt) - 1, where, column)
+
+
+def _pieces(messages: Messages, left_out: Collection[Piece]) -> dict[Piece, str]:
+    """The contents and reasonings of messages, without blanks around them; one that stands under two keys, once."""
+    pieces: dict[Piece, str] = {}
+    for index, message in enumerate(messages):
+        values: set[str] = set()
+        for key in ("content", *REASONING_KEYS):
+            value = message.get(key)
+            if not isinstance(value, str) or not value.strip() or (key != "content" and value in values):
+                continue
+            if key != "content":
+                values.add(value)
+            if Piece(index, key) not in left_out:
+                pieces[Piece(index, key)] = value.strip()
+    return pieces
+
+
+def _after_reasoning(content: str) -> str:
+    """What a content says after its reasoning; all of it, if it does not begin with any."""
+    head, end, said = content.rpartition(END_OF_REASONING)
+    before = head[: max(head.find(START_OF_REASONING), 0)]  # a template may have written the start
+    return content if not end or before.strip() else said
 
 
 def _with_reasoning(messages: Messages, template: str) -> Messages:

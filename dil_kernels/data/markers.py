@@ -98,6 +98,38 @@ class MarkedConversation:
         return self._ids.setdefault(value, f"{len(self._ids):09}")  # as long as Mistral's templates want ids
 
 
+class MarkedTools:
+    """Tools with a marker for each name and each description.
+
+    Attributes:
+        tools: the marked ones.
+        names, descriptions: the markers.
+    """
+
+    def __init__(self, tools: list[dict[str, Any]]) -> None:
+        self.names: list[str] = []
+        self.descriptions: list[str] = []
+        self.tools = [self._tool(tool) for tool in tools]
+
+    def _tool(self, tool: dict[str, Any]) -> dict[str, Any]:
+        function = self._described(_function(tool))
+        if isinstance(function.get("name"), str):
+            self.names.append(f"mark{len(self.names)}tool")
+            function = {**function, "name": self.names[-1]}
+        return {**tool, "function": function} if "function" in tool else function
+
+    def _described(self, schema: Any) -> Any:
+        if isinstance(schema, list):
+            return [self._described(item) for item in schema]
+        if not isinstance(schema, dict):
+            return schema
+        marked = {key: self._described(item) for key, item in schema.items()}
+        if isinstance(schema.get("description"), str) and schema["description"].strip():
+            self.descriptions.append(f"mark{len(self.descriptions)}description")
+            marked["description"] = self.descriptions[-1]
+        return marked
+
+
 class Form(NamedTuple):
     """How a template takes messages: arguments as JSON text, no content as an empty one, contents as lists of parts."""
 
@@ -128,24 +160,27 @@ class Shape(NamedTuple):
     left_out: frozenset[Piece] = frozenset()
     by_option: frozenset[Piece] = frozenset()  # those of them that are rendered without the options of the template
     tools_left_out: bool = False
+    descriptions_left_out: bool = False  # of tools or their parameters
 
 
-def probe(marked: MarkedConversation, options: Mapping[str, Any], apply: Callable[..., str]) -> Shape:
+def probe(
+    marked: MarkedConversation, options: Mapping[str, Any], tools: MarkedTools, apply: Callable[..., str]
+) -> Shape:
     """Find what a template leaves out, in the form in which this is least; nothing where it refuses markers.
 
     Args:
         marked: the conversation.
-        options: of the template, with the tools.
+        options: of the template, without the tools.
+        tools: that it is given.
         apply: renders messages with options.
     """
-    tools, tool_markers = _mark_tools(options.get(TOOLS, []))
-    marked_options = {**options, TOOLS: tools} if tools else options
+    tools_option = {TOOLS: tools.tools} if tools.tools else {}
     best: tuple[list[Piece], Form, str] | None = None
     tries = [(form, False) for form in _forms(marked.messages)]
     for form, printed in tries + [(form, True) for form, _ in tries]:  # where there is no other way
         if printed and best is not None:
             break
-        text = _attempt(marked, form, marked_options, apply, printed)
+        text = _attempt(marked, form, {**options, **tools_option}, apply, printed)
         if text is not None and (best is None or len(marked.lost(text)) < len(best[0])):
             best = marked.lost(text), form, text
             if not best[0]:
@@ -154,10 +189,11 @@ def probe(marked: MarkedConversation, options: Mapping[str, Any], apply: Callabl
         return Shape(Form())
     lost, form, text = best
     by_option: frozenset[Piece] = frozenset()
-    if lost and options.keys() - {TOOLS}:
-        plain = _attempt(marked, form, {TOOLS: tools} if tools else {}, apply)
+    if lost and options:
+        plain = _attempt(marked, form, tools_option, apply)
         by_option = frozenset(lost) - frozenset(lost if plain is None else marked.lost(plain))
-    return Shape(form, frozenset(lost), by_option, any(marker not in text for marker in tool_markers))
+    left_out = (any(marker not in text for marker in markers) for markers in (tools.names, tools.descriptions))
+    return Shape(form, frozenset(lost), by_option, *left_out)
 
 
 def _forms(messages: Messages) -> list[Form]:
@@ -200,16 +236,3 @@ def _with_text_arguments(message: Message) -> Message:
             function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
         calls.append({**call, "function": function} if "function" in call else function)
     return {**message, "tool_calls": calls}
-
-
-def _mark_tools(tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Tools with a marker for each name, and the markers."""
-    marked: list[dict[str, Any]] = []
-    markers: list[str] = []
-    for tool in tools:
-        function = _function(tool)
-        if isinstance(function.get("name"), str):
-            markers.append(f"mark{len(markers)}tool")
-            function = {**function, "name": markers[-1]}
-        marked.append({**tool, "function": function} if "function" in tool else function)
-    return marked, markers
