@@ -27,6 +27,9 @@ STARTS: dict[str, Any] = {
     "new, with lm_head": lambda: new_lora(target_modules=[*TARGETS, "lm_head", "embed_tokens"]),
     "new, whole lm_head": lambda: new_lora(modules_to_save=["lm_head"]),
     "new, whole tied lm_head": lambda: new_lora(make_model(), modules_to_save=["lm_head"]),
+    "new, whole tied embeddings": lambda: new_lora(
+        make_model(), modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    ),
     "new, DoRA": lambda: new_lora(use_dora=True),
     "new, PiSSA": lambda: new_lora(init_lora_weights="pissa"),
     "new, with biases": lambda: new_lora(make_model(attention_bias=True), bias="lora_only"),
@@ -45,12 +48,17 @@ SECOND_MODEL = {"new, with biases", "trained, with biases", "trained, DoRA", "IA
 COPIED_ADAPTER = {"new, PiSSA", "trained", "trained, with lm_head", "trained, whole lm_head", "trained, PiSSA"}
 
 
+def trainable_names(model: Any) -> set[str]:
+    """Of all weights that are trained, those of tied ones, too."""
+    return {name for name, weight in model.named_parameters(remove_duplicate=False) if weight.requires_grad}
+
+
 @pytest.mark.parametrize("fused_head", [True, False], ids=["fused", "logits"])
 @pytest.mark.parametrize("start", STARTS)
 def test_the_reference_stays_the_policy_at_the_start(tmp_path: Path, start: str, fused_head: bool) -> None:
     model = STARTS[start]()
     initial = copy.deepcopy(model)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = trainable_names(model)
     options = {"fused_head": fused_head, "train_sampling_strategy": "sequential", "max_steps": 3}
     trainer = make_trainer(tmp_path, model=model, **options)
     assert (trainer.ref_model is not None) == (start in SECOND_MODEL)
@@ -62,7 +70,7 @@ def test_the_reference_stays_the_policy_at_the_start(tmp_path: Path, start: str,
     # The policy is not the reference any more, and nothing but the adapter has changed.
     moved = trainer.batch_loss.token_logps(trainer.model.eval(), Batch.of(batch_on(trainer))) - reference_logps(trainer)
     assert moved.abs().max() > 0.01
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
+    assert trainable_names(model) == trainable
     before = initial.state_dict()
     changed = {name for name, value in model.state_dict().items() if name in before and not value.equal(before[name])}
     assert changed <= trainable

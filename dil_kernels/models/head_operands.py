@@ -12,7 +12,7 @@ from dil_kernels.functional.vocab_parallel import is_dtensor
 from dil_kernels.models.head_requests import UnsupportedHeadError, is_answering, replaced_forward
 from dil_kernels.models.tensor_parallel import is_forward_of
 
-__all__ = ["is_of_fsdp2", "operands", "site_problem", "sites_of", "unwrapped"]
+__all__ = ["head_sizes", "is_of_fsdp2", "operands", "site_problem", "sites_of", "unwrapped"]
 
 LINEAR_FORWARD = nn.Linear.forward
 
@@ -41,6 +41,18 @@ def sites_of(head: Any) -> list[nn.Module]:
     if _is(head, "peft.utils.other", "ModulesToSaveWrapper"):
         return [head.original_module, *head.modules_to_save.values()]
     return [head]
+
+
+def head_sizes(head: Any) -> tuple[int, int] | None:
+    """Vocabulary and hidden size of a linear head; None of another.
+
+    The head that PEFT ties to saved embeddings says them the other way round than its weight.
+    """
+    V, D = getattr(head, "out_features", None), getattr(head, "in_features", None)
+    if not (isinstance(V, int) and isinstance(D, int)):
+        return None
+    swapped = tuple(getattr(getattr(head, "weight", None), "shape", ())) == (D, V)
+    return (D, V) if swapped else (V, D)
 
 
 def site_problem(site: Any) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dil_kernels.models.head_operands import is_of_fsdp2, sites_of
+from dil_kernels.models.head_operands import head_sizes, is_of_fsdp2, sites_of
 from dil_kernels.models.head_requests import Request, UnsupportedHeadError, answering_forward, ask
 
 __all__ = ["check_unchanged", "known_logits", "measure", "output_keywords"]
@@ -32,14 +32,14 @@ CHANGED = "what the model does to its logits changed after the fused head was in
 
 
 class _Measurement(Request):
-    def __init__(self, sites: list[nn.Module], logits: Tensor) -> None:
+    def __init__(self, sites: list[nn.Module], logits: Tensor, hidden_size: int) -> None:
         super().__init__(sites)
         self.logits = logits
+        self.wanted = (*logits.shape[:2], hidden_size)
 
     def _answer(self, site: Any, hidden_states: Tensor) -> tuple[Any, Tensor]:
-        wanted = (*self.logits.shape[:2], site.in_features)
-        if tuple(hidden_states.shape) != wanted:
-            raise UnsupportedHeadError(f"its head gets {list(hidden_states.shape)} for tokens of {list(wanted)}")
+        if tuple(hidden_states.shape) != self.wanted:
+            raise UnsupportedHeadError(f"its head gets {list(hidden_states.shape)} for tokens of {list(self.wanted)}")
         return True, self.logits
 
 
@@ -67,8 +67,9 @@ def measure(model: PreTrainedModel, forward: Callable[..., Any], head: nn.Module
         UnsupportedHeadError: it does anything else, or could not be followed.
     """
     sites = sites_of(head)
-    site: Any = sites[0]
-    D, V, parameter = site.in_features, site.out_features, next(head.parameters())
+    sizes, parameter = head_sizes(sites[0]), next(head.parameters())
+    assert sizes is not None, "it is linear"
+    V, D = sizes
     ramp, ones = torch.linspace(-60.0, 60.0, V, dtype=torch.float64), torch.ones(V, dtype=torch.float64)
     given = torch.stack([ramp, ramp.flip(0), TINY * ones, HUGE * ones, -HUGE * ones]).unsqueeze(0)  # [1, 5, V]
     tokens = torch.zeros(given.shape[:2], device=parameter.device, dtype=torch.int64)
@@ -84,7 +85,7 @@ def measure(model: PreTrainedModel, forward: Callable[..., Any], head: nn.Module
             unhooked.enter_context(_without_sharding(module))
         with unhooked, torch.enable_grad():
             inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **output_keywords(forward)}
-            seen = ask(_Measurement(sites, given), forward, (), inputs).logits
+            seen = ask(_Measurement(sites, given, D), forward, (), inputs).logits
     except UnsupportedHeadError:
         raise
     except Exception as error:  # whatever a model's own code may raise
