@@ -41,13 +41,18 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and has_values(tensor)
 
 
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """One of LOGITS_DTYPES."""
+    if tensor.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
+
+
 def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bool, part: bool = False) -> None:
     """Logits [B, T, V] or [N, V], labels [B, T] or [N]; of a part of the vocabulary, labels may be any."""
     check_tensors(logits=logits, labels=labels)
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits must be [B, T, V] or [N, V], got {shape_of(logits)}")
-    if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"logits must be fp32, bf16, fp16 or fp64, got {logits.dtype}")
+    check_dtype("logits", logits)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if labels.shape != logits.shape[:-1]:
@@ -94,8 +99,7 @@ def check_head(
         raise ValueError(f"{weight_name} is empty: {shape_of(lm_head_weight)}")
     if lm_head_bias is not None and lm_head_bias.shape != (V,):
         raise ValueError(f"{bias_name} must be [{V}] to match {weight_name}, got {shape_of(lm_head_bias)}")
-    if hidden_states.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"{hidden_name} must be fp32, bf16, fp16 or fp64, got {hidden_states.dtype}")
+    check_dtype(hidden_name, hidden_states)
     for name, tensor in ((weight_name, lm_head_weight), (bias_name, lm_head_bias), ("labels", labels)):
         if tensor is not None and tensor.device != hidden_states.device:
             raise ValueError(f"{name} is on {tensor.device}, but {hidden_name} is on {hidden_states.device}")
@@ -121,8 +125,14 @@ def check_number(name: str, value: float) -> None:
     """A number of Python's."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got a Tensor (no gradient flows to it)")
-    if not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """True or false, and not what Python takes for one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:

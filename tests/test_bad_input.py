@@ -84,6 +84,7 @@ PACKED_CASES = [
     ({"cu_seqlens": None}, ValueError, "logits must be [B, T, V] (or pass cu_seqlens for packed [N, V]), got [6, 7]"),
     ({"labels": PACKED_LABELS[:5]}, ValueError, "labels must be [6] to match logits [6, 7], got [5]"),
     ({"labels": PACKED_LABELS.tolist()}, TypeError, "labels must be a Tensor, got list"),
+    ({"average_log_prob": 0}, TypeError, "average_log_prob must be true or false, got 0"),
     ({"cu_seqlens": [0, 2, 6]}, TypeError, "cu_seqlens must be a Tensor, got list"),
     ({"ignore_index": 0.0}, TypeError, "ignore_index must be an integer, got 0.0"),
 ]
@@ -100,6 +101,10 @@ def test_sequence_logps(change, error, message, backend) -> None:
 FUSED_CASES = [
     ({"logits": LOGITS.new_zeros(3, 4, 7), "labels": LABELS.new_zeros(3, 4), "ref_logits": LOGITS.new_zeros(3, 4, 7)},
      ValueError, "pairs need an even number of sequences, got 3 rows in logits [3, 4, 7]"),
+    ({"logits": LABELS, "labels": LOGITS, "ref_logits": LOGITS},
+     TypeError, "logits must be fp32, bf16, fp16 or fp64, got torch.int64"),
+    ({"average_log_prob": "no"}, TypeError, "average_log_prob must be true or false, got 'no'"),
+    ({"beta": True}, TypeError, "beta must be a number, got True"),
     ({"loss_type": "kl"}, ValueError, "unknown loss_type 'kl'; available: lsif, ukl, bce, power, is, brier"),
     ({"beta": -0.1}, ValueError, "beta must be a finite number > 0, got -0.1"),
     ({"loss_type": "dpo", "beta": -1.0}, ValueError, "beta must be a finite number > 0, got -1.0"),

@@ -16,6 +16,7 @@ from tiny_trainer import make_trainer
 from transformers import MixtralConfig, MixtralForCausalLM, TrainingArguments
 
 from dil_kernels.trainer import DILConfig, DILTrainer
+from dil_kernels.training.config import OWN_FLAGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +49,13 @@ ROOT = Path(__file__).parents[1]
 def test_a_wrong_option_is_refused(tmp_path: Path, options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=f"^{problem}"):
         DILConfig(str(tmp_path), **options)
+
+
+@pytest.mark.parametrize("name", ["average_log_prob", "fused_head", *OWN_FLAGS])
+@pytest.mark.parametrize("value", [0, "no"])
+def test_what_is_true_or_false_is_so(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be true or false, got {value!r}"):
+        DILConfig(str(tmp_path), **{name: value})
 
 
 def test_the_prompt_takes_half_of_the_length_unless_told(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_an_option_of_trl_that_no_loss_uses_is_refused(tmp_path: Path, name: str
         ({"loss_type": "kl"}, "unknown loss_type 'kl'; available: lsif"),
         ({"loss_type": "aot"}, "loss_type='aot' of TRL sorts log ratios over a batch"),
         ({"loss_type": "sigmoid_norm"}, "is here loss_type='dpo' with average_log_prob=True"),
+        ({"loss_type": None}, "loss_type must be one loss, got None"),
         ({"loss_type": "hinge"}, "loss_type='hinge' is taken of summed log ratios by TRL: give average_log_prob=False"),
         (
             {"f_divergence_type": "forward_kl"},
@@ -54,6 +55,13 @@ def test_an_option_of_trl_that_no_loss_uses_is_refused(tmp_path: Path, name: str
 def test_a_wrong_option_is_refused(tmp_path: Path, options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         DILConfig(str(tmp_path), bf16=False, use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("name", ["average_log_prob", "fused_head", "prefix_sharing"])
+@pytest.mark.parametrize("value", [0, "no"])
+def test_what_is_true_or_false_is_so(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be true or false, got {value!r}"):
+        DILConfig(str(tmp_path), bf16=False, use_cpu=True, **{name: value})
 
 
 def test_the_options_of_a_launcher_are_taken_over(tmp_path: Path) -> None:

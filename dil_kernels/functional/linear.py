@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from dil_kernels import reference
 from dil_kernels.backends import has_autocast, resolve_backend
-from dil_kernels.checks import check_head, check_tensors, has_values, shape_of
+from dil_kernels.checks import check_flag, check_head, check_tensors, has_values, shape_of
 from dil_kernels.functional.logps import LogitStatistics, eager_logps, prepare_rows
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.functional.memory import default_stash_bytes
@@ -286,6 +286,7 @@ def linear_sequence_logps(
         ValueError, TypeError, RuntimeError: as `sequence_logps`.
     """
     (head,) = split("linear_sequence_logps", options, HeadOptions)
+    check_flag("average_log_prob", average_log_prob)
     with checked_heads(head, hidden_states, {"lm_head_weight": lm_head_weight, "lm_head_bias": lm_head_bias}) as checks:
         hidden_states, labels = prepare_rows(hidden_states, labels, cu_seqlens, head, "hidden_states", "D")
         checked = check_scored_head(hidden_states, lm_head_weight, lm_head_bias, labels, head, checks)

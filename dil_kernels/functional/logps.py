@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from dil_kernels import reference
 from dil_kernels.backends import resolve_backend
-from dil_kernels.checks import check_cu_seqlens, check_inplace, check_logits, check_tensors, shape_of
+from dil_kernels.checks import check_cu_seqlens, check_flag, check_inplace, check_logits, check_tensors, shape_of
 from dil_kernels.functional.vocab_parallel import Checks, checked_together, group_of, local_part
 from dil_kernels.ops.logps import logps_from_logits
 from dil_kernels.ops.vocab_parallel import IGNORED, Shard, eager_rows
@@ -210,6 +210,7 @@ def sequence_logps(
             checking would synchronise with the host, the result is NaN instead).
     """
     (scoring,) = split("sequence_logps", options, LogitsOptions)
+    check_flag("average_log_prob", average_log_prob)
     with checked_logits(logits, scoring) as checks:
         logits, labels = prepare_rows(logits, labels, cu_seqlens, scoring)
         checked = check_scored_logits(logits, labels, scoring, checks)

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from dil_kernels.backends import sums_are_compiled
-from dil_kernels.checks import LOGITS_DTYPES, check_choice, check_per_pair, check_tensors, shape_of
+from dil_kernels.checks import check_choice, check_dtype, check_per_pair, check_tensors, shape_of
 from dil_kernels.functional.logps import check_scored_logits, checked_logits, logps_of_labels, prepare_rows
 from dil_kernels.functional.output import DILOutput
 from dil_kernels.functional.reference_logps import check_is_chosen, resolve_ref_logps
@@ -245,10 +245,11 @@ def fused_dil_loss(
     """
     loss_options, scoring = split("fused_dil_loss", options, FusedLossOptions, LogitsOptions)
     with checked_logits(logits, scoring, ref_logits=ref_logits) as checks:
+        check_dtype("logits", logits)
         if ref_logits is not None and ref_logits.shape != logits.shape:
             raise ValueError(f"ref_logits must be {shape_of(logits)} as logits, got {shape_of(ref_logits)}")
-        if ref_logits is not None and ref_logits.dtype not in LOGITS_DTYPES:
-            raise TypeError(f"ref_logits must be fp32, bf16, fp16 or fp64, got {ref_logits.dtype}")
+        if ref_logits is not None:
+            check_dtype("ref_logits", ref_logits)
         if ref_logits is not None and ref_logits.device != logits.device:
             raise ValueError(f"ref_logits are on {ref_logits.device}, but logits are on {logits.device}")
         if ref_logits is not None and cu_seqlens is not None and ref_logits.ndim == 3:

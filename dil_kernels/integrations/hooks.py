@@ -51,10 +51,7 @@ class HookOptions(FusedLossFields):
     )
 
     def __post_init__(self) -> None:
-        for name in ("average_log_prob", "fused_head", "padding_free"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and (name, value) != ("fused_head", None):
-                raise TypeError(f"{name} must be true or false, got {value!r}")
+        self.check_flags("padding_free")
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         FusedLossOptions(**self.loss_options(), average_log_prob=self.average_log_prob)
 

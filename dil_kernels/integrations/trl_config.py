@@ -53,7 +53,7 @@ class DILConfig(FusedLossFields, DPOConfig):
     """TRL's `DPOConfig` with the options of the density-ratio losses; checked at construction.
 
     Raises:
-        ValueError: an option that is unknown, out of range, or not used by the loss.
+        ValueError, TypeError: an option that is unknown, out of range, of another type, or not used by the loss.
     """
 
     loss_type: list[str] = field(  # type: ignore[assignment]  # TRL has a list
@@ -110,7 +110,8 @@ class DILConfig(FusedLossFields, DPOConfig):
         return super().loss_options() | {"loss_type": self.loss_type[0]}
 
     def _check(self) -> None:
-        if len(self.loss_type) != 1:
+        self.check_flags("prefix_sharing")
+        if not isinstance(self.loss_type, list) or len(self.loss_type) != 1:
             raise ValueError(f"loss_type must be one loss, got {self.loss_type}")
         (loss_type,) = self.loss_type
         divergence = getattr(self, "f_divergence_type", None)

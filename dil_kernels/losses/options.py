@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from dil_kernels.checks import check_choice, check_number, check_positive, has_values
+from dil_kernels.checks import check_choice, check_flag, check_number, check_positive, has_values
 from dil_kernels.losses.divergence import PAIR_BETA, PARAMETER_NAMES, Divergence
 from dil_kernels.losses.registry import get_divergence
 from dil_kernels.options import ScoringOptions
@@ -290,6 +290,7 @@ class FusedLossOptions(LossOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flag("average_log_prob", self.average_log_prob)
         check_choice("pair_layout", self.pair_layout, PAIR_LAYOUTS)
 
     def of_sequences(self, scoring: ScoringOptions) -> SequenceOptions:

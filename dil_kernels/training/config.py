@@ -15,6 +15,14 @@ from dil_kernels.training.loss_fields import FusedLossFields
 from dil_kernels.training.ranges import check_numbers
 
 JOINED_ROWS = ("prefix_sharing", "padding_free")  # the options, the one that implies the other first
+OWN_FLAGS = (
+    *JOINED_ROWS,
+    "precompute_ref_log_probs",
+    "sync_ref_model",
+    "disable_dropout",
+    "activation_offloading",
+    "resume_with_changes",
+)
 SYNC_DEFAULTS = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 
 
@@ -23,7 +31,7 @@ class DILConfig(FusedLossFields, TrainingArguments):
     """Options of `DILTrainer`, beside those of `transformers.TrainingArguments`; checked at construction.
 
     Raises:
-        ValueError: an option that is unknown, out of range, or not used by the loss.
+        ValueError, TypeError: an option that is unknown, out of range, of another type, or not used by the loss.
     """
 
     max_length: int | None = field(
@@ -69,7 +77,7 @@ class DILConfig(FusedLossFields, TrainingArguments):
     )
     disable_dropout: bool = field(
         default=True,
-        metadata={"help": "Switch off every dropout of the model."},
+        metadata={"help": "Switch off every dropout of the model, and the noise of its routers of experts."},
     )
     ref_cache_dir: str | None = field(
         default=None,
@@ -153,6 +161,7 @@ class DILConfig(FusedLossFields, TrainingArguments):
     def __post_init__(self) -> None:
         LossOptions(**self.loss_options())
         check_numbers(self)
+        self.check_flags(*OWN_FLAGS)
         if self.report_to is None:  # which transformers takes for the name of an integration
             self.report_to = "none"
         super().__post_init__()

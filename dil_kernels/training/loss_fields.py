@@ -9,6 +9,8 @@ from typing import Any
 
 from typing_extensions import Self
 
+from dil_kernels.checks import check_flag
+
 HUB_TOKENS = ("hub_token", "push_to_hub_token")
 
 
@@ -112,6 +114,20 @@ class FusedLossFields(LossFields):
         default="auto",
         metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
     )
+
+    def check_flags(self, *names: str) -> None:
+        """Check that what is true or false is so, or None where that is the default.
+
+        Args:
+            names: of fields beside those of this class.
+
+        Raises:
+            TypeError: names the field and the value.
+        """
+        for name in ("average_log_prob", "fused_head", *names):
+            value = getattr(self, name)
+            if value is not None or self.__dataclass_fields__[name].default is not None:
+                check_flag(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without tokens of the hub: transformers pickles the options beside the weights, and uploads both."""
