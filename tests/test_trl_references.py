@@ -6,12 +6,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from plain_training import RELATIVE, GradientRecorder, assert_all_close, plain_gradients
-from tiny_model import make_model
+from tiny_model import make_model, make_pairs, write_lines
 from tiny_trainer import trained_weights
-from trl_runs import batch_of, logs_of, make_trainer, peft, plain_pairs
+from trl_runs import batch_of, logs_of, make_trainer, peft, plain_pairs, trl
 
 from dil_kernels.training.metrics import METRICS
 
@@ -80,6 +81,53 @@ def test_precomputed_references_train_as_live_ones(tmp_path: Path) -> None:
         sums = torch.tensor(stored.train_dataset[f"ref_{response}_logps"])
         torch.testing.assert_close(sums, truth[f"logps/{response}"].float(), rtol=1e-6, atol=0)
     assert_all_close(trained_weights(stored), trained_weights(live), 1e-6)  # the stored sums are fp32
+
+
+LD_DPO = {"loss_type": "sigmoid", "ld_alpha": 0.5}
+
+
+@pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("changed", ["max_length", "config", "trl", "dtype"])
+def test_stored_references_are_of_this_run(tmp_path: Path, changed: str, truncation_mode: str) -> None:
+    """TRL finds them by the rows as they were before truncation, and by the weights."""
+    pairs = write_lines(tmp_path / "pairs.jsonl", *make_pairs(6))
+
+    def run(name: str, **options: Any) -> list[dict[str, Any]]:
+        data = datasets.load_dataset("json", data_files=str(pairs), split="train", cache_dir=str(tmp_path / "cache"))
+        models = {each: make_model(0) for each in ("model", "ref_model")}
+        if name == "second" and changed == "config":
+            for model in models.values():
+                model.config.rope_parameters["rope_theta"] = 10.0
+                model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        options = {"truncation_mode": truncation_mode, "precompute_ref_log_probs": True, "max_steps": 1, **options}
+        trainer = make_trainer(tmp_path / name, train_dataset=data, **models, **options)
+        trainer.train()
+        return logs_of(trainer)
+
+    others = {
+        "max_length": {"max_length": 6},
+        "trl": {"trainer_class": trl.DPOTrainer, "config_class": trl.DPOConfig, **LD_DPO},
+        "dtype": {"bf16": True},
+        "config": {},
+    }
+    run("first", **{"max_length": 24, **others[changed]})
+    (log,) = run("second", max_length=24)
+    assert log["rewards/chosen"] == pytest.approx(0.0, abs=1e-6), "the policy is the reference"
+    assert log["rewards/rejected"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_reference_log_probs_of_the_data_are_taken(tmp_path: Path) -> None:
+    pairs = make_pairs(7).add_column("ref_chosen_logps", [-1.0] * 7)
+    with pytest.raises(ValueError, match="the data set has ref_chosen_logps, but no ref_rejected_logps"):
+        make_trainer(tmp_path, train_dataset=pairs, precompute_ref_log_probs=True)
+    pairs = pairs.add_column("ref_rejected_logps", [-2.0] * 7)
+    trainer = make_trainer(
+        tmp_path, train_dataset=pairs, precompute_ref_log_probs=True, max_steps=1, average_log_prob=False
+    )
+    trainer.train()
+    (log,) = logs_of(trainer)
+    assert log["rewards/chosen"] == pytest.approx(log["logps/chosen"] + 1.0)
+    assert log["rewards/rejected"] == pytest.approx(log["logps/rejected"] + 2.0)
 
 
 def test_a_reference_that_follows_the_policy(tmp_path: Path) -> None:

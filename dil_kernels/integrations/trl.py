@@ -8,6 +8,7 @@ has the gradients of one large batch, and so have the metrics.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import textwrap
 from collections.abc import Iterator
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from dil_kernels.wording import needs_extra
 
 try:
-    from accelerate.utils import is_peft_model
+    from accelerate.utils import broadcast_object_list, is_peft_model
+    from datasets import Dataset
+    from datasets.fingerprint import Hasher
     from trl import DPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import use_adapter
@@ -40,6 +43,8 @@ from dil_kernels.reference import accumulation_dtype
 from dil_kernels.training.checkpoints import check_weights
 from dil_kernels.training.loss_watch import NonFinitePairs
 from dil_kernels.training.metrics import METRICS, counted_pairs, means, pair_metrics
+from dil_kernels.training.precompute import has_reference, how_taken
+from dil_kernels.training.ref_cache import model_description, versions
 from dil_kernels.training.set_up import install_joined_rows, joined_rows_of, refuse_split_batches
 from dil_kernels.training.sharding import keep_outputs_exact
 
@@ -302,6 +307,26 @@ class DILTrainer(DPOTrainer):
         logps = batch.sums(self._score_reference(model[0] if model else None, inputs, batch))
         chosen, rejected = logps.float().chunk(2)
         return chosen, rejected
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, whose files go by the weights and by rows that are not truncated yet: by all else that counts, too.
+
+        A data set that has reference log-probs is returned as it is.
+        """
+        if isinstance(dataset, Dataset):  # TRL refuses one that is streamed
+            if has_reference(dataset):
+                return dataset
+            dataset = copy.copy(dataset)
+            dataset._fingerprint = self._reference_fingerprint(dataset)
+        return super()._precompute_ref_logps(dataset, *args, **kwargs)
+
+    def _reference_fingerprint(self, dataset: Dataset) -> str:
+        """Of a data set and of what its reference log-probs depend on beside the weights, for all processes."""
+        model = self._models.unwrapped(self.model if self.ref_model is None else self.ref_model)
+        truncation = self.args.max_length, self.args.truncation_mode
+        how = versions(), model_description(model), how_taken(self, self._models.has_fused_head(model))
+        fingerprint = Hasher.hash((dataset._fingerprint, truncation, self.data_collator.collate, how))
+        return str(broadcast_object_list([fingerprint])[0])
 
     def _no_sums(self) -> Tensor:
         """Nothing to log yet: the sums of `pair_metrics`, COLUMNS and the router's loss."""

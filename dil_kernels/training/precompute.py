@@ -63,13 +63,8 @@ def trainer_ref_cache(trainer: Any, model: nn.Module) -> ReferenceCache | str:
         return f"ref_cache_dir is {NO_CACHE!r}"
     if not type(collator).__module__.startswith("dil_kernels."):
         return f"which tokens the data collator {type(collator).__name__} scores is not known"
-    # How they are taken, where that changes them by more than the last bits.
     settings = {
-        "autocast": trainer.accelerator.mixed_precision,
-        "fused_head": trainer.uses_fused_head,
-        "device": args.device.type,
-        "backend": args.backend,
-        "matmul_precision": matmul_precision(args.device.type),
+        **how_taken(trainer, trainer.uses_fused_head),
         "adapter": args.ref_adapter_name,
         **({"lengths": "kept apart"} if trainer.lengths_kept_apart else {}),
     }
@@ -79,6 +74,18 @@ def trainer_ref_cache(trainer: Any, model: nn.Module) -> ReferenceCache | str:
         return str(error)
     directory = default_ref_cache_dir() if args.ref_cache_dir is None else Path(args.ref_cache_dir).expanduser()
     return ReferenceCache(directory, identity)
+
+
+def how_taken(trainer: Any, fused_head: bool) -> dict[str, Any]:
+    """What of a trainer's set-up changes log-probs by more than the last bits, as JSON has it."""
+    device = trainer.args.device.type
+    return {
+        "autocast": trainer.accelerator.mixed_precision,
+        "fused_head": fused_head,
+        "device": device,
+        "backend": trainer.args.backend,
+        "matmul_precision": matmul_precision(device),
+    }
 
 
 def precompute_reference(trainer: Any, token_logps: Callable[[Batch], Tensor], cache: ReferenceCache | str) -> None:

@@ -58,7 +58,7 @@ class ReferenceCache:
 
     def entry(self, dataset: datasets.Dataset) -> CacheEntry:
         """The place of a tokenised data set's log-probs, whether they are there or not."""
-        key = {"format": FORMAT, "versions": _versions(), **self.identity, "data": dataset_fingerprint(dataset)}
+        key = {"format": FORMAT, "versions": versions(), **self.identity, "data": dataset_fingerprint(dataset)}
         text = json.dumps(key, sort_keys=True)
         path = self.directory / f"{xxhash.xxh3_128_hexdigest(text.encode())}.safetensors"
         return CacheEntry(path, text, scored_lengths(dataset))
@@ -148,7 +148,8 @@ def _contiguous(array: NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(array).data
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that take log-probs."""
     packages = {"dil_kernels": dil_kernels, "torch": torch, "transformers": transformers}
     return {name: str(package.__version__) for name, package in packages.items()}
 
@@ -187,14 +188,7 @@ def model_fingerprint(module: nn.Module) -> str:
         NotImplementedError: the weights are not all here (FSDP, ZeRO-3, meta device), or their bytes cannot be read.
     """
     _refuse_absent_weights(module)
-    config: Any = getattr(module, "config", None)
-    description = {
-        "classes": [(name, type(part).__module__, type(part).__qualname__) for name, part in module.named_modules()],
-        "config": _lasting(config.to_dict()) if hasattr(config, "to_dict") else None,
-        "attention": getattr(config, "_attn_implementation", None),
-        "adapters": adapters_in_use(module),
-    }
-    digest = xxhash.xxh3_128(json.dumps(description, sort_keys=True, default=str).encode())
+    digest = xxhash.xxh3_128(model_description(module).encode())
     hashed: dict[tuple[Any, ...], str] = {}
     for name, tensor in _state(module):
         place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
@@ -202,6 +196,18 @@ def model_fingerprint(module: nn.Module) -> str:
             hashed[place] = _hash_tensor(name, tensor)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {hashed[place]}\n".encode())
     return digest.hexdigest()
+
+
+def model_description(module: nn.Module) -> str:
+    """What a model's log-probs depend on beside its weights and buffers, as JSON."""
+    config: Any = getattr(module, "config", None)
+    description = {
+        "classes": [(name, type(part).__module__, type(part).__qualname__) for name, part in module.named_modules()],
+        "config": _lasting(config.to_dict()) if hasattr(config, "to_dict") else None,
+        "attention": getattr(config, "_attn_implementation", None),
+        "adapters": adapters_in_use(module),
+    }
+    return json.dumps(description, sort_keys=True, default=str)
 
 
 def _refuse_absent_weights(module: nn.Module) -> None:
