@@ -42,7 +42,7 @@ def precomputed(directory: Path, **options: Any) -> tuple[DILTrainer, int]:
     settings = {"ref_cache_dir": str(directory / "refs"), "precompute_ref_log_probs": True, **options}
     trainer = make_trainer(directory, model=model, **settings)
     handle.remove()
-    return trainer, len(calls) - 2  # of `check_rows`
+    return trainer, len(calls) - 4  # of `check_rows` and `disable_noise`
 
 
 def sums_of(dataset: datasets.Dataset) -> list[list[float]]:

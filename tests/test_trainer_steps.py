@@ -30,11 +30,19 @@ from tiny_trainer import (
     tokenized,
     trained_weights,
 )
-from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from two_processes import run_on_two_processes
 
 from dil_kernels.data.collators import PreferenceCollator
 from dil_kernels.training.metrics import METRICS
+from dil_kernels.training.set_up import disable_noise
 
 ON_GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -175,7 +183,7 @@ def test_pairs_may_have_a_column_called_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("disable", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral", "phimoe"])
 def test_dropout_is_off_unless_asked_for(tmp_path: Path, family: str, disable: bool) -> None:
     model: Any = make_model(attention_dropout=0.5)
     if family == "gpt2":
@@ -184,6 +192,11 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path, family: str, disable: b
         config = FalconConfig(vocab_size=288, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
         config.hidden_dropout = config.attention_dropout = 0.5
         model = FalconForCausalLM(config)
+    if family in ("mixtral", "phimoe"):  # whose routers add noise of their own
+        sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+        config = AutoConfig.for_model(family, vocab_size=288, hidden_size=16, intermediate_size=24, **sizes)
+        config.router_jitter_noise = 0.3
+        model = AutoModelForCausalLM.from_config(config)
     trainer = make_trainer(tmp_path, model=model, disable_dropout=disable)
     model.train()
     batch = trainer._prepare_inputs(batch_of(make_pairs(2)))
@@ -191,6 +204,23 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path, family: str, disable: b
     assert (first == second) == disable
     if family == "llama":
         assert model.config.attention_dropout == 0.5  # which its modules have read: what is saved keeps it
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_noise_that_is_no_dropout_is_said(tmp_path: Path, noisy: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+
+    def add_noise(module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + noisy * module.training * torch.rand_like(output)
+
+    model.model.norm.register_forward_hook(add_noise)
+    state = torch.get_rng_state()
+    disable_noise(model, tell=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    warned = [message for message in caplog.messages if "training mode" in message]
+    assert len(warned) == noisy
+    if noisy:
+        assert warned[0].startswith("LlamaForCausalLM computes other logits in training mode than in evaluation mode")
 
 
 def test_length_grouping_has_its_lengths(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dil_kernels.integrations.trl_config import DILConfig
 from dil_kernels.models.fused_head import UnsupportedHeadError, install_fused_head
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
 from dil_kernels.training.model_checks import check_rows, keep_gradients_of_4_bits
+from dil_kernels.training.set_up import disable_noise
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class ScoredModels:
             TypeError: it is no causal language model.
         """
         keep_gradients_of_4_bits(model, name)
+        if self.args.disable_dropout:
+            disable_noise(model, tell=self.accelerator.is_main_process and name == "model")
         keep_lengths_apart(model)
         check_rows(model)
         problem = self._head_problem(model)

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
 from dil_kernels.models.evaluation import evaluating
+from dil_kernels.models.head_operands import head_sizes
+from dil_kernels.models.probes import difference
 from dil_kernels.training.adapters import has_adapters
 
 Models = tuple[nn.Module, nn.Module | None]  # the policy and the reference
@@ -35,7 +37,7 @@ def check_causal_lm(model: Any, name: str) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} must be a causal language model, got {type(model).__name__}")
-    base: Any = model.get_base_model() if has_adapters(model) else model  # type: ignore[operator]
+    base = _base(model)
     if not isinstance(base, PreTrainedModel):
         return
     problem = None
@@ -87,14 +89,10 @@ def check_rows(model: Any) -> None:
         NotImplementedError: the padding of a row changes its logits.
         TypeError: tokens see later ones.
     """
-    base: Any = model.get_base_model() if has_adapters(model) else model
-    parts = list(model.parameters())
-    whole = all(type(part.data) is Tensor and not part.is_meta and not hasattr(part, "ds_id") for part in parts)
-    V, T = vocabulary_size(model), min(PROBE_TOKENS, position_limit(model) or PROBE_TOKENS)
-    if not isinstance(base, PreTrainedModel) or not whole or V is None or T < 2:
+    ids = _probe(model)
+    if ids is None:
         return
-    ids = ((torch.arange(2 * T, device=base.device) + 1) * V // (2 * T + 1)).view(2, T)
-    mask = torch.ones_like(ids)
+    mask, T = torch.ones_like(ids), ids.shape[1]
     short = T // 2  # tokens of the first row, which is padded; of the second, one that goes on
     start = ids[:, :short], mask[:, :short]
     mask[0, short:] = 0
@@ -110,29 +108,65 @@ def check_rows(model: Any) -> None:
     changed, sees_later = (differences > PROBE_TOLERANCE).tolist()
     if changed:
         raise NotImplementedError(
-            f"{type(base).__name__} has other logits for a row that is padded on the right: it does not go by "
+            f"{_class_name(model)} has other logits for a row that is padded on the right: it does not go by "
             "attention_mask, so that log-probs would depend on the batch"
         )
     if sees_later:
         raise TypeError(
-            f"model must be a causal language model, got {type(base).__name__}, whose tokens see later ones; "
+            f"model must be a causal language model, got {_class_name(model)}, whose tokens see later ones; "
             "does its config want is_decoder=True?"
         )
+
+
+def training_mode_difference(model: Any) -> float:
+    """How far logits in training mode are from those in evaluation mode, as of `difference`.
+
+    Measured on two short rows; 0 where the weights are not whole, or the model cannot take them.
+
+    Args:
+        model: as of `check_rows`.
+    """
+    ids = _probe(model)
+    if ids is None:
+        return 0.0
+    try:
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+            evaluated, trained = (
+                model.train(mode)(input_ids=ids, use_cache=False).logits.float() for mode in (False, True)
+            )
+    except Exception:  # whatever a model's own code may raise: training raises it, too
+        return 0.0
+    return difference(trained, evaluated)
+
+
+def _probe(model: Any) -> Tensor | None:
+    """Token ids of two short rows; None where the weights are not whole, or the model cannot take them."""
+    parts = list(model.parameters())
+    whole = all(type(part.data) is Tensor and not part.is_meta and not hasattr(part, "ds_id") for part in parts)
+    V, T = vocabulary_size(model), min(PROBE_TOKENS, position_limit(model) or PROBE_TOKENS)
+    if not isinstance(_base(model), PreTrainedModel) or not whole or V is None or T < 2:
+        return None
+    return ((torch.arange(2 * T, device=_base(model).device) + 1) * V // (2 * T + 1)).view(2, T)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if has_adapters(model) else model
+
+
+def _class_name(model: Any) -> str:
+    return type(_base(model)).__name__
 
 
 def vocabulary_size(*models: nn.Module | None) -> int | None:
     """How many token ids all of some models have embeddings and logits for; None where that is not known."""
     sizes = []
     for model in models:
-        for getter, attribute in (
-            ("get_input_embeddings", "num_embeddings"),
-            ("get_output_embeddings", "out_features"),
-        ):
-            module = getattr(model, getter)() if hasattr(model, getter) else None
-            size = getattr(module, attribute, None)
-            if isinstance(size, int):
-                sizes.append(size)
-    return min(sizes, default=None)
+        embeddings, head = (
+            getattr(model, getter)() if hasattr(model, getter) else None
+            for getter in ("get_input_embeddings", "get_output_embeddings")
+        )
+        sizes += [getattr(embeddings, "num_embeddings", None), (head_sizes(head) or (None,))[0]]
+    return min((size for size in sizes if isinstance(size, int)), default=None)
 
 
 def position_limit(model: Any) -> int | None:

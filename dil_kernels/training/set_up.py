@@ -18,6 +18,7 @@ from dil_kernels.data.collators import PackedCollator, SharedPrefixCollator
 from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.models.packed_attention import UnsupportedPackingError, attention_of, install_packed_attention
 from dil_kernels.models.prefix_sharing import install_prefix_sharing
+from dil_kernels.models.probes import ROUNDINGS, coarsest_rounding
 from dil_kernels.models.tensor_parallel import (
     data_parallel_size,
     is_loaded_in_parts,
@@ -27,7 +28,7 @@ from dil_kernels.models.tensor_parallel import (
 from dil_kernels.training.adapters import has_adapters
 from dil_kernels.training.agreement import refuse_lone_processes
 from dil_kernels.training.config import JOINED_ROWS
-from dil_kernels.training.model_checks import check_causal_lm, keep_gradients_of_4_bits
+from dil_kernels.training.model_checks import check_causal_lm, keep_gradients_of_4_bits, training_mode_difference
 
 logger = logging.getLogger(__name__)
 
@@ -282,27 +283,46 @@ def install_joined_rows(models: Sequence[nn.Module], option: str | None, acceler
         raise UnsupportedPackingError(f"{option}=True was given, but {error}") from error
 
 
+def disable_noise(model: nn.Module, *, tell: bool) -> None:
+    """Disable dropout, and say so where training mode is still not evaluation mode, in which a reference is.
+
+    Args:
+        model: the policy, not yet wrapped.
+        tell: whether this process is the one to say it.
+    """
+    disable_dropout(model)
+    changed = training_mode_difference(model)
+    if tell and not changed <= ROUNDINGS * coarsest_rounding(model):
+        logger.warning(
+            "%s computes other logits in training mode than in evaluation mode (relative difference %.1e), though its "
+            "dropout is off: the log ratios of a policy that equals its reference are not 0",
+            type(model).__name__,
+            changed,
+        )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of the model to 0: the modules, and the rates that modules hand to functions.
 
-    Rates that a module looks up in its config whenever it runs, as Falcon's do, become 0 there, and in what is saved.
+    So is the noise that routers of experts add in training ("jitter"). Rates that a module looks up in its config
+    whenever it runs, as Falcon's do, become 0 there, and in what is saved.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in _dropout_rates(module):
+        for name in _noise_rates(module):
             setattr(module, name, 0.0)
         config = getattr(module, "config", None)
-        for name, rate in _dropout_rates(config).items():
+        for name, rate in _noise_rates(config).items():
             if rate and re.search(rf"config\.{name}\b", _source(type(module).forward)):
                 setattr(config, name, 0.0)
 
 
-def _dropout_rates(owner: Any) -> dict[str, float]:
+def _noise_rates(owner: Any) -> dict[str, float]:
     return {
         name: value
         for name, value in getattr(owner, "__dict__", {}).items()
-        if "drop" in name and isinstance(value, float)
+        if ("drop" in name or "jitter" in name) and isinstance(value, float)
     }
 
 

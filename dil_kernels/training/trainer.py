@@ -50,7 +50,7 @@ from dil_kernels.training.prepare import prepare_dataset
 from dil_kernels.training.reference_policy import ReferencePolicy
 from dil_kernels.training.reference_sync import ReferenceSync
 from dil_kernels.training.set_up import (
-    disable_dropout,
+    disable_noise,
     install_fused_heads,
     join_rows,
     policy_and_reference,
@@ -70,7 +70,7 @@ from dil_kernels.training.start import (
 )
 from dil_kernels.training.token_loader import FilledByTokens
 
-__all__ = ["DILConfig", "DILTrainer", "disable_dropout", "last_complete_checkpoint"]
+__all__ = ["DILConfig", "DILTrainer", "last_complete_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class DILTrainer(FilledByTokens):
         if hasattr(model, "add_model_tags"):
             model.add_model_tags([*TAGS])
         if args.disable_dropout:
-            disable_dropout(model)
+            disable_noise(model, tell=self.is_world_process_zero())
         reference = ReferencePolicy(
             model, ref_model, args.ref_adapter_name, self.accelerator, lasting=not args.precompute_ref_log_probs
         )
