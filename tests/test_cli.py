@@ -175,7 +175,7 @@ def test_options_that_do_not_fit(model_dir: Path, pairs_file: Path, tmp_path: Pa
         ([*base, "--num-generations-at-eval", "2"], "--num-generations-at-eval needs --eval-file"),
         ([*base, "--report-to", "tensorbord"], "--report-to tensorbord: unknown; available: "),
         ([*base, "--resume-from-checkpoint"], "no complete checkpoint to resume from"),
-        (["--model", str(tmp_path / "no"), *base[2:]], f"--model {tmp_path / 'no'}: no tokenizer could be loaded"),
+        (["--model", str(tmp_path / "no"), *base[2:]], f"--model {tmp_path / 'no'}: there is no such directory"),
     ):
         assert message in refused(argv, capsys)
     assert not (tmp_path / "out").exists()

@@ -184,5 +184,5 @@ def test_a_part_that_leaves_nothing_is_refused(tmp_path: Path, size: float) -> N
     if size < 1:
         assert len(split_off_test(dataset, size, seed=0)[1]) == 1  # a share is rounded up
         return
-    with pytest.raises(PreferenceDataError, match=rf"a.jsonl: test_split_size={size} of 20 rows: "):
+    with pytest.raises(PreferenceDataError, match=rf"a.jsonl: test_split_size={size} of 20 rows leaves none to"):
         split_off_test(dataset, size, seed=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -195,6 +196,7 @@ def _load_tokenizer(options: RunOptions) -> Any:
 
     from dil_kernels.cli.run_options import read_chat_template
 
+    _check_directories(options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model, **_of_the_hub(options.model, options))
     except (OSError, ValueError) as error:
@@ -214,6 +216,13 @@ def _load_tokenizer(options: RunOptions) -> Any:
         except Exception:  # a template may ask for other messages; those of the data are looked at one by one
             pass
     return tokenizer
+
+
+def _check_directories(options: RunOptions) -> None:
+    """Of models that are given by a path; of other names the hub says whether they are there."""
+    for option, name in (("--model", options.model), ("--ref-model", options.ref_model)):
+        if name is not None and name.startswith(("/", "./", "../", "~")) and not os.path.isdir(name):
+            raise InputError(f"{option} {name}: there is no such directory")
 
 
 def _of_the_hub(name: str, options: RunOptions) -> dict[str, Any]:

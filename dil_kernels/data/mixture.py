@@ -145,6 +145,7 @@ def split_off_test(dataset: datasets.Dataset, size: float, seed: int) -> tuple[d
     try:
         drawn = numbers.train_test_split(size if size < 1 else int(size), seed=seed)
     except ValueError as error:
-        raise PreferenceDataError(f"{source}: test_split_size={size:g} of {len(dataset)} rows: {error}") from error
+        held_out = f"{source}: test_split_size={size:g} of {len(dataset)} rows"
+        raise PreferenceDataError(f"{held_out} leaves none to train on") from error
     train, test = (dataset.select(drawn[part]["row"][:]) for part in ("train", "test"))
     return set_source(train, f"the training part of {source}"), set_source(test, f"the held-out part of {source}")

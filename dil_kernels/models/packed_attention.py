@@ -271,7 +271,9 @@ def packing_problem(model: nn.Module) -> str | None:
         with evaluating(measured), torch.enable_grad():
             problem = _measured_problem(measured, name)
     except Exception as error:  # whatever a model's own code may raise
-        problem = f"{name} cannot run on several sequences in one row: {error}"
+        reads_mask = PackedMask.__name__ in str(error)
+        why = "its own code reads the mask of its attention" if reads_mask else error
+        problem = f"{name} cannot run on several sequences in one row: {why}"
     if problem is not None and attention == "sdpa":
         problem += f" ({OWN_CODE})"
     if problem is None and attention == "eager":

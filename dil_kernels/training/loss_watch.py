@@ -71,9 +71,10 @@ class NonFinitePairs:
         failures = sorted(zip(keys, gather(self._values).tolist(), strict=True), key=lambda failure: failure[0])
         named = {key - (step << ROW_BITS): values for key, values in failures if key >> ROW_BITS == step}
         rows = "; ".join(_describe_row(row, values) for row, values in list(named.items())[:ROWS_NAMED])
+        suspects = "these rows, and at the weights that were given" if step == 1 else "these rows"
         raise FloatingPointError(
             f"the loss of step {step} is not finite on {rows} (rows of the training data, counted from 1, at most "
-            f"{ROWS_NAMED} named): look at these rows, or if they are sound, lower the learning rate; {resume}"
+            f"{ROWS_NAMED} named): look at {suspects}, or if they are sound, lower the learning rate; {resume}"
         )
 
 
