@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,8 @@ class ChatRenderer:
         A text that stands in several pieces must be there as often: each is looked for in its own right.
         """
         pieces = _pieces(conversation.messages, shape.left_out)
+        if _one_after_another(pieces.values(), text):
+            return
         kept = {piece: value for piece, value in pieces.items() if value in text}
         # Reasoning of a prompt may be left out, as generation leaves it out, too.
         said = {
@@ -231,6 +233,17 @@ def _pieces(messages: Messages, left_out: Collection[Piece]) -> dict[Piece, str]
             if Piece(index, key) not in left_out:
                 pieces[Piece(index, key)] = value.strip()
     return pieces
+
+
+def _one_after_another(values: Iterable[str], text: str) -> bool:
+    """Whether a text has all values, in their order, each after the end of the one before."""
+    end = 0
+    for value in values:
+        start = text.find(value, end)
+        if start < 0:
+            return False
+        end = start + len(value)
+    return True
 
 
 def _after_reasoning(content: str) -> str:
