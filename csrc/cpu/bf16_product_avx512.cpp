@@ -1,5 +1,5 @@
 // out = a b^T by vdpbf16ps, which multiplies pairs of neighbours along K and adds both products to an fp32 sum. Factors are
-// packed pair by pair: b a block at a time, that stays in the second cache, a a few rows at a time, that stay in the first.
+// packed pair by pair: a block of b at a time, and beside it one of a, which stay in the second cache.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace dil {
 namespace {
 
 constexpr int kVectors = kProductColumns / 16;  // of 16 sums, a row
-constexpr int64_t kBlockK = 512, kBlockColumns = 512;
+constexpr int64_t kBlockK = 512, kBlockColumns = 512, kBlockRows = 96;
 
 __mmask32 first_halves(int64_t n) { return n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1; }
 __mmask16 first_words(int64_t n) { return n >= 16 ? static_cast<__mmask16>(~0) : static_cast<__mmask16>((1 << n) - 1); }
@@ -45,26 +45,38 @@ void transpose(__m512i v[16]) {
   std::copy(t, t + 16, v);
 }
 
-// `count` <= 16 rows i of a factor from (i, k) on, K of each, to words out[pair * width + i]: neighbours along K, 0 beyond.
-void pack_16(const Bf16Factor& f, int64_t count, int64_t K, int64_t width, uint32_t* out) {
-  const __mmask16 rows = first_words(count);
+// Rows of a factor, K of each, packed in panels of `width`: word (pair, i) of a panel has two neighbours along K, 0 beyond.
+// What is contiguous is read to its end before the next: rows at a distance of some 4 KB share few places in a cache.
+void pack(const Bf16Factor& f, int64_t count, int64_t K, int64_t width, uint32_t* out) {
+  const int64_t pairs = (K + 1) / 2, step = std::min<int64_t>(width, 16);
+  const auto place = [&](int64_t i) { return out + i / width * width * pairs + i % width; };
   if (f.stride == 1) {
-    for (int64_t k = 0; k < K; k += 2, out += width) {
-      const uint16_t* x = f.data + k * f.k_stride;
-      const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(rows, x));
-      const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k + 1 < K ? rows : 0, x + f.k_stride));
-      _mm512_mask_storeu_epi32(out, rows, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const uint16_t* const x = f.data + 2 * pair * f.k_stride;
+      const bool both = 2 * pair + 1 < K;
+      for (int64_t i = 0; i < count; i += step) {
+        const __mmask16 rows = first_words(std::min(count - i, step));
+        const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(rows, x + i));
+        const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(both ? rows : 0, x + both * f.k_stride + i));
+        _mm512_mask_storeu_epi32(place(i) + pair * width, rows, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
     }
     return;
   }
-  for (int64_t k = 0; k < K; k += 32) {
-    __m512i v[16];
-    for (int64_t i = 0; i < 16; ++i) {
-      v[i] = i < count ? _mm512_maskz_loadu_epi16(first_halves(K - k), f.data + i * f.stride + k) : _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += step) {
+    const int64_t size = std::min(count - i, step);
+    const __mmask16 rows = first_words(size);
+    uint32_t* to = place(i);
+    for (int64_t k = 0; k < K; k += 32) {
+      __m512i v[16];
+      for (int64_t r = 0; r < 16; ++r) {
+        v[r] =
+            r < size ? _mm512_maskz_loadu_epi16(first_halves(K - k), f.data + (i + r) * f.stride + k) : _mm512_setzero_si512();
+      }
+      transpose(v);
+      const int64_t there = std::min<int64_t>((K - k + 1) / 2, 16);
+      for (int64_t pair = 0; pair < there; ++pair, to += width) _mm512_mask_storeu_epi32(to, rows, v[pair]);
     }
-    transpose(v);
-    const int64_t pairs = std::min<int64_t>((K - k + 1) / 2, 16);
-    for (int64_t i = 0; i < pairs; ++i, out += width) _mm512_mask_storeu_epi32(out, rows, v[i]);
   }
 }
 
@@ -113,26 +125,28 @@ struct Free {
 void bf16_product_avx512(ProductOutput out, Bf16Factor a, Bf16Factor b, int64_t M, int64_t N, int64_t K) {
   constexpr int64_t kPairs = kBlockK / 2;
   const std::unique_ptr<uint32_t, Free> buffer(
-      static_cast<uint32_t*>(std::aligned_alloc(64, kPairs * (kBlockColumns + kProductRows) * sizeof(uint32_t))));
+      static_cast<uint32_t*>(std::aligned_alloc(64, kPairs * (kBlockColumns + kBlockRows) * sizeof(uint32_t))));
   if (!buffer) throw std::bad_alloc();
   uint32_t* const packed_b = buffer.get();
   uint32_t* const packed_a = packed_b + kPairs * kBlockColumns;
+  const auto part = [](const Bf16Factor& f, int64_t i, int64_t k) {
+    return Bf16Factor{f.data + i * f.stride + k * f.k_stride, f.stride, f.k_stride};
+  };
   for (int64_t n = 0; n < N; n += kBlockColumns) {
     const int64_t columns = std::min(kBlockColumns, N - n);
     int64_t k = 0;
     do {  // once for K = 0, too, whose product is 0
       const int64_t depth = std::min(kBlockK, K - k), pairs = (depth + 1) / 2;
-      for (int64_t c = 0; c < columns; c += 16) {
-        const Bf16Factor part{b.data + (n + c) * b.stride + k * b.k_stride, b.stride, b.k_stride};
-        uint32_t* panel = packed_b + c / kProductColumns * kProductColumns * pairs + c % kProductColumns;
-        pack_16(part, std::min<int64_t>(columns - c, 16), depth, kProductColumns, panel);
-      }
-      for (int64_t m = 0; m < M; m += kProductRows) {
-        const int64_t rows = std::min(kProductRows, M - m);
-        pack_16({a.data + m * a.stride + k * a.k_stride, a.stride, a.k_stride}, rows, depth, kProductRows, packed_a);
-        for (int64_t c = 0; c < columns; c += kProductColumns) {
-          const ProductOutput to{out.data + m * out.stride + n + c, out.stride, out.add || k > 0};
-          kMultiply[rows - 1](to, packed_a, packed_b + c * pairs, pairs, columns - c);
+      pack(part(b, n, k), columns, depth, kProductColumns, packed_b);
+      for (int64_t block = 0; block < M; block += kBlockRows) {
+        const int64_t end = std::min(block + kBlockRows, M);
+        pack(part(a, block, k), end - block, depth, kProductRows, packed_a);
+        for (int64_t m = block; m < end; m += kProductRows) {
+          const int64_t rows = std::min(kProductRows, end - m);
+          for (int64_t c = 0; c < columns; c += kProductColumns) {
+            const ProductOutput to{out.data + m * out.stride + n + c, out.stride, out.add || k > 0};
+            kMultiply[rows - 1](to, packed_a + (m - block) * pairs, packed_b + c * pairs, pairs, columns - c);
+          }
         }
       }
       k += kBlockK;
