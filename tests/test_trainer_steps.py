@@ -182,8 +182,16 @@ def test_pairs_may_have_a_column_called_label(tmp_path: Path) -> None:
     assert trainer.train_dataset["chosen_ids"][:] == tokenized(make_pairs(4))["chosen_ids"][:]
 
 
+def make_mixture(family: str) -> Any:
+    """One whose routers have noise of their own in training."""
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = AutoConfig.for_model(family, vocab_size=288, hidden_size=16, intermediate_size=24, **sizes)
+    config.router_jitter_noise = 0.3
+    return AutoModelForCausalLM.from_config(config)
+
+
 @pytest.mark.parametrize("disable", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral", "phimoe"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral"])
 def test_dropout_is_off_unless_asked_for(tmp_path: Path, family: str, disable: bool) -> None:
     model: Any = make_model(attention_dropout=0.5)
     if family == "gpt2":
@@ -192,11 +200,8 @@ def test_dropout_is_off_unless_asked_for(tmp_path: Path, family: str, disable: b
         config = FalconConfig(vocab_size=288, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
         config.hidden_dropout = config.attention_dropout = 0.5
         model = FalconForCausalLM(config)
-    if family in ("mixtral", "phimoe"):  # whose routers add noise of their own
-        sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
-        config = AutoConfig.for_model(family, vocab_size=288, hidden_size=16, intermediate_size=24, **sizes)
-        config.router_jitter_noise = 0.3
-        model = AutoModelForCausalLM.from_config(config)
+    if family == "mixtral":
+        model = make_mixture(family)
     trainer = make_trainer(tmp_path, model=model, disable_dropout=disable)
     model.train()
     batch = trainer._prepare_inputs(batch_of(make_pairs(2)))
@@ -221,6 +226,16 @@ def test_noise_that_is_no_dropout_is_said(tmp_path: Path, noisy: bool, caplog: p
     assert len(warned) == noisy
     if noisy:
         assert warned[0].startswith("LlamaForCausalLM computes other logits in training mode than in evaluation mode")
+
+
+def test_routers_that_draw_experts_are_left_as_they_are_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Phi-3.5-MoE's noise is part of what it computes in evaluation, too."""
+    torch.manual_seed(0)
+    model, ids = make_mixture("phimoe").eval(), torch.arange(20).unsqueeze(0)
+    before = model(input_ids=ids).logits
+    disable_noise(model, tell=True)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert [message for message in caplog.messages if message.startswith("PhimoeForCausalLM computes other logits in")]
 
 
 def test_length_grouping_has_its_lengths(tmp_path: Path) -> None:

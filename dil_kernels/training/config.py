@@ -77,7 +77,7 @@ class DILConfig(FusedLossFields, TrainingArguments):
     )
     disable_dropout: bool = field(
         default=True,
-        metadata={"help": "Switch off every dropout of the model, and the noise of its routers of experts."},
+        metadata={"help": "Switch off every dropout of the model, and the jitter of its routers of experts."},
     )
     ref_cache_dir: str | None = field(
         default=None,

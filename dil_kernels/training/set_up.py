@@ -304,25 +304,29 @@ def disable_noise(model: nn.Module, *, tell: bool) -> None:
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of the model to 0: the modules, and the rates that modules hand to functions.
 
-    So is the noise that routers of experts add in training ("jitter"). Rates that a module looks up in its config
-    whenever it runs, as Falcon's do, become 0 there, and in what is saved.
+    So is the noise that routers of experts multiply with in training ("jitter"); not where evaluation goes by it, too,
+    as in Phi-3.5-MoE. Rates that a module looks up in its config whenever it runs, as Falcon's do, become 0 there, and
+    in what is saved.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in _noise_rates(module):
+        for name in _rates(module, "drop"):
             setattr(module, name, 0.0)
+        for name in _rates(module, "jitter"):
+            if re.search(rf"self\.training and self\.{name}\b", _source(type(module).forward)):
+                setattr(module, name, 0.0)
         config = getattr(module, "config", None)
-        for name, rate in _noise_rates(config).items():
+        for name, rate in _rates(config, "drop").items():
             if rate and re.search(rf"config\.{name}\b", _source(type(module).forward)):
                 setattr(config, name, 0.0)
 
 
-def _noise_rates(owner: Any) -> dict[str, float]:
+def _rates(owner: Any, kind: str) -> dict[str, float]:
     return {
         name: value
         for name, value in getattr(owner, "__dict__", {}).items()
-        if ("drop" in name or "jitter" in name) and isinstance(value, float)
+        if kind in name and isinstance(value, float)
     }
 
 
