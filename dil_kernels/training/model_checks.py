@@ -129,8 +129,9 @@ def training_mode_difference(model: Any) -> float:
     ids = _probe(model)
     if ids is None:
         return 0.0
+    devices = {part.device for part in model.parameters() if part.is_cuda}  # and of no other GPU is anything asked
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng():
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
             evaluated, trained = (
                 model.train(mode)(input_ids=ids, use_cache=False).logits.float() for mode in (False, True)
             )
