@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -87,6 +88,21 @@ def test_providers_are_called_rightly(name, task, dtype):
     assert find_problem(errors, allowed) is None
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_the_products_alone_are_those_of_the_scored_rows(task):
+    inputs = make_inputs(LinearCase(task, 4, 9, 24, 1003, torch.float32, 50), CPU)
+    scored = inputs.labels[:, 1:] != -100
+    with FlopCounterMode(display=False) as counter:
+        grads = torch.autograd.grad(PROVIDERS["products"].build()(inputs)[0], inputs.leaves)
+    one = 2 * int(scored.sum()) * inputs.weight.numel()
+    assert counter.get_total_flops() == one * {"frozen": 2, "reference": 4}.get(task, 3)
+    x, weight = inputs.hidden.detach()[:, :-1][scored], inputs.weight.detach()
+    product = x @ weight.t()
+    torch.testing.assert_close(grads[0][:, :-1][scored], product @ weight)
+    if task != "frozen":
+        torch.testing.assert_close(grads[1], product.t() @ x)
+
+
 def halved(inputs):
     loss, nats = eager_loss(inputs)
     return loss / 2, nats
@@ -95,6 +111,17 @@ def halved(inputs):
 def shifted(inputs):
     loss, nats = eager_loss(inputs)
     return loss, nats + 0.5
+
+
+def test_products_alone_are_timed_and_no_rival(tmp_path, capsys):
+    providers = {name: PROVIDERS[name] for name in (OURS, "eager", "products")}
+    arguments = ["--quick", "--device", "cpu", "--cases", "frozen", "--output", str(tmp_path)]
+    assert main(dataclasses.replace(LINEAR, providers=providers), arguments) == 0
+    with (tmp_path / "linear.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["provider"] == "products"]
+    assert [(row["status"], row["max_error"]) for row in rows] == [("ok", "")] * 2
+    assert all(float(row["p50_ms"]) > 0 for row in rows)
+    assert "products is ahead" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("fn", "reason"), [(halved, "wrong gradient"), (shifted, "wrong nats")])

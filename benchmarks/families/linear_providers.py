@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,33 @@ def _of_scored_rows(token_logps: TokenLogps) -> LossFromHidden:
 
 def _compacted(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return linear(hidden, weight).float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+class _Products(torch.autograd.Function):
+    """x @ weight^T, and its result as the upstream gradient of both factors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Zero, for the autograd graph."""
+        product = x @ weight.t()
+        ctx.save_for_backward(x, weight, product)
+        return product.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Those that are asked for."""
+        x, weight, product = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return product @ weight if wanted[0] else None, product.t() @ x if wanted[1] else None
+
+
+def _products(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    scored = inputs.labels[:, 1:] != IGNORE_INDEX
+    zero = _Products.apply(inputs.hidden[:, :-1][scored], inputs.weight)
+    if inputs.ref_hidden is not None and inputs.ref_weight is not None:
+        with torch.no_grad():
+            _Products.apply(inputs.ref_hidden[:, :-1][scored], inputs.ref_weight)
+    return zero, zero.detach()
 
 
 def _build_trl() -> LossFromHidden:
@@ -213,6 +241,7 @@ PROVIDERS = {
         ),
         Provider(BASELINE, "the head, slice, fp32 log_softmax over every row, gather, mask", lambda: eager_loss),
         Provider("eager-compacted", "the same on the scored rows alone", lambda: _of_scored_rows(_compacted)),
+        Provider("products", "the matrix products of the scored rows alone", lambda: _products, checked=False),
         Provider("torch.compile", "eager under torch.compile", _build_compiled, problem=compile_problem),
         Provider(
             "torch-lce",

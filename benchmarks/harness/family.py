@@ -81,6 +81,7 @@ class Provider:
         label: its name in tables where that depends on the device.
         rounds_results: it stores results in the dtype of the inputs, where others use fp32.
         destroys_inputs: it overwrites its inputs, so it is timed on inputs of its own.
+        checked: against fp64; not what does a part of the work only, for comparison.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Provider:
     label: Callable[[torch.device], str] | None = None
     rounds_results: bool = False
     destroys_inputs: bool = False
+    checked: bool = True
 
     def label_on(self, device: torch.device) -> str:
         """Its name in tables."""

@@ -166,11 +166,11 @@ def summary(records: Sequence[Record]) -> str:
 
 
 def _ahead(ours: Sequence[Record], timed: Sequence[Record]) -> list[str]:
-    """Where a provider that is not ours has the smaller median."""
+    """Where a provider that is not ours and does the whole work has the smaller median."""
     lines = []
     for own in ours:
-        others = [r for r in timed if r.case == own.case and not r.provider.startswith(OURS)]
-        fastest = min(others, key=lambda r: r.p50_ms or 0.0, default=None)
+        rivals = (r for r in timed if r.case == own.case and not r.provider.startswith(OURS))
+        fastest = min((r for r in rivals if r.max_error is not None), key=lambda r: r.p50_ms or 0.0, default=None)
         if fastest is not None and fastest.p50_ms and own.p50_ms and fastest.p50_ms < own.p50_ms:
             lines.append(f"{fastest.label} is ahead in {own.case}: {_ms(fastest.p50_ms)} ms, ours {_ms(own.p50_ms)} ms")
     return lines or ["ahead of every other provider in every case"]

@@ -94,6 +94,8 @@ def _check(run: Run, case: Case, provider: Provider, inputs: Any, truth: Any, ya
     version = provider.version()
     try:
         fn = provider.build()
+        if not provider.checked:
+            return Entry(provider, version, OK, fn=fn)
         errors = run.family.measure_errors(fn, inputs, truth)
     except WrongResultError as error:
         return Entry(provider, version, WRONG, str(error))

@@ -13,7 +13,14 @@ namespace dil {
 namespace {
 
 constexpr int kVectors = kProductColumns / 16;  // of 16 sums, a row
-constexpr int64_t kBlockK = 512, kBlockColumns = 512, kBlockRows = 96;
+// At most this much is packed at once.
+constexpr int64_t kBlockK = 576, kBlockColumns = 576, kBlockRows = 96;
+
+// `size` in equal parts of at most `most`, each but the last a multiple of `unit`.
+int64_t equal_part(int64_t size, int64_t most, int64_t unit) {
+  const int64_t parts = (size + most - 1) / most;
+  return parts <= 1 ? most : (size + parts * unit - 1) / (parts * unit) * unit;
+}
 
 __mmask32 first_halves(int64_t n) { return n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1; }
 __mmask16 first_words(int64_t n) { return n >= 16 ? static_cast<__mmask16>(~0) : static_cast<__mmask16>((1 << n) - 1); }
@@ -46,16 +53,23 @@ void transpose(__m512i v[16]) {
 }
 
 // Rows of a factor, K of each, packed in panels of `width`: word (pair, i) of a panel has two neighbours along K, 0 beyond.
-// What is contiguous is read to its end before the next: rows at a distance of some 4 KB share few places in a cache.
+// What is contiguous is read to its end before the next: rows at a distance of some 4 KB share few places in a cache. What
+// comes later is fetched ahead, also beyond the end of a factor, which does no harm.
 void pack(const Bf16Factor& f, int64_t count, int64_t K, int64_t width, uint32_t* out) {
+  constexpr int64_t kRowsAhead = 16;
   const int64_t pairs = (K + 1) / 2, step = std::min<int64_t>(width, 16);
   const auto place = [&](int64_t i) { return out + i / width * width * pairs + i % width; };
+  const auto fetch = [&](int64_t i, int64_t k) {
+    _mm_prefetch(reinterpret_cast<const char*>(f.data + i * f.stride + k * f.k_stride), _MM_HINT_T0);
+  };
   if (f.stride == 1) {
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const uint16_t* const x = f.data + 2 * pair * f.k_stride;
       const bool both = 2 * pair + 1 < K;
       for (int64_t i = 0; i < count; i += step) {
         const __mmask16 rows = first_words(std::min(count - i, step));
+        fetch(i, 2 * pair + kRowsAhead);
+        fetch(i, 2 * pair + kRowsAhead + 1);
         const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(rows, x + i));
         const __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(both ? rows : 0, x + both * f.k_stride + i));
         _mm512_mask_storeu_epi32(place(i) + pair * width, rows, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
@@ -69,6 +83,7 @@ void pack(const Bf16Factor& f, int64_t count, int64_t K, int64_t width, uint32_t
     uint32_t* to = place(i);
     for (int64_t k = 0; k < K; k += 32) {
       __m512i v[16];
+      for (int64_t r = 0; r < size; ++r) fetch(i + step + r, k);
       for (int64_t r = 0; r < 16; ++r) {
         v[r] =
             r < size ? _mm512_maskz_loadu_epi16(first_halves(K - k), f.data + (i + r) * f.stride + k) : _mm512_setzero_si512();
@@ -129,14 +144,15 @@ void bf16_product_avx512(ProductOutput out, Bf16Factor a, Bf16Factor b, int64_t 
   if (!buffer) throw std::bad_alloc();
   uint32_t* const packed_b = buffer.get();
   uint32_t* const packed_a = packed_b + kPairs * kBlockColumns;
+  const int64_t block_k = equal_part(K, kBlockK, 32), block_columns = equal_part(N, kBlockColumns, kProductColumns);
   const auto part = [](const Bf16Factor& f, int64_t i, int64_t k) {
     return Bf16Factor{f.data + i * f.stride + k * f.k_stride, f.stride, f.k_stride};
   };
-  for (int64_t n = 0; n < N; n += kBlockColumns) {
-    const int64_t columns = std::min(kBlockColumns, N - n);
+  for (int64_t n = 0; n < N; n += block_columns) {
+    const int64_t columns = std::min(block_columns, N - n);
     int64_t k = 0;
     do {  // once for K = 0, too, whose product is 0
-      const int64_t depth = std::min(kBlockK, K - k), pairs = (depth + 1) / 2;
+      const int64_t depth = std::min(block_k, K - k), pairs = (depth + 1) / 2;
       pack(part(b, n, k), columns, depth, kProductColumns, packed_b);
       for (int64_t block = 0; block < M; block += kBlockRows) {
         const int64_t end = std::min(block + kBlockRows, M);
@@ -149,7 +165,7 @@ void bf16_product_avx512(ProductOutput out, Bf16Factor a, Bf16Factor b, int64_t 
           }
         }
       }
-      k += kBlockK;
+      k += block_k;
     } while (k < K);
   }
 }
