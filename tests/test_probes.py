@@ -71,6 +71,10 @@ def falcon() -> nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **{**SMALL, "alibi": False}))
 
 
+def doge() -> nn.Module:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", **SMALL))
+
+
 OWN_CODE = "attends by code of its own, not through transformers' interface of attention"
 
 
@@ -92,9 +96,11 @@ OWN_CODE = "attends by code of its own, not through transformers' interface of a
             ),
         ),
         (falcon, install_prefix_sharing, f"prefixes cannot be shared in FalconForCausalLM: it {OWN_CODE}"),
+        (doge, install_packed_attention, "one row: its own code reads the mask of its attention"),
+        (doge, install_prefix_sharing, "shares prefixes: its own code reads the mask of its attention"),
         (opt, install_prefix_sharing, r"OPTForCausalLM does not call its base model \(OPTModel\)"),
     ],
-    ids=["asks, packed", "asks, shared", "falcon, packed", "falcon, shared", "opt, shared"],
+    ids=["asks, packed", "asks, shared", "falcon, packed", "falcon, shared", "doge, packed", "doge, shared", "opt, shared"],
 )
 def test_the_reason_is_the_models_own(make: Any, install: Any, reason: str) -> None:
     model = make().eval()
@@ -104,6 +110,25 @@ def test_the_reason_is_the_models_own(make: Any, install: Any, reason: str) -> N
         install(model)
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("install", [install_packed_attention, install_prefix_sharing])
+def test_no_gradient_is_asked_of_the_embedding_of_padding(install: Any) -> None:
+    """Which is 0, where Gemma 3n's AltUp has a gradient that is no number."""
+    few = {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2, "intermediate_size": [48] * 2}
+    narrow = {"vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
+    config = {**SMALL, **few, **narrow, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 2, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3n_text", **config))
+    assert not model.get_input_embeddings().weight[0].any()
+    install(model.eval())
+
+
+def test_a_model_may_change_its_embeddings_in_place() -> None:
+    model, ids = make_model(), torch.tensor([[5, 6, 7]])
+    with embeddings_as_leaves(model) as leaves:
+        model.get_input_embeddings().register_forward_hook(lambda _m, _i, x: x.mul_(2.0))
+        logits = model(input_ids=ids).logits
+    assert torch.autograd.grad(logits.sum(), leaves[0])[0].any()
 
 
 def test_embeddings_are_rounded_once_more() -> None:

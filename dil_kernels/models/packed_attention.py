@@ -42,6 +42,7 @@ from dil_kernels.models.probes import (
     difference,
     embeddings_as_leaves,
     in_fp32,
+    probe_ids,
     tolerances,
     weights_are_whole,
 )
@@ -271,14 +272,17 @@ def packing_problem(model: nn.Module) -> str | None:
         with evaluating(measured), torch.enable_grad():
             problem = _measured_problem(measured, name)
     except Exception as error:  # whatever a model's own code may raise
-        reads_mask = PackedMask.__name__ in str(error)
-        why = "its own code reads the mask of its attention" if reads_mask else error
-        problem = f"{name} cannot run on several sequences in one row: {why}"
+        problem = f"{name} cannot run on several sequences in one row: {what_failed(error)}"
     if problem is not None and attention == "sdpa":
         problem += f" ({OWN_CODE})"
     if problem is None and attention == "eager":
         problem = f"{name} attends with 'eager', which forms the scores of all pairs of tokens of a row"
     return problem
+
+
+def what_failed(error: Exception) -> str:
+    """In words, where a model's own code fails on a `PackedMask`."""
+    return "its own code reads the mask of its attention" if PackedMask.__name__ in str(error) else str(error)
 
 
 def known_problem(model: Any) -> str | None:
@@ -314,8 +318,8 @@ def _measured_problem(model: Any, name: str) -> str | None:
 
 def _probe(model: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, positions and boundaries of a row of two sequences."""
-    V, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
-    ids = (torch.arange(sum(PROBE_LENGTHS), device=device) * V // sum(PROBE_LENGTHS)).unsqueeze(0)
+    device = next(model.parameters()).device
+    ids = torch.tensor([probe_ids(model, sum(PROBE_LENGTHS))], device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS]).unsqueeze(0)
     return ids, positions, torch.tensor([0, *itertools.accumulate(PROBE_LENGTHS)], dtype=torch.int32, device=device)
 

@@ -26,9 +26,17 @@ from dil_kernels.models.packed_attention import (
     known_problem,
     packed_attention,
     segments_of_row,
+    what_failed,
 )
 from dil_kernels.models.prefix_sharing_flash import flash_inputs, is_flash, keys_repeat, let_keys_repeat
-from dil_kernels.models.probes import difference, embeddings_as_leaves, in_fp32, tolerances, weights_are_whole
+from dil_kernels.models.probes import (
+    difference,
+    embeddings_as_leaves,
+    in_fp32,
+    probe_ids,
+    tolerances,
+    weights_are_whole,
+)
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
 
 __all__ = ["install_prefix_sharing", "sharing_problem"]
@@ -118,18 +126,16 @@ def sharing_problem(model: Any) -> str | None:
         with evaluating(measured), torch.enable_grad():
             return _measured_problem(measured, name)
     except Exception as error:  # whatever a model's own code may raise
-        return f"{name} cannot run on a row that shares prefixes: {error}"
+        return f"{name} cannot run on a row that shares prefixes: {what_failed(error)}"
 
 
 def _measured_problem(model: Any, name: str) -> str | None:
-    V, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
-    distinct = sum(PROBE_PROMPTS[1:]) + sum(PROBE_RESPONSES)
-    ids = iter([index * V // distinct for index in range(distinct)])
+    ids = iter(probe_ids(model, sum(PROBE_PROMPTS[1:]) + sum(PROBE_RESPONSES)))
     first, second = ([next(ids) for _ in range(length)] for length in PROBE_PROMPTS[1:])
     sequences = [
         (p, [next(ids) for _ in range(n)]) for p, n in zip((first, first, second), PROBE_RESPONSES, strict=True)
     ]
-    row = share_prefixes(sequences)[0].to(device)
+    row = share_prefixes(sequences)[0].to(next(model.parameters()).device)
     body, calls = _body(model), []
     handle = body.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
@@ -149,7 +155,7 @@ def _measured_problem(model: Any, name: str) -> str | None:
         (seen,) = torch.autograd.grad(_weighted(of_responses[-1]), embedded[0], retain_graph=True)
         others = torch.ones(len(row.input_ids[0]), dtype=torch.bool)
         others[place] = False
-        if seen[:, others.to(device)].count_nonzero():
+        if seen[:, others.to(seen.device)].count_nonzero():
             return f"{name} lets a response depend on another sequence of its row"
     (gradients,) = torch.autograd.grad(torch.stack([*map(_weighted, of_responses)]).sum(), embedded[0])
     truth = _alone(model, row)

@@ -17,6 +17,12 @@ PRECISIONS = {"tf32": 2.0**-10, "bf16": 2.0**-7}  # of matrix products in fp32, 
 LARGEST_COPY = 2**30  # parameters
 
 
+def probe_ids(model: Any, count: int) -> list[int]:
+    """Token ids all over the vocabulary, but for the first, whose embedding is 0 where it is for padding."""
+    V = model.config.get_text_config().vocab_size
+    return [(index + 1) * V // (count + 1) for index in range(count)]
+
+
 @contextlib.contextmanager
 def embeddings_as_leaves(model: Any, rounded: float = 0.0) -> Iterator[list[Tensor]]:
     """Collect the input embeddings of each call, for gradients with respect to them.
@@ -34,7 +40,7 @@ def embeddings_as_leaves(model: Any, rounded: float = 0.0) -> Iterator[list[Tens
             dtype = torch.promote_types(output.dtype, torch.float32)
             changed = (changed * (1 + rounded * signs.to(output.device, dtype))).to(output.dtype)
         embedded.append(changed.requires_grad_())
-        return embedded[-1]
+        return changed.clone()  # which the model may change in place
 
     handle = model.get_input_embeddings().register_forward_hook(as_leaf)
     try:
