@@ -173,6 +173,26 @@ def test_a_text_that_stands_elsewhere_too_is_missed(prompt: str, answers: list[s
     )
 
 
+REASONLESS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content.split('</think>')[-1] }}<|im_end|>"
+    "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("question", ["17 * 3?", THOUGHT, f"{THOUGHT}\nRepeat the line above."])
+def test_a_response_is_missed_though_a_question_is_the_same(question: str) -> None:
+    assert refusal(REASONLESS, [said("assistant", THOUGHT)], [said("user", question)]) == (
+        "row 3, column 'completion', message 1: the chat template leaves out or changes a part of its content"
+    )
+
+
+def test_only_the_assistant_reasons() -> None:
+    escaped = REASONLESS.replace("<|user|>{{ m.content }}", "<|user|>{{ m.content | e }}")
+    assert refusal(escaped, [said("assistant", "1")], [said("user", "a</think>b")]) == (
+        "row 3, column 'prompt', message 1: the chat template leaves out or changes a part of its content"
+    )
+
+
 def test_texts_that_stand_in_others_are_there_as_often() -> None:
     """Also where a prompt repeats what its reasoning said, and where reasoning stands under every name there is."""
     names = dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "51")

@@ -37,6 +37,7 @@ STARTS: dict[str, Any] = {
     "trained, with lm_head": lambda: trained_lora(target_modules=[*TARGETS, "lm_head", "embed_tokens"]),
     "trained, whole lm_head": lambda: trained_lora(modules_to_save=["lm_head"]),
     "trained, PiSSA": lambda: trained_lora(init_lora_weights="pissa", use_rslora=True),
+    "trained, layers twice": lambda: trained_lora(layer_replication=[[0, 2], [1, 2]]),
     "trained, with biases": lambda: trained_lora(bias="all"),
     "trained, DoRA": lambda: trained_lora(use_dora=True),
     "IA3": lambda: get_peft_model(
@@ -45,7 +46,14 @@ STARTS: dict[str, Any] = {
 }
 # Where the policy's weights cannot serve.
 SECOND_MODEL = {"new, with biases", "trained, with biases", "trained, DoRA", "IA3"}
-COPIED_ADAPTER = {"new, PiSSA", "trained", "trained, with lm_head", "trained, whole lm_head", "trained, PiSSA"}
+COPIED_ADAPTER = {
+    "new, PiSSA",
+    "trained",
+    "trained, with lm_head",
+    "trained, whole lm_head",
+    "trained, PiSSA",
+    "trained, layers twice",
+}
 
 
 def trainable_names(model: Any) -> set[str]:
@@ -238,6 +246,12 @@ def test_a_second_stage_starts_where_the_first_ended(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "second").iterdir() if path.is_dir()] == []
 
 
+def merged() -> PeftModel:
+    model = trained_lora()
+    model.merge_adapter()
+    return model
+
+
 PROMPTS = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
 
 
@@ -259,6 +273,7 @@ PROMPTS = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
             ValueError,
             "ref_adapter_name='default' was given, and ref_model, too",
         ),
+        ({"model": merged()}, ValueError, "adapter 'default' is merged into the weights of model"),
         ({"model": new_lora(inference_mode=True)}, ValueError, "load its adapter with is_trainable=True"),
     ],
 )

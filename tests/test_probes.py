@@ -100,7 +100,15 @@ OWN_CODE = "attends by code of its own, not through transformers' interface of a
         (doge, install_prefix_sharing, "shares prefixes: its own code reads the mask of its attention"),
         (opt, install_prefix_sharing, r"OPTForCausalLM does not call its base model \(OPTModel\)"),
     ],
-    ids=["asks, packed", "asks, shared", "falcon, packed", "falcon, shared", "doge, packed", "doge, shared", "opt, shared"],
+    ids=[
+        "asks, packed",
+        "asks, shared",
+        "falcon, packed",
+        "falcon, shared",
+        "doge, packed",
+        "doge, shared",
+        "opt, shared",
+    ],
 )
 def test_the_reason_is_the_models_own(make: Any, install: Any, reason: str) -> None:
     model = make().eval()
@@ -117,7 +125,14 @@ def test_no_gradient_is_asked_of_the_embedding_of_padding(install: Any) -> None:
     """Which is 0, where Gemma 3n's AltUp has a gradient that is no number."""
     few = {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2, "intermediate_size": [48] * 2}
     narrow = {"vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
-    config = {**SMALL, **few, **narrow, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 2, "pad_token_id": 0}
+    config = {
+        **SMALL,
+        **few,
+        **narrow,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0] * 2,
+        "pad_token_id": 0,
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3n_text", **config))
     assert not model.get_input_embeddings().weight[0].any()
     install(model.eval())

@@ -87,6 +87,19 @@ def test_a_run_with_such_a_reference_is_resumed_with_it(tmp_path: Path) -> None:
         make_trainer(tmp_path, **options).train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_the_best_policy_gets_the_reference_that_it_had(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_strategy": "steps"}
+    steps = {"max_steps": 6, "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "ref_model_sync_steps": 1}
+    options = {"learning_rate": 0.05, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    pairs = {"train_dataset": make_pairs(6), "eval_dataset": make_pairs(5, seed=9)}
+    sampling = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2}
+    trainer = make_trainer(tmp_path, sync_ref_model=True, **best, **steps, **options, **pairs, **sampling)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert trainer.state.best_global_step != 6
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[trainer.state.best_global_step], abs=1e-6)
+
+
 def test_references_that_cannot_follow(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match=r"sync_ref_model=True .* the model is trained by adapters"):
         make_trainer(tmp_path, sync_ref_model=True, peft_config=lora_config())

@@ -108,6 +108,14 @@ def test_a_rendered_turn_that_ends_with_the_end_and_a_line_gets_no_second_one() 
     assert tokenizer.decode(ids) == "<|im_end|> is an end<|im_end|>"
 
 
+@pytest.mark.parametrize("text", ["\x1f", "\u00a0", "\u3000"])
+def test_only_what_templates_write_goes_between_two_ends(text: str) -> None:
+    tokenizer = byte_level(False)
+    assert tokenizer.decode(ids_of("Is it 1?", f"</s>{text}</s>", tokenizer)[1]) == f"</s>{text}</s>"
+    assert tokenizer.decode(ids_of("Is it 1?", f"yes</s>{text}", tokenizer)[1]) == f"yes</s>{text}</s>"
+    assert tokenizer.decode(ids_of("Is it 1?", "yes</s>\r\n \t</s>", tokenizer)[1]) == "yes</s>"
+
+
 @pytest.mark.parametrize("content", ["yes</s>", "yes</s>\n", "yes</s></s> \n"])
 def test_an_end_in_a_content_that_the_template_ends_too_is_scored_once(content: str) -> None:
     tokenizer = byte_level(False)

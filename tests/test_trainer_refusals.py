@@ -44,6 +44,9 @@ ROOT = Path(__file__).parents[1]
             "label_smoothing_factor=0.1 was given, which is of cross-entropy: losses of preference pairs that smooth "
             "labels have label_smoothing",
         ),
+        ({"bf16_full_eval": True}, "bf16_full_eval=True was given, but an evaluation outside of training rounds"),
+        ({"fp16_full_eval": True}, "fp16_full_eval=True was given, but an evaluation outside of training rounds"),
+        ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=\['inputs'\] was given, but a batch has two"),
     ],
 )
 def test_a_wrong_option_is_refused(tmp_path: Path, options: dict[str, Any], problem: str) -> None:

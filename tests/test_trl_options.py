@@ -64,6 +64,12 @@ def test_what_is_true_or_false_is_so(tmp_path: Path, name: str, value: Any) -> N
         DILConfig(str(tmp_path), bf16=False, use_cpu=True, **{name: value})
 
 
+@pytest.mark.parametrize("options", [{"bf16_full_eval": True}, {"include_for_metrics": ["inputs"]}])
+def test_evaluation_changes_no_weights_and_loses_no_responses(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        DILConfig(str(tmp_path), bf16=False, use_cpu=True, **options)
+
+
 def test_the_options_of_a_launcher_are_taken_over(tmp_path: Path) -> None:
     theirs = trl.DPOConfig(str(tmp_path), beta=0.3, max_length=77, bf16=False, use_cpu=True, seed=5)
     config = DILConfig.from_dpo_config(theirs, loss_type="dpo", beta=0.2, average_log_prob=False)

@@ -64,6 +64,8 @@ OMITTED_FIELDS = {
     "do_predict",
     "parallelism_config",
     "include_for_metrics",
+    "bf16_full_eval",
+    "fp16_full_eval",
     "batch_eval_metrics",
     "label_names",
     "label_smoothing_factor",

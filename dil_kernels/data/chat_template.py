@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,10 @@ class _Conversation:
     prompt_size: int
     where: str
     column: str
+
+    def may_lose_reasoning(self, index: int) -> bool:
+        """Whether a message is the assistant's and the prompt's, of which generation leaves the reasoning out, too."""
+        return index < self.prompt_size and self.messages[index]["role"] == "assistant"
 
     def place(self, index: int) -> str:
         """Where a message stands in the data."""
@@ -151,12 +155,12 @@ class ChatRenderer:
         A text that stands in several pieces must be there as often: each is looked for in its own right.
         """
         pieces = _pieces(conversation.messages, shape.left_out)
-        if _one_after_another(pieces.values(), text):
+        missed = _missed(pieces, text)
+        if missed is None:
             return
         kept = {piece: value for piece, value in pieces.items() if value in text}
-        # Reasoning of a prompt may be left out, as generation leaves it out, too.
         said = {
-            piece: _after_reasoning(value) if piece.message < conversation.prompt_size else value
+            piece: _after_reasoning(value) if conversation.may_lose_reasoning(piece.message) else value
             for piece, value in pieces.items()
         }
         for piece, value in pieces.items():
@@ -171,10 +175,15 @@ class ChatRenderer:
                 continue
             else:
                 lost = said[piece] == value or not _is_kept(said[piece], text)
-            place = conversation.place(piece.message)
             if lost:
-                raise PreferenceDataError(f"{place}: the chat template leaves out or changes a part of its {piece.key}")
-            self._warn(place, f"the reasoning in its content, all before {END_OF_REASONING}")
+                blamed = missed if pieces[missed] == value else piece
+                raise PreferenceDataError(
+                    f"{conversation.place(blamed.message)}: the chat template leaves out or changes a part of its "
+                    f"{blamed.key}"
+                )
+            self._warn(
+                conversation.place(piece.message), f"the reasoning in its content, all before {END_OF_REASONING}"
+            )
 
     def _warn(self, place: str, what: str) -> None:
         if what not in self._warned:
@@ -235,15 +244,15 @@ def _pieces(messages: Messages, left_out: Collection[Piece]) -> dict[Piece, str]
     return pieces
 
 
-def _one_after_another(values: Iterable[str], text: str) -> bool:
-    """Whether a text has all values, in their order, each after the end of the one before."""
+def _missed(pieces: Mapping[Piece, str], text: str) -> Piece | None:
+    """The first piece that does not stand in a text after the end of the one before; None if there is none."""
     end = 0
-    for value in values:
+    for piece, value in pieces.items():
         start = text.find(value, end)
         if start < 0:
-            return False
+            return piece
         end = start + len(value)
-    return True
+    return None
 
 
 def _after_reasoning(content: str) -> str:

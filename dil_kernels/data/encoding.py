@@ -11,6 +11,7 @@ from dil_kernels.data.shared_beginnings import SharedBeginnings
 # Texts that a response is encoded behind, so that it gets no dummy space; the first that stays apart from it is taken.
 ANCHORS = ("\n", "0", "a", ".")
 NEAR = 32  # tokens on each side of a boundary
+BLANKS = " \t\r\n"  # what templates write behind an end of sequence; anything else is text
 
 
 class TextEncoder:
@@ -139,7 +140,7 @@ class TextEncoder:
         """Whether ids decode to blanks, or nothing."""
         key = tuple(ids) if len(ids) <= 2 else None
         if key is None or key not in self._blank:
-            blank = not self._decode(ids).strip()
+            blank = not self._decode(ids).strip(BLANKS)
             if key is None:
                 return blank
             self._blank[key] = blank

@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from dil_kernels.backends import BACKENDS
 from dil_kernels.checks import check_choice
 from dil_kernels.losses import LossOptions, get_divergence
-from dil_kernels.training.config import check_joined_rows
+from dil_kernels.training.config import check_evaluation, check_joined_rows
 from dil_kernels.training.loss_fields import FusedLossFields
 
 if Version(trl.__version__) < Version("1.0.0"):
@@ -133,6 +133,7 @@ class DILConfig(FusedLossFields, DPOConfig):
             self.label_smoothing = None if own is None else own.default
         LossOptions(**self.loss_options())
         check_joined_rows(self)
+        check_evaluation(self)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         options = self.__dataclass_fields__
         for name in UNUSED_OPTIONS:

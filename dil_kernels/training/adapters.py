@@ -99,7 +99,7 @@ def trained_adapter(model: Any) -> str:
 
     Raises:
         NotImplementedError: a kind of adapter that changes the sequence, or several adapters at once.
-        ValueError: no parameter is trainable.
+        ValueError: no parameter is trainable, or the adapter is merged into the weights.
     """
     active = list(model.active_adapters)
     if len(active) != 1:
@@ -112,6 +112,11 @@ def trained_adapter(model: Any) -> str:
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model has no trainable parameter; load its adapter with is_trainable=True")
+    if any(active[0] in merged for *_, merged in adapters_in_use(model)):
+        raise ValueError(
+            f"adapter {active[0]!r} is merged into the weights of model, where no gradient reaches it; call "
+            "model.unmerge_adapter()"
+        )
     return active[0]
 
 
@@ -195,6 +200,7 @@ def freeze_copy(model: Any, adapter: str) -> str:
     """
     config = copy.deepcopy(model.peft_config[adapter])
     config.init_lora_weights = True  # any other way may change the base weights a second time
+    config.layer_replication = None  # the layers are replicated
     config.inference_mode = True
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     names = (f"{REFERENCE_COPY}{number or ''}" for number in itertools.count())  # those of earlier trainers stay

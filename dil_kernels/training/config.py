@@ -175,6 +175,7 @@ class DILConfig(FusedLossFields, TrainingArguments):
                 "preference pairs that smooth labels have label_smoothing"
             )
         check_joined_rows(self)
+        check_evaluation(self)
         if self.max_tokens_per_batch is not None:
             self._check_filling()
         if self.activation_offloading and self.device.type != "cuda":
@@ -243,6 +244,25 @@ def check_joined_rows(args: Any) -> None:
                 f"neftune_noise_alpha={args.neftune_noise_alpha} was given, but with {option}=True its noise goes by "
                 "the length of the joined row"
             )
+
+
+def check_evaluation(args: Any) -> None:
+    """Refuse options of transformers whose evaluation would change the policy, or lose responses.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for option in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, option, False):
+            raise ValueError(
+                f"{option}=True was given, but an evaluation outside of training rounds the trained weights for good, "
+                f"and not those of the reference: take {option.removesuffix('_full_eval')}=True, which computes so alone"
+            )
+    if "inputs" in args.include_for_metrics:
+        raise ValueError(
+            f"include_for_metrics={args.include_for_metrics} was given, but a batch has two responses a pair, of which "
+            "transformers would keep as many as there are pairs"
+        )
 
 
 def _resolve_prompt_length(max_length: int, max_prompt_length: int | None) -> int:

@@ -58,6 +58,11 @@ class ReferenceSync(TrainerCallback):
             for name, value in self._reference.named_parameters():
                 value.lerp_(policy[name].to(value), args.ref_model_mixup_alpha)
 
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the reference of the checkpoint whose policy is taken."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.load(Path(state.best_model_checkpoint))
+
     def save(self, directory: Path) -> None:
         """Write the reference into a checkpoint, which cannot be resumed from without."""
         save_model(self._reference, str(directory / REFERENCE_NAME))
