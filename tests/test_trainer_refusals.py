@@ -44,8 +44,11 @@ ROOT = Path(__file__).parents[1]
             "label_smoothing_factor=0.1 was given, which is of cross-entropy: losses of preference pairs that smooth "
             "labels have label_smoothing",
         ),
-        ({"bf16_full_eval": True}, "bf16_full_eval=True was given, but an evaluation outside of training rounds"),
-        ({"fp16_full_eval": True}, "fp16_full_eval=True was given, but an evaluation outside of training rounds"),
+        (
+            {"bf16_full_eval": True, "use_cpu": True},
+            "bf16_full_eval=True was given, but an evaluation outside of training rounds",
+        ),
+        ({"fp16_full_eval": True}, "fp16_full_eval=True was given, but an evaluation outside of"),
         ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=\['inputs'\] was given, but a batch has two"),
     ],
 )

@@ -14,6 +14,8 @@ from tiny_model import make_model, make_pairs, write_lines
 from tiny_trainer import trained_weights
 from trl_runs import batch_of, logs_of, make_trainer, peft, plain_pairs, trl
 
+from dil_kernels.integrations import trl_adapters
+from dil_kernels.training.adapters import parameters_of
 from dil_kernels.training.metrics import METRICS
 
 
@@ -50,6 +52,86 @@ def test_an_adapter_that_was_trained_before_is_its_own_reference(tmp_path: Path,
     assert first["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
     assert first["loss"] == pytest.approx(-0.5, abs=1e-6)
     assert second["rewards/margins"] > 1e-4
+
+
+Q, EMBEDDINGS = ["q_proj", "down_proj"], ["q_proj", "embed_tokens"]
+IN_SELF = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+ADAPTERS: dict[str, Any] = {
+    "embeddings": lambda: peft.LoraConfig(r=4, target_modules=EMBEDDINGS),
+    "tokens": lambda: peft.LoraConfig(r=4, target_modules=Q, trainable_token_indices=[10, 11, 12, 60]),
+    "whole head": lambda: peft.LoraConfig(r=4, target_modules=Q, modules_to_save=["lm_head"]),
+    "PiSSA": lambda: peft.LoraConfig(r=4, target_modules=Q, init_lora_weights="pissa"),
+    "layers twice": lambda: peft.LoraConfig(r=4, target_modules=Q, layer_replication=[[0, 2], [1, 2]]),
+    "DoRA": lambda: peft.LoraConfig(r=4, target_modules=Q, use_dora=True),
+    "IA3": lambda: peft.IA3Config(**IN_SELF),
+    "LoHa": lambda: peft.LoHaConfig(r=4, target_modules=Q),
+    "VeRA": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+}
+
+
+def trained_adapter(name: str, adapter: str = "default", **options: Any) -> Any:
+    torch.manual_seed(1)
+    base = make_model(0, tie_word_embeddings=False, **options)
+    model = peft.get_peft_model(base, ADAPTERS[name](), adapter_name=adapter)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_trained_adapter_of_any_kind_is_its_own_reference(tmp_path: Path, name: str) -> None:
+    model = trained_adapter(name)
+    config, ids = copy.deepcopy(model.peft_config["default"]), torch.tensor([[10, 11, 12, 13]])
+    before, count = model.eval()(input_ids=ids).logits, len(parameters_of(model, "default"))
+    trainer = make_trainer(tmp_path, model=model, per_device_train_batch_size=7, max_steps=2)
+    assert torch.equal(model.eval()(input_ids=ids).logits, before)
+    assert len(parameters_of(model, "default")) == count
+    assert model.peft_config["default"] == config
+    inputs = trainer._prepare_inputs(batch_of(trainer))
+    reference = trainer.compute_ref_log_probs(trainer.model, inputs)
+    trainer.train()
+    first, second = logs_of(trainer)
+    assert first["loss"] == pytest.approx(-0.5, abs=1e-6)
+    assert first["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
+    assert abs(second["loss"] + 0.5) > 1e-6
+    for one, other in zip(reference, trainer.compute_ref_log_probs(trainer.model, inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+WITH_BIASES = {"r": 4, "target_modules": ["q_proj"], "bias": "all"}
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: {"model": trained_adapter("DoRA", "mine")}, r"TRL takes the adapter 'default' .* but \['mine'\] is"),
+        (lambda: {"model": peft.get_peft_model(make_model(0), peft.LoraConfig(**WITH_BIASES))}, "has bias='all', of"),
+        (
+            lambda: {
+                "model": make_model(0, attention_bias=True),
+                "arguments": {"peft_config": peft.LoraConfig(**WITH_BIASES)},
+            },
+            "training changes weights beside the adapter, with which the reference moves",
+        ),
+        (
+            lambda: {"arguments": {"peft_config": peft.LoraConfig(r=4, init_lora_weights="olora", target_modules=Q)}},
+            "init_lora_weights='olora' moves a part of the weights into the adapter",
+        ),
+    ],
+    ids=["another name", "biases", "new, biases", "OLoRA"],
+)
+def test_an_adapter_without_a_reference_is_refused(tmp_path: Path, make: Any, problem: str) -> None:
+    with pytest.raises(NotImplementedError, match=problem):
+        make_trainer(tmp_path, **make())
+
+
+def test_a_copy_that_is_another_adapter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl_adapters, "copy_adapter", lambda *_: None)
+    with pytest.raises(NotImplementedError, match="the copy that TRL took of the adapter of model, a IA3, computes"):
+        make_trainer(tmp_path, model=trained_adapter("IA3"))
 
 
 def test_prompt_tuning_scores_the_real_tokens(tmp_path: Path) -> None:

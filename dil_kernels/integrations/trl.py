@@ -34,6 +34,7 @@ from dil_kernels.data.batches import Batch
 from dil_kernels.functional import DILOutput
 from dil_kernels.functional.loss import loss_of_token_logps
 from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_sums
+from dil_kernels.integrations.trl_adapters import REFERENCE, copyable, settle_reference
 from dil_kernels.integrations.trl_config import DILConfig
 from dil_kernels.integrations.trl_models import ScoredModels
 from dil_kernels.integrations.trl_rows import RowCollator, batch_of, model_inputs, num_tokens
@@ -111,7 +112,8 @@ class DILTrainer(DPOTrainer):
         self._joined_rows = joined_rows_of(args)
         padding_free, args.padding_free = args.padding_free, False  # TRL would say that it has none
         try:
-            super().__init__(model, ref_model, args, *rest, **kwargs)
+            with copyable(model, ref_model):
+                super().__init__(model, ref_model, args, *rest, **kwargs)
         finally:
             args.padding_free = padding_free
         # Versions of transformers without `loss_is_scaled_for_ga` go by this instead.
@@ -153,6 +155,8 @@ class DILTrainer(DPOTrainer):
             raise NotImplementedError(
                 f"{self._joined_rows}=True was given, but the data have images, which go by padded rows"
             )
+        if self.ref_model is None and is_peft_model(self.model):
+            settle_reference(self.model)
         self._models = ScoredModels(self.args, self.accelerator)
         models = {"model": self.model, "ref_model": self.ref_model}
         models = {name: each for name, each in models.items() if each is not None}
@@ -283,7 +287,7 @@ class DILTrainer(DPOTrainer):
         if self.ref_model is None and is_peft_model(self._models.unwrapped(self.model)):
             policy = self._models.unwrapped(self.model)
             # The adapters off give a new adapter's reference; TRL keeps a copy of one that was loaded.
-            adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+            adapter = use_adapter(policy, adapter_name=REFERENCE if REFERENCE in policy.peft_config else None)
         if model is None:
             model = self.model if self.ref_model is None else self.ref_model
         # FSDP2 computes in the precision of its own policy instead.

@@ -208,6 +208,12 @@ def freeze_copy(model: Any, adapter: str) -> str:
     model.add_adapter(copied, config)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
+    copy_adapter(model, adapter, copied)
+    return copied
+
+
+def copy_adapter(model: Any, adapter: str, copied: str) -> None:
+    """Give an adapter the parameters and scalings of another one, and freeze it."""
     originals, copies = parameters_of(model, adapter), parameters_of(model, copied)
     assert originals.keys() == copies.keys()
     for name, parameter in copies.items():
@@ -216,7 +222,6 @@ def freeze_copy(model: Any, adapter: str) -> str:
     for module in model.modules():
         if _holds(module, "scaling", adapter):
             module.scaling[copied] = module.scaling[adapter]
-    return copied
 
 
 def freeze_adapter(model: Any, adapter: str, trained: str) -> None:

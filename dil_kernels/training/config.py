@@ -256,7 +256,7 @@ def check_evaluation(args: Any) -> None:
         if getattr(args, option, False):
             raise ValueError(
                 f"{option}=True was given, but an evaluation outside of training rounds the trained weights for good, "
-                f"and not those of the reference: take {option.removesuffix('_full_eval')}=True, which computes so alone"
+                f"and not those of the reference: take {option.removesuffix('_full_eval')}=True, which rounds none"
             )
     if "inputs" in args.include_for_metrics:
         raise ValueError(

@@ -15,7 +15,7 @@ from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
 from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.head_operands import head_sizes
 from dil_kernels.models.probes import difference
-from dil_kernels.training.adapters import has_adapters
+from dil_kernels.training.adapters import has_adapters, switched
 
 Models = tuple[nn.Module, nn.Module | None]  # the policy and the reference
 
@@ -138,6 +138,25 @@ def training_mode_difference(model: Any) -> float:
     except Exception:  # whatever a model's own code may raise: training raises it, too
         return 0.0
     return difference(trained, evaluated)
+
+
+def adapter_difference(model: Any, adapter: str) -> float:
+    """How far logits with another adapter are from those with the active one, as of `difference`.
+
+    Measured on two short rows; 0 where the weights are not whole.
+
+    Args:
+        model: as of `check_rows`.
+        adapter: the other one.
+    """
+    ids = _probe(model)
+    if ids is None:
+        return 0.0
+    with evaluating(model), torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits
+        with switched(model, adapter):
+            other = model(input_ids=ids, use_cache=False).logits
+    return difference(other.float(), own.float())
 
 
 def _probe(model: Any) -> Tensor | None:
