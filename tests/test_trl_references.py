@@ -134,6 +134,13 @@ def test_a_copy_that_is_another_adapter_is_refused(tmp_path: Path, monkeypatch: 
         make_trainer(tmp_path, model=trained_adapter("IA3"))
 
 
+def test_an_adapter_that_trl_does_not_copy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained_adapter("DoRA")
+    monkeypatch.setattr(trl.DPOTrainer, "__init__", lambda *_args, **_options: None)
+    with pytest.raises(NotImplementedError, match="TRL took no copy of the adapter of model for the reference: give"):
+        make_trainer(tmp_path, model=model)
+
+
 def test_prompt_tuning_scores_the_real_tokens(tmp_path: Path) -> None:
     """Virtual tokens precede the prompt, so the model returns more logits than there are labels."""
     base, recorder = make_model(0).double(), GradientRecorder()

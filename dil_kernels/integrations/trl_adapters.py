@@ -52,6 +52,8 @@ def copyable(model: Any, ref_model: Any) -> Iterator[None]:
         yield
     finally:
         vars(config).update(before)
+    if REFERENCE not in model.peft_config:  # TRL with target_parameters and peft before 0.20
+        raise NotImplementedError(f"TRL took no copy of the adapter of model for the reference: {HOW}")
 
 
 def settle_reference(model: Any) -> None:
@@ -68,19 +70,23 @@ def settle_reference(model: Any) -> None:
         return
     if trains_base_weights(model, POLICY):
         raise NotImplementedError(f"training changes weights beside the adapter, with which the reference moves: {HOW}")
-    if REFERENCE in model.peft_config and weights_are_whole(model):
-        copy_adapter(model, POLICY, REFERENCE)
-        changed = adapter_difference(model, REFERENCE)
-        if not changed <= ROUNDINGS * coarsest_rounding(model):
-            raise NotImplementedError(
-                f"the copy that TRL took of the adapter of model, a {config.peft_type.value}, computes other logits "
-                f"(relative difference {changed:.1e}): {HOW}"
-            )
     if REFERENCE in model.peft_config:
+        if weights_are_whole(model):
+            _copy(model, config.peft_type.value)
         return
     how = getattr(config, "init_lora_weights", True)
     if isinstance(how, str) and how.lower() not in BASE_STAYS:
         raise NotImplementedError(
             f"init_lora_weights={how!r} moves a part of the weights into the adapter, so that the model without it is "
             "not the one that was given: make model=peft.get_peft_model(model, peft_config), and leave peft_config out"
+        )
+
+
+def _copy(model: Any, kind: str) -> None:
+    copy_adapter(model, POLICY, REFERENCE)
+    changed = adapter_difference(model, REFERENCE)
+    if not changed <= ROUNDINGS * coarsest_rounding(model):
+        raise NotImplementedError(
+            f"the copy that TRL took of the adapter of model, a {kind}, computes other logits (relative difference "
+            f"{changed:.1e}): {HOW}"
         )
