@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dil_kernels.models.probes import ROUNDINGS, coarsest_rounding, weights_are_whole
-from dil_kernels.training.adapters import copy_adapter, has_adapters, trains_base_weights
+from dil_kernels.training.adapters import AS_COPIED, copy_adapter, has_adapters, trains_base_weights
 from dil_kernels.training.model_checks import adapter_difference
 
 POLICY, REFERENCE = "default", "ref"  # adapters, as TRL names them
@@ -44,10 +44,8 @@ def copyable(model: Any, ref_model: Any) -> Iterator[None]:
         raise NotImplementedError(
             f"the adapter of model has bias={config.bias!r}, of which peft adds no second one for the reference: {HOW}"
         )
-    # A second time, the one would change the weights of the base, and the other its layers.
-    changes = {"init_lora_weights": True, "layer_replication": None}
-    before = {name: getattr(config, name) for name in changes if hasattr(config, name)}
-    vars(config).update({name: changes[name] for name in before})
+    before = {name: getattr(config, name) for name in AS_COPIED if hasattr(config, name)}
+    vars(config).update({name: AS_COPIED[name] for name in before})
     try:
         yield
     finally:

@@ -319,7 +319,7 @@ def _measured_problem(model: Any, name: str) -> str | None:
 def _probe(model: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, positions and boundaries of a row of two sequences."""
     device = next(model.parameters()).device
-    ids = torch.tensor([probe_ids(model, sum(PROBE_LENGTHS))], device=device)
+    ids = torch.tensor([probe_ids(model.config.get_text_config().vocab_size, sum(PROBE_LENGTHS))], device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in PROBE_LENGTHS]).unsqueeze(0)
     return ids, positions, torch.tensor([0, *itertools.accumulate(PROBE_LENGTHS)], dtype=torch.int32, device=device)
 

@@ -130,7 +130,8 @@ def sharing_problem(model: Any) -> str | None:
 
 
 def _measured_problem(model: Any, name: str) -> str | None:
-    ids = iter(probe_ids(model, sum(PROBE_PROMPTS[1:]) + sum(PROBE_RESPONSES)))
+    distinct = sum(PROBE_PROMPTS[1:]) + sum(PROBE_RESPONSES)
+    ids = iter(probe_ids(model.config.get_text_config().vocab_size, distinct))
     first, second = ([next(ids) for _ in range(length)] for length in PROBE_PROMPTS[1:])
     sequences = [
         (p, [next(ids) for _ in range(n)]) for p, n in zip((first, first, second), PROBE_RESPONSES, strict=True)

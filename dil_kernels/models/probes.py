@@ -17,10 +17,9 @@ PRECISIONS = {"tf32": 2.0**-10, "bf16": 2.0**-7}  # of matrix products in fp32, 
 LARGEST_COPY = 2**30  # parameters
 
 
-def probe_ids(model: Any, count: int) -> list[int]:
+def probe_ids(vocab_size: int, count: int) -> list[int]:
     """Token ids all over the vocabulary, but for the first, whose embedding is 0 where it is for padding."""
-    V = model.config.get_text_config().vocab_size
-    return [(index + 1) * V // (count + 1) for index in range(count)]
+    return [(index + 1) * vocab_size // (count + 1) for index in range(count)]
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ except ImportError as error:
 from dil_kernels.models.tensor_parallel import tensor_parallel_size
 
 REFERENCE_COPY = "dil_reference"  # how names of frozen copies of adapters that came trained begin
+# In the config of an adapter that becomes a copy: otherwise weights of the base, or its layers, could change again.
+AS_COPIED = {"init_lora_weights": True, "layer_replication": None}
 ZERO_AT_FIRST = ("lora_B", "lora_embedding_A")  # the factors that peft initialises with zeros
 
 
@@ -199,8 +201,7 @@ def freeze_copy(model: Any, adapter: str) -> str:
         The name of the copy.
     """
     config = copy.deepcopy(model.peft_config[adapter])
-    config.init_lora_weights = True  # any other way may change the base weights a second time
-    config.layer_replication = None  # the layers are replicated
+    vars(config).update(AS_COPIED)
     config.inference_mode = True
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     names = (f"{REFERENCE_COPY}{number or ''}" for number in itertools.count())  # those of earlier trainers stay

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
 from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.head_operands import head_sizes
-from dil_kernels.models.probes import difference
+from dil_kernels.models.probes import difference, probe_ids
 from dil_kernels.training.adapters import has_adapters, switched
 
 Models = tuple[nn.Module, nn.Module | None]  # the policy and the reference
@@ -166,7 +166,7 @@ def _probe(model: Any) -> Tensor | None:
     V, T = vocabulary_size(model), min(PROBE_TOKENS, position_limit(model) or PROBE_TOKENS)
     if not isinstance(_base(model), PreTrainedModel) or not whole or V is None or T < 2:
         return None
-    return ((torch.arange(2 * T, device=_base(model).device) + 1) * V // (2 * T + 1)).view(2, T)
+    return torch.tensor(probe_ids(V, 2 * T), device=_base(model).device).view(2, T)
 
 
 def _base(model: Any) -> Any:
