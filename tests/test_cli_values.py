@@ -239,6 +239,7 @@ def test_four_bits_are_nf4_in_the_precision_of_the_weights_unless_told(dtype: st
         ("loss_type='lsif' has no beta", "--loss-type lsif has no beta"),
         ("padding_free=True was given, but\n  x", "--padding-free true was given, but x"),
         ("set `max_steps` or --num_train_epochs", "set --max-steps or --num-train-epochs"),
+        ("`args.max_steps` must be set", "--max-steps must be set"),
         ("/data/max_length/seed=1.txt, column 'max_length'", "/data/max_length/seed=1.txt, column 'max_length'"),
         ("alpha must be in [0, 1]; alpha, my_max_length", "--alpha must be in [0, 1]; alpha, my_max_length"),
         ("max_steps.jsonl, line 1; max_steps-1/x; max_steps.", "max_steps.jsonl, line 1; max_steps-1/x; --max-steps."),

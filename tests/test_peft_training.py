@@ -183,6 +183,51 @@ def test_precomputed_references_train_an_adapter_alike(tmp_path: Path, start: st
         torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("start", STARTS)
+def test_a_run_is_resumed_with_references_precomputed_or_not(tmp_path: Path, start: str) -> None:
+    def run(**options: Any) -> DILTrainer:
+        saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        return make_trainer(tmp_path, model=STARTS[start](), **saving, **options)
+
+    run().train()
+    for precompute in (True, False):
+        shutil.rmtree(tmp_path / "checkpoint-2")
+        run(precompute_ref_log_probs=precompute).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize(
+    "names", [("policy",), ("default", "policy"), ("reference", "policy"), ("reference", "default")]
+)
+def test_the_best_policy_is_that_of_its_checkpoint(tmp_path: Path, names: tuple[str, ...], precompute: bool) -> None:
+    *others, trained = names
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(tie_word_embeddings=False), lora_config(), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, lora_config())
+    model.set_adapter(trained)
+    trainer = make_trainer(
+        tmp_path,
+        model=model,
+        ref_adapter_name=others[0] if others else None,
+        precompute_ref_log_probs=precompute,
+        eval_dataset=make_pairs(5, seed=3),
+        learning_rate=0.3,  # too high: the last is not the best
+        max_steps=4,
+        load_best_model_at_end=True,
+        **{f"{what}_strategy": "steps" for what in ("eval", "save")},
+        **{f"{what}_steps": 1 for what in ("eval", "save")},
+    )
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert losses[4] > min(losses.values())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), abs=1e-6)
+    checkpoint = Path(trainer.state.best_model_checkpoint)
+    assert checkpoint.parent == tmp_path
+    held = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("adapter_model*")}
+    assert held == {"adapter_model.safetensors" if trained == "default" else f"{trained}/adapter_model.safetensors"}
+
+
 def test_a_configuration_makes_the_adapter(tmp_path: Path) -> None:
     def run() -> DILTrainer:
         options = {"train_sampling_strategy": "sequential", "max_steps": 2}

@@ -45,6 +45,10 @@ ROOT = Path(__file__).parents[1]
             "labels have label_smoothing",
         ),
         (
+            {"length_column_name": "words", "train_sampling_strategy": "group_by_length"},
+            "length_column_name='words' was given, but the lengths of rows are counted here",
+        ),
+        (
             {"bf16_full_eval": True, "use_cpu": True},
             "bf16_full_eval=True was given, but an evaluation outside of training rounds",
         ),
@@ -150,9 +154,10 @@ def with_router(model: Any) -> Any:
     [
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches or split_batches cuts batches apart"),
         ({"accelerator_config": {"split_batches": True}}, "dispatch_batches or split_batches cuts batches apart"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler=False: a run that is resumed"),
         ({"model": with_router(make_model())}, "DILTrainer adds no router_aux_loss"),
     ],
-    ids=["dispatch", "split", "router"],
+    ids=["dispatch", "split", "sampler", "router"],
 )
 def test_a_loss_that_would_be_another_one_is_refused(tmp_path: Path, options: dict[str, Any], problem: str) -> None:
     with pytest.raises(NotImplementedError, match=problem):

@@ -13,8 +13,9 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig
+from tiny_lora import trained_lora
 from tiny_model import make_model, make_pairs, make_responses
-from tiny_trainer import assert_bitwise_equal, make_trainer, resumable_run, trained_weights
+from tiny_trainer import assert_bitwise_equal, make_trainer, resumable_run, run_out_of_memory, trained_weights
 from two_processes import IMPORTS, run_on_two_processes
 
 from dil_kernels.trainer import DILTrainer, last_complete_checkpoint
@@ -73,7 +74,50 @@ def lora(**options: Any) -> Any:
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
 
 
+def precomputed_lora(value: bool) -> dict[str, Any]:
+    """Of a trained adapter, which is the reference."""
+    model = trained_lora()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1 + value)
+    return {"model": model, "precompute_ref_log_probs": True}
+
+
+def frozen_embeddings(value: bool, **config: Any) -> Any:
+    """A model whose other weights go by the value."""
+    model = make_model(value, **config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(make_model(**config).get_input_embeddings().weight)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    return model
+
+
 CHANGED = {
+    "weights of the reference": precomputed_lora,
+    "weights of the reference, partly frozen": lambda value: {
+        "model": frozen_embeddings(value, tie_word_embeddings=False),
+        "precompute_ref_log_probs": True,
+    },
+    "weights of the reference, given": lambda value: {"ref_model": frozen_embeddings(value)},
+    "rope_parameters of the model": lambda value: {
+        "model": make_model(rope_parameters={"rope_type": "default", "rope_theta": 500.0 if value else 10000.0})
+    },
+    "rms_norm_eps of the reference": lambda value: {"ref_model": make_model(1, rms_norm_eps=0.1 if value else 1e-6)},
+    "dtypes of the model": lambda value: {"model": make_model().to(torch.bfloat16 if value else torch.float32)},
+    "micro-batch": lambda value: {
+        "dataloader_drop_last": True,
+        "per_device_train_batch_size": 1 + value,
+        "gradient_accumulation_steps": 2 - value,
+    },
+    "reference log-probs of the data, or none": lambda value: {
+        "train_dataset": make_pairs(7) if value else given_reference(make_pairs(7), -10.0),
+        "precompute_ref_log_probs": True,
+    },
+    "reference log-probs of the data, not used": lambda value: {
+        "train_dataset": given_reference(make_pairs(7), -10.0),
+        "precompute_ref_log_probs": value,
+    },
     "labels": lambda value: {
         "train_dataset": make_responses(7).map(lambda row: {"label": row["label"] == value}),
     },
@@ -94,21 +138,43 @@ def test_what_changes_what_is_learned_is_not_resumed(tmp_path: Path, what: str) 
 
     run(False).train()
     shutil.rmtree(tmp_path / "checkpoint-2")
-    with pytest.raises(CannotStartError, match=rf"was trained with {what}(=|: ).+, now "):
+    with pytest.raises(CannotStartError, match=rf"was trained with (.+; )?{what.split(',')[0]}(=|: ).+, now "):
         run(True).train(resume_from_checkpoint=True)
     run(False).train(resume_from_checkpoint=True)
 
 
+def test_how_often_a_resumed_run_logs_and_evaluates_is_as_it_is_asked(tmp_path: Path) -> None:
+    resumable_run(tmp_path).train()
+    asked: dict[str, Any] = {"logging_steps": 2, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    resumed = resumable_run(tmp_path, **asked, eval_dataset=make_pairs(3))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    new = resumed.state.log_history[2:]
+    assert [entry["step"] for entry in new if "loss" in entry] == [4, 6]
+    assert [entry["step"] for entry in new if "eval_loss" in entry] == [3, 4, 5, 6]
+    assert (tmp_path / "checkpoint-5").is_dir()
+
+
+def test_a_batch_that_was_found_is_the_one_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_out_of_memory(monkeypatch, DILTrainer, rows=4)
+
+    def run(rows: int, find: bool) -> DILTrainer:
+        options: dict[str, Any] = {"per_device_train_batch_size": rows, "auto_find_batch_size": find}
+        return make_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3, **options)
+
+    found = run(4, find=True)
+    found.train()
+    weights = trained_weights(found)
+    first, rows = str(tmp_path / "checkpoint-1"), found._train_batch_size
+    assert rows < 4
+    for resumed in (run(4, find=True), run(rows, find=False)):
+        resumed.train(resume_from_checkpoint=first)
+        assert_bitwise_equal(trained_weights(resumed), weights)
+    with pytest.raises(CannotStartError, match=f"was trained with global batch: {rows}, now 4"):
+        run(4, find=False).train(resume_from_checkpoint=first)
+
+
 def test_what_is_logged_is_of_steps_that_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = DILTrainer.training_step
-
-    def out_of_memory_at_first(trainer: DILTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = step(trainer, *args, **kwargs)
-        if trainer._train_batch_size == 4:
-            raise RuntimeError("CUDA out of memory.")
-        return loss
-
-    monkeypatch.setattr(DILTrainer, "training_step", out_of_memory_at_first)
+    run_out_of_memory(monkeypatch, DILTrainer, rows=4)
     options: dict[str, Any] = {"auto_find_batch_size": True, "train_sampling_strategy": "sequential", "max_steps": 1}
     options["train_dataset"] = make_pairs(8)
     found = make_trainer(tmp_path, per_device_train_batch_size=4, **options)

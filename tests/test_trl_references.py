@@ -10,11 +10,12 @@ import datasets
 import pytest
 import torch
 from plain_training import RELATIVE, GradientRecorder, assert_all_close, plain_gradients
-from tiny_model import make_model, make_pairs, write_lines
+from tiny_model import make_model, make_pairs, make_responses, write_lines
 from tiny_trainer import trained_weights
 from trl_runs import batch_of, logs_of, make_trainer, peft, plain_pairs, trl
 
 from dil_kernels.integrations import trl_adapters
+from dil_kernels.integrations.trl import DILTrainer
 from dil_kernels.training.adapters import parameters_of
 from dil_kernels.training.metrics import METRICS
 
@@ -52,6 +53,39 @@ def test_an_adapter_that_was_trained_before_is_its_own_reference(tmp_path: Path,
     assert first["rewards/chosen"] == pytest.approx(0.0, abs=1e-6)
     assert first["loss"] == pytest.approx(-0.5, abs=1e-6)
     assert second["rewards/margins"] > 1e-4
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["", "precomputed"])
+@pytest.mark.parametrize(
+    "noise", [{"neftune_noise_alpha": 5.0}, {"disable_dropout": False}], ids=["neftune", "dropout"]
+)
+def test_noise_of_training_is_none_of_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: dict[str, Any], precompute: bool
+) -> None:
+    scored, seen = DILTrainer._score_reference, []
+
+    def score(trainer: Any, *given: Any) -> torch.Tensor:
+        seen.append(scored(trainer, *given))
+        return seen[-1]
+
+    monkeypatch.setattr(DILTrainer, "_score_reference", score)
+    base = make_model(0, attention_dropout=0.3)
+    trainer = make_trainer(
+        tmp_path,
+        model=copy.deepcopy(base),
+        arguments={"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj"])},
+        per_device_train_batch_size=7,
+        max_steps=1,
+        precompute_ref_log_probs=precompute,
+        **noise,
+    )
+    batch = batch_of(trainer)
+    trainer.train()
+    assert trainer.model.training
+    base = base.double().eval()
+    truth = plain_pairs(base, base, batch)
+    expected = (truth["logps/chosen"] + truth["logps/rejected"]).sum().item()
+    assert float(sum(logps.double().sum() for logps in seen)) == pytest.approx(expected, rel=RELATIVE)
 
 
 Q, EMBEDDINGS = ["q_proj", "down_proj"], ["q_proj", "embed_tokens"]
@@ -217,6 +251,13 @@ def test_reference_log_probs_of_the_data_are_taken(tmp_path: Path) -> None:
     (log,) = logs_of(trainer)
     assert log["rewards/chosen"] == pytest.approx(log["logps/chosen"] + 1.0)
     assert log["rewards/rejected"] == pytest.approx(log["logps/rejected"] + 2.0)
+
+
+def test_unpaired_responses_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train_dataset has unpaired responses .*DILTrainer"):
+        make_trainer(tmp_path, train_dataset=make_responses(7))
+    with pytest.raises(ValueError, match="eval_dataset has unpaired responses"):
+        make_trainer(tmp_path, arguments={"eval_dataset": {"all": make_responses(7)}})
 
 
 def test_a_reference_that_follows_the_policy(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from plain_training import OPTIONS, RELATIVE, GradientRecorder, assert_all_close, plain_gradients
 from tiny_model import make_model, make_pairs, save_model
-from tiny_trainer import trained_weights
+from tiny_trainer import run_out_of_memory, trained_weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
@@ -32,6 +32,7 @@ from trl_runs import (
 )
 from two_processes import run_on_two_processes
 
+from dil_kernels.integrations.trl import DILTrainer
 from dil_kernels.training.metrics import METRICS
 
 WAYS = {"fused head": {}, "logits": {"fused_head": False}, "eager": {"fused_head": False, "backend": "eager"}}
@@ -261,6 +262,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, saving: dict[
     with pytest.raises(FloatingPointError, match="the weights are not finite after step 1, whose loss was"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_what_is_logged_is_of_steps_that_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_out_of_memory(monkeypatch, DILTrainer, rows=4)
+    found = make_trainer(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=True, max_steps=1)
+    found.train()
+    assert found._train_batch_size < 4
+    plain = make_trainer(tmp_path, per_device_train_batch_size=found._train_batch_size, max_steps=1)
+    plain.train()
+    for metric in ("rewards/chosen", "logps/chosen", "entropy", "num_tokens"):
+        assert logs_of(found)[0][metric] == logs_of(plain)[0][metric], metric
 
 
 def test_a_compiled_model_keeps_its_fused_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -83,6 +83,19 @@ def assert_bitwise_equal(actual: dict[str, Tensor], expected: dict[str, Tensor])
         assert torch.equal(actual[name], value), f"{name} differs by {(actual[name] - value).abs().max():.1e}"
 
 
+def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, trainer_class: type, rows: int) -> None:
+    """After a step of a batch of so many rows."""
+    step = trainer_class.training_step
+
+    def out_of_memory(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(trainer, *args, **kwargs)
+        if trainer._train_batch_size == rows:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    monkeypatch.setattr(trainer_class, "training_step", out_of_memory)
+
+
 def distributed_run(output_dir: Path, **options: Any) -> DILTrainer:
     """The run that one and two processes must make alike: 3 micro-batches an epoch, two of them a step.
 

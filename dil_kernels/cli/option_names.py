@@ -21,7 +21,8 @@ def as_on_command_line(message: str, fields: Iterable[str]) -> str:
     """
     names = "|".join(sorted(map(re.escape, fields), key=len, reverse=True))
     # Neither in paths nor in quotes nor in a longer name.
-    named = re.compile(rf"(?<![\w./'\"-])(`|--|args\.)?({names})(?:=('[^']*'|[^\s,;:()`]+))?(`)?(?![\w/'\"=]|[.-]\w)")
+    marks, values = r"`(?:args\.)?|--|args\.", r"'[^']*'|[^\s,;:()`]+"
+    named = re.compile(rf"(?<![\w./'\"-])({marks})?({names})(?:=({values}))?(`)?(?![\w/'\"=]|[.-]\w)")
 
     def spell(match: re.Match[str]) -> str:
         mark, name, value, _ = match.groups()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 import textwrap
 from collections.abc import Iterator
@@ -37,8 +38,9 @@ from dil_kernels.integrations.token_metrics import COLUMNS, token_means, token_s
 from dil_kernels.integrations.trl_adapters import REFERENCE, copyable, settle_reference
 from dil_kernels.integrations.trl_config import DILConfig
 from dil_kernels.integrations.trl_models import ScoredModels
-from dil_kernels.integrations.trl_rows import RowCollator, batch_of, model_inputs, num_tokens
+from dil_kernels.integrations.trl_rows import RowCollator, batch_of, model_inputs, num_tokens, refuse_unpaired
 from dil_kernels.losses import FusedLossOptions
+from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.scoring import Scores, score
 from dil_kernels.reference import accumulation_dtype
 from dil_kernels.training.checkpoints import check_weights
@@ -48,6 +50,7 @@ from dil_kernels.training.precompute import has_reference, how_taken
 from dil_kernels.training.ref_cache import model_description, versions
 from dil_kernels.training.set_up import install_joined_rows, joined_rows_of, refuse_split_batches
 from dil_kernels.training.sharding import keep_outputs_exact
+from dil_kernels.training.start import AtEveryStart
 
 __all__ = ["DILConfig", "DILTrainer"]
 
@@ -76,6 +79,7 @@ class DILTrainer(DPOTrainer):
 
     Raises:
         TypeError: args are not a `DILConfig`.
+        ValueError: responses are unpaired.
         UnsupportedPackingError: a model does not keep the sequences of a row apart.
         NotImplementedError: a set-up in which the loss would not be exact.
     """
@@ -109,6 +113,7 @@ class DILTrainer(DPOTrainer):
         args = DILConfig("dil_output") if args is None else args
         if not isinstance(args, DILConfig):
             raise TypeError(f"args must be a dil_kernels.integrations.trl.DILConfig, got {type(args).__name__}")
+        refuse_unpaired(inspect.signature(DPOTrainer).bind(model, ref_model, args, *rest, **kwargs).arguments)
         self._joined_rows = joined_rows_of(args)
         padding_free, args.padding_free = args.padding_free, False  # TRL would say that it has none
         try:
@@ -128,8 +133,8 @@ class DILTrainer(DPOTrainer):
                 "prefix_sharing=True was given, but the router's loss would count the tokens of a shared prompt once; "
                 "leave it out with router_aux_loss_coef=0, or take padding_free=True"
             )
-        self._train_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._start_record()
+        self.add_callback(AtEveryStart(self._start_record))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As of `transformers.Trainer`; FSDP2 returns log-probs as exact as they are."""
@@ -188,6 +193,7 @@ class DILTrainer(DPOTrainer):
 
     def _start_record(self) -> None:
         self._train_sums, self._eval_sums = self._no_sums(), self._no_sums()
+        self._train_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._non_finite = NonFinitePairs(self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -196,7 +202,6 @@ class DILTrainer(DPOTrainer):
         Raises:
             FloatingPointError: a loss, or a weight that training left, is not finite.
         """
-        self._start_record()
         output = super().train(*args, **kwargs)
         check_weights(self.model, self.state.global_step, self.accelerator.gather)
         return output
@@ -295,6 +300,7 @@ class DILTrainer(DPOTrainer):
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            evaluating(self._models.unwrapped(model)),
             adapter,
             autocast,
         ):

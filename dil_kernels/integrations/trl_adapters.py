@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from dil_kernels.models.probes import ROUNDINGS, coarsest_rounding, weights_are_whole
+from dil_kernels.models.probes import is_rounding, weights_are_whole
 from dil_kernels.training.adapters import AS_COPIED, copy_adapter, has_adapters, trains_base_weights
 from dil_kernels.training.model_checks import adapter_difference
 
@@ -83,7 +83,7 @@ def settle_reference(model: Any) -> None:
 def _copy(model: Any, kind: str) -> None:
     copy_adapter(model, POLICY, REFERENCE)
     changed = adapter_difference(model, REFERENCE)
-    if not changed <= ROUNDINGS * coarsest_rounding(model):
+    if not is_rounding(changed, model):
         raise NotImplementedError(
             f"the copy that TRL took of the adapter of model, a {kind}, computes other logits (relative difference "
             f"{changed:.1e}): {HOW}"

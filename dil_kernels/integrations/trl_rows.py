@@ -14,6 +14,26 @@ from dil_kernels.data.token_columns import REF_COLUMNS
 OF_PADDED_ROWS = ("input_ids", "attention_mask", "completion_mask")
 
 
+def refuse_unpaired(arguments: Mapping[str, Any]) -> None:
+    """Refuse data sets of single responses, of which TRL would say that a column is missing.
+
+    Args:
+        arguments: of TRL's trainer.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    for name in ("train_dataset", "eval_dataset"):
+        given = arguments.get(name)
+        for dataset in given.values() if isinstance(given, Mapping) else [given]:
+            columns = getattr(dataset, "column_names", None) or ()
+            if "completion" in columns and "chosen" not in columns:
+                raise ValueError(
+                    f"{name} has unpaired responses (the column 'completion'), but TRL's trainer takes pairs: take "
+                    "dil_kernels.trainer.DILTrainer"
+                )
+
+
 class RowCollator:
     """Another collator, TRL's or the user's, whose batches say num_scored, and may be joined to one row.
 

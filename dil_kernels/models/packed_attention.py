@@ -37,11 +37,10 @@ except ImportError as error:
 from dil_kernels.data.batches import Packed, Segments
 from dil_kernels.models.evaluation import evaluating
 from dil_kernels.models.probes import (
-    ROUNDINGS,
-    coarsest_rounding,
     difference,
     embeddings_as_leaves,
     in_fp32,
+    is_rounding,
     probe_ids,
     tolerances,
     weights_are_whole,
@@ -91,7 +90,7 @@ def packed_attention(*models: nn.Module) -> Iterator[None]:
             after = _logits_alone(model)
             if before is None or after is None:  # which the caller's check says
                 continue
-            if not difference(after, before) <= ROUNDINGS * coarsest_rounding(model):
+            if not is_rounding(difference(after, before), model):
                 raise UnsupportedPackingError(
                     f"{type(model).__name__} computes otherwise where its config does not name 'sdpa'"
                 )

@@ -67,6 +67,11 @@ def difference(actual: Tensor, truth: Tensor) -> float:
     return float(((actual.detach().double() - expected).abs().max() / expected.abs().max()).item())
 
 
+def is_rounding(change: float, model: nn.Module) -> bool:
+    """Whether logits that should be equal differ (relatively) by no more than rounding allows; NaN is more."""
+    return change <= ROUNDINGS * coarsest_rounding(model)
+
+
 def coarsest_rounding(model: nn.Module) -> float:
     """Of the dtypes that the model computes in; norms and rotary embeddings are in fp32 where the rest is in fp64."""
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}

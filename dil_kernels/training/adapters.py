@@ -7,6 +7,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -265,14 +266,28 @@ def switched(model: Any, adapter: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hidden(model: Any, adapter: str) -> Iterator[None]:
+def hidden(model: Any, adapter: str | None) -> Iterator[None]:
     """Keep an adapter, and copies that earlier trainers left, out of what `save_pretrained` writes."""
-    names = [name for name in model.peft_config if name == adapter or name.startswith(REFERENCE_COPY)]
-    configs = {name: model.peft_config.pop(name) for name in names}
+    adapters = model.peft_config if has_adapters(model) else {}
+    names = [name for name in adapters if name == adapter or name.startswith(REFERENCE_COPY)]
+    configs = {name: adapters.pop(name) for name in names}
     try:
         yield
     finally:
-        model.peft_config.update(configs)
+        adapters.update(configs)
+
+
+@contextlib.contextmanager
+def best_is_adapter(trainer: Any) -> Iterator[None]:
+    """Let a trainer find the adapter in its best checkpoint, where peft gives it a directory unless it is "default"."""
+    state, checkpoint = trainer.state, trainer.state.best_model_checkpoint
+    if has_adapters(trainer.model) and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        own = Path(checkpoint, trained_adapter(trainer.model))
+        state.best_model_checkpoint = str(own) if own.is_dir() else checkpoint
+    try:
+        yield
+    finally:
+        state.best_model_checkpoint = checkpoint
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:

@@ -174,6 +174,10 @@ class DILConfig(FusedLossFields, TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} was given, which is of cross-entropy: losses of "
                 "preference pairs that smooth labels have label_smoothing"
             )
+        if self.length_column_name != "length":
+            raise ValueError(
+                f"length_column_name={self.length_column_name!r} was given, but the lengths of rows are counted here"
+            )
         check_joined_rows(self)
         check_evaluation(self)
         if self.max_tokens_per_batch is not None:

@@ -89,6 +89,14 @@ def prepare_dataset(
         _check_given_reference(dataset, name)
     if args.process_index == 0 and (name == "train" or not tokenised):
         _warn_of_one_side(dataset, name)
+        unused = [column for column in GIVEN_REFERENCE if column in dataset.column_names]
+        if unused and not args.precompute_ref_log_probs:
+            logger.warning(
+                "the %s data set has reference log-probs (%s), which are not used: they would be with "
+                "precompute_ref_log_probs=True",
+                name,
+                ", ".join(unused),
+            )
     return dataset
 
 

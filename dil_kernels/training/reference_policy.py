@@ -19,7 +19,6 @@ from dil_kernels.training.adapters import (
     freeze_adapter,
     freeze_copy,
     has_adapters,
-    hidden,
     switched,
     trained_adapter,
     trains_base_weights,
@@ -111,11 +110,18 @@ class ReferencePolicy:
         with evaluating(self._policy), switch:  # the model itself; wrappers do not keep their modes
             yield policy
 
-    def left_out_of_saving(self) -> contextlib.AbstractContextManager[None]:
-        """While this is entered, `save_pretrained` writes the trained adapter alone."""
-        if self._switches and self._adapter is not None:
-            return hidden(self._policy, self._adapter)
-        return contextlib.nullcontext()
+    @property
+    def adapter(self) -> str | None:
+        """Of the policy, the one that is no part of what is trained; None if there is none."""
+        return self._adapter
+
+    def adapters_that_count(self) -> list[str]:
+        """Those with which `model`, or the policy where it serves, is the reference now."""
+        model: Any = self.model or self._policy
+        names = list(model.active_adapters) if has_adapters(model) else []
+        if self.model is None and self._switches:
+            names = [] if self._adapter is None else [self._adapter]
+        return [name for name in names if not changes_nothing(model, name)]
 
 
 def _refuse_shared_weights(policy: nn.Module, ref_model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from dil_kernels.data.collators import PackedCollator, SharedPrefixCollator
 from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
 from dil_kernels.models.packed_attention import UnsupportedPackingError, attention_of, install_packed_attention
 from dil_kernels.models.prefix_sharing import install_prefix_sharing
-from dil_kernels.models.probes import ROUNDINGS, coarsest_rounding
+from dil_kernels.models.probes import is_rounding
 from dil_kernels.models.tensor_parallel import (
     data_parallel_size,
     is_loaded_in_parts,
@@ -97,6 +97,12 @@ def refuse_inexact_setups(trainer: Trainer) -> None:
     """
     refuse_split_batches(trainer, tensor_parallelism=True)
     accelerator: Any = trainer.accelerator
+    loading: Any = trainer.args.accelerator_config
+    if not loading.use_seedable_sampler:
+        raise NotImplementedError(
+            "accelerator_config with use_seedable_sampler=False: a run that is resumed within an epoch would take the "
+            "rows of this epoch in another order; leave it out"
+        )
     if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
         raise NotImplementedError("FSDP 1 is not supported; set fsdp_version: 2 in the config of accelerate")
     _refuse_router_loss(trainer.model, tell=trainer.is_world_process_zero())
@@ -292,7 +298,7 @@ def disable_noise(model: nn.Module, *, tell: bool) -> None:
     """
     disable_dropout(model)
     changed = training_mode_difference(model)
-    if tell and not changed <= ROUNDINGS * coarsest_rounding(model):
+    if tell and not is_rounding(changed, model):
         logger.warning(
             "%s computes other logits in training mode than in evaluation mode (relative difference %.1e), though its "
             "dropout is off: the log ratios of a policy that equals its reference are not 0",

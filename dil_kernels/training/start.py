@@ -3,68 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import re
 import socket
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
-import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from dil_kernels.data.json_text import parse_json
-from dil_kernels.data.token_columns import GIVEN_REFERENCE
 from dil_kernels.training.agreement import done_by_all, told_by_all
 from dil_kernels.training.checkpoints import changed_file, last_complete_checkpoint, step_of, where_to_resume
-from dil_kernels.training.ref_cache import dataset_fingerprint
 from dil_kernels.training.reference_sync import REFERENCE_NAME
 from dil_kernels.training.run_lock import OutputDirError, only_run
-from dil_kernels.training.sharding import processes_of_a_batch, share_of_batches
+from dil_kernels.training.run_record import RECORD_NAME, with_sizes
+from dil_kernels.training.sharding import share_of_batches
 
 logger = logging.getLogger(__name__)
-
-RECORD_NAME = "dil_run.json"  # in every checkpoint
-SAMPLES = 64  # values of a parameter that its fingerprint looks at
-# Options that say what is written, evaluated and reported, where and how fast a run goes; any other one changes what is
-# learned. The sizes of batches are compared as their product.
-FREE = re.compile(
-    r"output_dir|do_.*|resume_.*|overwrite_output_dir|logging_.*|log_.*|report_to|run_name|project|trackio_.*|disable_tqdm"
-    r"|save_.*|eval_.*|per_device_.*|gradient_accumulation_steps|auto_find_batch_size|prediction_loss_only|batch_eval.*"
-    r"|include_.*|label_names|load_best_model_at_end|metric_for_best_model|greater_is_better|hub_.*|push_to_hub.*"
-    r"|dataloader_(?!drop_last).*|dataset_num_proc|ddp_.*|fsdp.*|deepspeed|accelerator_config|parallelism_config"
-    r"|local_rank|use_cpu|no_cuda|tf32|full_determinism|average_tokens_across_devices|debug|skip_memory_metrics"
-    r"|torch_compile.*|torch_empty_cache_steps|activation_checkpointing.*|gradient_checkpointing.*|use_cache"
-    r"|use_liger_kernel|liger_kernel_config|backend|fused_head|stash_bytes|padding_free|prefix_sharing|precompute_ref_log_probs"
-    r"|ref_cache_dir|num_generations_at_eval|generate_max_new_tokens|ignore_data_skip|restore_callback_states.*"
-    r"|enable_jit_checkpoint|precompute_ref_batch_size|pad_to_multiple_of|activation_offloading"
-)
-# Likewise: where an adapter came from, and how it begins, which a run that is resumed does not.
-FREE_OF_ADAPTERS = (
-    "base_model_name_or_path",
-    "revision",
-    "auto_mapping",
-    "peft_version",
-    "inference_mode",
-    "init_lora_weights",
-    "init_weights",
-    "init_ia3_weights",
-    "lora_ga_config",
-    "runtime_config",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "task_type",
-)
-
 
 TO_SHARE = (
     "every process reads the checkpoint: let output_dir be on a file system that all machines share, or copy the "
@@ -98,92 +58,6 @@ def refuse_no_step(trainer: Any) -> None:
             f"data, with per_device_train_batch_size={args.per_device_train_batch_size} on {processes} "
             f"process{'es' * (processes > 1)}"
         )
-
-
-def options_record(args: Any, together: int = 1) -> dict[str, Any]:
-    """The options of a `DILConfig` that decide what is learned, as JSON has them.
-
-    Args:
-        args: the options.
-        together: processes of a batch.
-    """
-    options = {name: value for name, value in args.to_dict().items() if not FREE.fullmatch(name)}
-    batch = args.gradient_accumulation_steps * args.world_size // together
-    if args.max_tokens_per_batch is None:
-        batch *= args.per_device_train_batch_size
-    else:
-        options["prefix_sharing"] = args.prefix_sharing  # by which the tokens of a row are counted
-    return _as_json({**options, "global batch": batch})
-
-
-def given_to_learn_from(args: Any, dataset: datasets.Dataset | None, reference: nn.Module) -> dict[str, str]:
-    """Hashes of what decides, beside options and token ids, what a `DILTrainer` learns, before it adds log-probs.
-
-    Args:
-        args: its options.
-        dataset: tokenised; its labels count, and its own reference log-probs where they are used.
-        reference: whose weights count, where they are here whole.
-    """
-    found = {"reference weights": fingerprint_of_weights(reference)}
-    present = [] if dataset is None else dataset.column_names
-    columns = {
-        "labels": ["label"] if "completion_ids" in present else [],  # pairs may have a column of that name, too
-        "reference log-probs of the data": GIVEN_REFERENCE if args.precompute_ref_log_probs else (),
-    }
-    for what, names in columns.items():
-        given = [name for name in names if name in present]
-        if dataset is not None and given:
-            rows = dataset.with_format("numpy")
-            values = np.stack([np.asarray(rows[name][:], dtype=np.float32) for name in given])
-            found[what] = xxhash.xxh3_64(values.tobytes()).hexdigest()
-    return {what: value for what, value in found.items() if value is not None}
-
-
-def run_record(trainer: Any, given: Mapping[str, str]) -> dict[str, Any]:
-    """What decides what a `DILTrainer` learns, as JSON has it.
-
-    Args:
-        trainer: about to train.
-        given: what it was given, of `given_to_learn_from`.
-    """
-    configs = getattr(trainer.model, "peft_config", {})
-    data: datasets.Dataset = trainer.train_dataset
-    content = {
-        "training data": f"{len(data)} rows, {dataset_fingerprint(data)[:12]}",
-        "names of adapters": sorted(configs),
-        **{
-            f"{option} of adapter {name}": value
-            for name, config in configs.items()
-            for option, value in config.to_dict().items()
-            if option not in FREE_OF_ADAPTERS
-        },
-        **given,
-    }
-    return {**options_record(trainer.args, processes_of_a_batch(trainer.accelerator)), **_as_json(content)}
-
-
-def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        return sorted(value) if isinstance(value, set | frozenset) else str(value)
-
-    return json.loads(json.dumps(values, default=plain))
-
-
-def fingerprint_of_weights(model: nn.Module) -> str | None:
-    """A hash of some values of every frozen parameter, or of every one if none is; None where they are not here whole.
-
-    Enough to tell models apart; unlike `ref_cache.model_fingerprint` it does not read all of them.
-    """
-    named = list(model.named_parameters())
-    frozen = [(name, parameter) for name, parameter in named if not parameter.requires_grad]
-    digest = xxhash.xxh3_64()
-    for name, parameter in frozen or named:
-        if parameter.is_meta or hasattr(parameter, "ds_id") or hasattr(parameter, "to_local"):
-            return None
-        values = parameter.detach().reshape(-1)
-        values = values[:: max(1, len(values) // SAMPLES)].double().cpu()
-        digest.update(f"{name.replace('.base_layer', '')} {list(parameter.shape)} {values.tolist()}\n".encode())
-    return digest.hexdigest()
 
 
 def find_checkpoint(asked: str | Literal[True], output_dir: str | os.PathLike[str]) -> Path:
@@ -272,7 +146,7 @@ def checkpoint_to_resume(trainer: Any, asked: str | bool | None, record: Mapping
     Args:
         trainer: about to train.
         asked: a checkpoint, or true for the last complete one in the output directory.
-        record: `run_record` of the trainer.
+        record: `run_record` of the trainer; to it comes how large a batch will be.
 
     Raises:
         FileNotFoundError: there is none.
@@ -281,9 +155,10 @@ def checkpoint_to_resume(trainer: Any, asked: str | bool | None, record: Mapping
     if not asked:
         return None
     checkpoint = agreed_checkpoint(asked, trainer.args.output_dir)
+    args = trainer.args
 
     def check() -> None:
-        if trainer.args.sync_ref_model and not (checkpoint / REFERENCE_NAME).is_file():
+        if args.sync_ref_model and not (checkpoint / REFERENCE_NAME).is_file():
             raise CannotStartError(f"{checkpoint} has no reference that follows the policy (sync_ref_model=True)")
         changed = changed_file(checkpoint) if trainer.is_local_process_zero() else None
         if changed is not None:
@@ -292,10 +167,19 @@ def checkpoint_to_resume(trainer: Any, asked: str | bool | None, record: Mapping
                 f"is gone); {where_to_resume(checkpoint.parent, step_of(checkpoint) or 0)}"
             )
         if trainer.is_world_process_zero():  # which may be the only one that has loaded the weights
-            check_same_run(checkpoint, record, allowed=trainer.args.resume_with_changes)
+            resumed = with_sizes(record, trainer, rows_to_resume_with(checkpoint, args))
+            check_same_run(checkpoint, resumed, allowed=args.resume_with_changes)
 
     done_by_all(check, CannotStartError)
     return str(checkpoint)
+
+
+def rows_to_resume_with(checkpoint: Path, args: TrainingArguments) -> int | None:
+    """The rows of a micro-batch where transformers takes them from the checkpoint; None where the options say them."""
+    if not args.auto_find_batch_size:
+        return None
+    rows: int | None = parse_json((checkpoint / TRAINER_STATE_NAME).read_text()).get("train_batch_size")
+    return rows
 
 
 def agreed_checkpoint(asked: Any, output_dir: str | os.PathLike[str]) -> Path:
@@ -360,6 +244,7 @@ class StopWhenFinished(TrainerCallback):
     ) -> None:
         """Compare the steps made with those to be made."""
         self.finished = state.global_step >= state.max_steps
+        state.compute_steps(args, state.max_steps)  # those of the run that is resumed may be others
         if not self.finished:
             return
         control.should_training_stop = True

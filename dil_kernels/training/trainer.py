@@ -10,7 +10,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +34,7 @@ from dil_kernels.data.token_columns import COLLATED_COLUMNS
 from dil_kernels.data.truncation import DataReport
 from dil_kernels.functional import DILOutput
 from dil_kernels.models.rotary_lengths import keep_lengths_apart
-from dil_kernels.training.adapters import with_adapter
+from dil_kernels.training.adapters import best_is_adapter, hidden, with_adapter
 from dil_kernels.training.batch_loss import BatchLoss
 from dil_kernels.training.checkpoints import check_weights, last_complete_checkpoint, writing_checkpoint
 from dil_kernels.training.config import DILConfig
@@ -49,6 +48,7 @@ from dil_kernels.training.precompute import has_reference, precompute_reference,
 from dil_kernels.training.prepare import prepare_dataset
 from dil_kernels.training.reference_policy import ReferencePolicy
 from dil_kernels.training.reference_sync import ReferenceSync
+from dil_kernels.training.run_record import given_to_learn_from, run_record, with_sizes, write_record
 from dil_kernels.training.set_up import (
     disable_noise,
     install_fused_heads,
@@ -59,14 +59,11 @@ from dil_kernels.training.set_up import (
 )
 from dil_kernels.training.sharding import gather_each_once, gather_rows, is_sharded, prepare_processes, shard_again
 from dil_kernels.training.start import (
-    RECORD_NAME,
     AtEveryStart,
     StopWhenFinished,
     checkpoint_to_resume,
-    given_to_learn_from,
     only_run_of_all,
     refuse_no_step,
-    run_record,
 )
 from dil_kernels.training.token_loader import FilledByTokens
 
@@ -182,7 +179,8 @@ class DILTrainer(FilledByTokens):
         if args.padding_free or args.prefix_sharing:
             join_rows(self, data_collator, models)
         # Hashed while the weights are whole.
-        self._given = given_to_learn_from(args, self.train_dataset, models[-1])
+        self._given = given_to_learn_from(args, self.train_dataset, model, reference)
+        self._left_out_of_saving = functools.partial(hidden, model, reference.adapter)
         cache = trainer_ref_cache(self, models[-1]) if args.precompute_ref_log_probs else ""
         reference.place(self.accelerator)
         self._reference_sync = None
@@ -304,8 +302,7 @@ class DILTrainer(FilledByTokens):
     def _start_record(self) -> None:
         self._train_sums = zero_sums(self.args.device)
         self._non_finite = NonFinitePairs(self.args.device)
-        options = self.args.loss_options(), self.args.average_log_prob
-        self._log_ratios = LogRatioRange(*options, self.args.device)
+        self._log_ratios = LogRatioRange(self.args.loss_options(), self.args.average_log_prob, self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, in training with the means of the metrics since the last log, which waits for the device."""
@@ -324,9 +321,12 @@ class DILTrainer(FilledByTokens):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        reference = self.batch_loss.reference
-        with contextlib.nullcontext() if reference is None else reference.left_out_of_saving():
+        with self._left_out_of_saving():
             super()._save(output_dir, state_dict)
+
+    def _load_best_model(self) -> None:
+        with best_is_adapter(self):
+            super()._load_best_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._non_finite.check(self.accelerator.gather, self.args.output_dir)
@@ -334,7 +334,7 @@ class DILTrainer(FilledByTokens):
         directory = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with writing_checkpoint(directory, self.accelerator.wait_for_everyone, main=self.args.should_save):
             if self.args.should_save:
-                (directory / RECORD_NAME).write_text(json.dumps(self._run_record, indent=2) + "\n")
+                write_record(directory, with_sizes(self._run_record, self, self._train_batch_size))
                 if self._reference_sync is not None:
                     self._reference_sync.save(directory)
             super()._save_checkpoint(model, trial)
