@@ -129,6 +129,14 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def check_count(name: str, value: int) -> None:
+    """An integer >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+
+
 def check_flag(name: str, value: bool) -> None:
     """True or false, and not what Python takes for one of them."""
     if not isinstance(value, bool):

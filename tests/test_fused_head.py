@@ -114,6 +114,21 @@ def test_load_balancing_loss_is_handed_on():
     assert torch.equal(model(**inputs, score_labels=labels).aux_loss, expected)
 
 
+def test_hidden_states_and_attentions_are_handed_on():
+    model = make("LlamaForCausalLM")
+    model.set_attn_implementation("eager")
+    inputs, labels, _ = batch()
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    expected = model(**inputs, **asked)
+    install_fused_head(model)
+    output = model(**inputs, **asked, score_labels=labels)
+    for name in ("hidden_states", "attentions"):
+        values, truth = getattr(output, name), getattr(expected, name)
+        assert len(values) == len(truth) > 0
+        assert all(map(torch.equal, values, truth))
+    assert "hidden_states" not in model(**inputs, score_labels=labels)
+
+
 def test_removal_restores_the_model():
     model = make("LlamaForCausalLM")
     attributes = {module: set(vars(module)) for module in (model, model.lm_head)}

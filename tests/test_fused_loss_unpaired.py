@@ -7,7 +7,7 @@ import torch
 from implementations import Implementation, every_implementation
 from problems import IGNORE
 
-from dil_kernels import Divergence, fused_dil_loss, register_divergence
+from dil_kernels import Divergence, fused_dil_loss, register_divergence, unpaired_dil_loss
 from dil_kernels.losses.registry import _REGISTRY
 
 pytestmark = pytest.mark.usefixtures("nan_poisoned")
@@ -119,3 +119,14 @@ def test_a_registered_loss_is_as_a_compiled_one(impl: Implementation, unpaired: 
     finally:
         del _REGISTRY["test_lsif"]
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_non_negative_correction_does_not_jump_where_a_side_is_missing(chosen: bool) -> None:
+    logps, zero = torch.full((1,), -30.0, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    options = {"loss_type": "power", "power": -0.5, "reduction": "mean"}  # P(-inf) is not 0
+    plain, corrected = (
+        unpaired_dil_loss(logps, zero, torch.tensor([chosen]), non_negative=constant, **options)[0]
+        for constant in (None, 0.4)
+    )
+    torch.testing.assert_close(corrected, plain, rtol=0.0, atol=1e-6)

@@ -39,6 +39,8 @@ pytestmark = pytest.mark.usefixtures("nan_poisoned")
         ({"logit_scale": 1e20, "temperature": 1e-20}, ValueError, "logit_scale / temperature must be between"),
         ({"stash_bytes": -1}, ValueError, "stash_bytes"),
         ({"stash_bytes": 1.5}, ValueError, "stash_bytes"),
+        ({"stash_bytes": True}, ValueError, "stash_bytes"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an integer, got True"),
         ({"max_scored_tokens": 3}, ValueError, "max_scored_tokens=3, but labels score 8"),
         ({"backend": "nope"}, ValueError, "unknown backend"),
     ],

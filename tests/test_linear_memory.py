@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -148,3 +149,18 @@ def test_predicted_memory(dtype: torch.dtype, grads: tuple[bool, ...], monkeypat
         )
         own = used - OF_A_PRODUCT.get(dtype, 0)
         assert own <= predicted <= 1.2 * used + (1 << 18), (stash_rows, used, predicted)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "problem"),
+    [
+        ({"num_scored_tokens": -1}, ValueError, "num_scored_tokens must be >= 0, got -1"),
+        ({"vocab_size": 30.0}, TypeError, "vocab_size must be an integer, got 30.0"),
+        ({"num_tokens": True}, TypeError, "num_tokens must be an integer, got True"),
+        ({"stash_bytes": -1}, ValueError, "stash_bytes must be >= 0, got -1"),
+    ],
+)
+def test_sizes_that_are_none(given: dict[str, Any], error: type[Exception], problem: str) -> None:
+    sizes = {"num_scored_tokens": 4, "hidden_size": 8, "vocab_size": 30, "dtype": torch.float32}
+    with pytest.raises(error, match=problem):
+        linear_memory_bytes(**{**sizes, **given})

@@ -249,6 +249,24 @@ def test_registration_refuses_what_changes_its_argument(registry, given) -> None
     assert "wrong" not in registry
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "problem"),
+    [
+        ({"name": 3, "h": torch.log}, TypeError, "the name of a divergence must be text, got 3"),
+        ({"name": "", "h": torch.log}, TypeError, "the name of a divergence must be text, got ''"),
+        ({"h": 3}, TypeError, "h must be a function, got 3"),
+        ({"h": lambda r: 1.0}, ValueError, r"h must return a tensor of the shape of its argument, \[3\], got a float"),
+        ({"A": torch.sum, "P": torch.exp}, ValueError, r"A must return a tensor of the shape .*, \[3\], got \[\]"),
+        ({"pair": lambda w, l: 0.0}, ValueError, "pair must return a tensor of the shape"),
+    ],
+    ids=str,
+)
+def test_registration_refuses_what_is_no_loss(registry, given, error, problem) -> None:
+    with pytest.raises(error, match=problem):
+        register_divergence(Divergence(**{"name": "wrong", "source": "", **given}))
+    assert "wrong" not in registry
+
+
 @pytest.mark.parametrize("function", [dil_loss, fused_dil_loss])
 @pytest.mark.parametrize(
     "options",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Mam
 from dil_kernels import fused_linear_dil_loss
 from dil_kernels.data import share_prefixes
 from dil_kernels.data.batches import IGNORE_INDEX
+from dil_kernels.data.collators import pack_sequences
 from dil_kernels.models.packed_attention import (
     PackedMask,
     UnsupportedPackingError,
@@ -71,6 +73,19 @@ def test_a_row_has_each_prompt_once() -> None:
     moved = row.to("meta")
     assert {x.device.type for x in moved[:3]} == {"meta"}
     assert moved[3:] == row[3:]
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, lambda ids: torch.tensor(ids, dtype=torch.int32)])
+@pytest.mark.parametrize("join", [share_prefixes, pack_sequences])
+def test_token_ids_may_be_tensors(join: Any, kind: Any) -> None:
+    rows = [([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([4], [8])]
+    expected, labels = join(rows)
+    row, own_labels = join([(kind(prompt), response) for prompt, response in rows[:2]] + [tuple(map(kind, rows[2]))])
+    assert torch.equal(own_labels, labels)
+    for value, truth in zip(row, expected, strict=True):
+        assert torch.equal(value, truth) if isinstance(truth, Tensor) else value == truth
+    with pytest.raises(TypeError, match="sequences must be pairs of token ids, integers each: 'float'"):
+        join([([1.9, 2], [3])])
 
 
 def test_only_all_token_ids_make_a_prompt_the_same() -> None:

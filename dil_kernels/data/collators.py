@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from dil_kernels.data.batches import IGNORE_INDEX, Packed, SharedPrefixes
 from dil_kernels.data.token_columns import GIVEN_REFERENCE, TOKEN_COLUMNS
+
+Sequences = Sequence[tuple[Sequence[int] | Tensor, Sequence[int] | Tensor]]  # prompt and response of each
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,19 @@ class SharedPrefixCollator:
         return {**row._asdict(), "labels": labels, "num_scored": num_scored, **_pair_columns(pairs)}
 
 
-def pack_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Packed, Tensor]:
+def pack_sequences(sequences: Sequences) -> tuple[Packed, Tensor]:
     """Put sequences one after another into one row.
 
     Args:
-        sequences: token ids of the prompt and of the response of each of S sequences.
+        sequences: token ids of the prompt and of the response of each of S sequences, lists or tensors [n].
 
     Returns:
         The row of N tokens, and its labels [1, N]: -100 but on the tokens of responses that do not begin a sequence.
+
+    Raises:
+        TypeError: a token id is no integer.
     """
+    sequences = _as_integers(sequences)
     lengths = [len(prompt) + len(response) for prompt, response in sequences]
     boundaries = [0, *itertools.accumulate(lengths)]
     labels = torch.tensor([x for prompt, response in sequences for x in (*[IGNORE_INDEX] * len(prompt), *response)])
@@ -106,28 +113,32 @@ def pack_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
     return row, labels.unsqueeze(0)
 
 
-def share_prefixes(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[SharedPrefixes, Tensor]:
+def share_prefixes(sequences: Sequences) -> tuple[SharedPrefixes, Tensor]:
     """Put sequences into one row in which each prompt stands once, for all responses to it.
 
     A model needs `dil_kernels.models.prefix_sharing.install_prefix_sharing` for such a row. The kernels take its
     `cu_seqlens`, and see the sequences in their order.
 
     Args:
-        sequences: token ids of the prompt and of the response of each of S sequences. Prompts are the same if all of
-            their token ids are.
+        sequences: token ids of the prompt and of the response of each of S sequences, lists or tensors [n]. Prompts are
+            the same if all of their token ids are.
 
     Returns:
         The row of N tokens, and its labels [1, N]: -100 but on the tokens of responses.
+
+    Raises:
+        TypeError: a token id is no integer.
     """
+    sequences = _as_integers(sequences)
     places: dict[tuple[int, ...], int] = {}  # of the prefixes, by prompt
     for prompt, _ in sequences:
         if len(prompt) > 1:
-            places.setdefault(tuple(prompt), len(places))
+            places.setdefault(prompt, len(places))
     prefixes = [prompt[:-1] for prompt in places]
     segments = [(*prompt[-1:], *response) for prompt, response in sequences]
     parts: list[tuple[int, int | None, Sequence[int]]] = [(0, None, prefix) for prefix in prefixes]
     parts += [
-        (max(len(prompt) - 1, 0), places.get(tuple(prompt)), segment)
+        (max(len(prompt) - 1, 0), places.get(prompt), segment)
         for (prompt, _), segment in zip(sequences, segments, strict=True)
     ]
     num_unscored = sum(map(len, prefixes))
@@ -142,6 +153,18 @@ def share_prefixes(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> 
         stretch_prefixes=[place for _, place, part in parts if part],
     )
     return row, torch.tensor([[IGNORE_INDEX] * num_unscored + labels], dtype=torch.int64)
+
+
+def _as_integers(sequences: Sequences) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Token ids as Python's integers, by which prompts are told apart; entries of tensors are equal to nothing."""
+
+    def integers(ids: Any) -> tuple[int, ...]:
+        return tuple(map(operator.index, ids.tolist() if hasattr(ids, "tolist") else ids))
+
+    try:
+        return [(integers(prompt), integers(response)) for prompt, response in sequences]
+    except TypeError as error:
+        raise TypeError(f"sequences must be pairs of token ids, integers each: {error}") from error
 
 
 def _two_positions(sequences: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:

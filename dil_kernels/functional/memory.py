@@ -7,6 +7,7 @@ import os
 import torch
 
 from dil_kernels.backends import constant_in_graphs
+from dil_kernels.checks import check_count
 from dil_kernels.ops.linear_head import TILE_SHAPES, peak_memory
 
 # Of the memory of the device, the share that a stash may take by default.
@@ -56,7 +57,14 @@ def linear_memory_bytes(
     Returns:
         Bytes beyond the inputs, the log-probs and the gradients of the inputs, at the peak. On top come copies of
         inputs that autocast converts or that are not contiguous, and what a matrix product holds for itself.
+
+    Raises:
+        TypeError, ValueError: a size is no integer >= 0.
     """
+    sizes = {"num_scored_tokens": num_scored_tokens, "hidden_size": hidden_size, "vocab_size": vocab_size}
+    for name, value in (sizes | {"num_tokens": num_tokens, "stash_bytes": stash_bytes}).items():
+        if value is not None:
+            check_count(name, value)
     tile = TILE_SHAPES["cuda" if torch.device(device).type == "cuda" else "cpu"]
     return peak_memory(
         num_scored_tokens,

@@ -24,6 +24,7 @@ from dil_kernels.checks import check_number
 Elementwise = Callable[..., Tensor]
 PARAMETER_NAMES = ("beta", "power", "label_smoothing")  # the keywords that functions with a loss_type have
 PAIR_BETA = 0.1  # where a loss of both responses of a pair is given none, as in the literature
+FUNCTIONS = ("h", "pair", "A", "P", "dA", "dP", "log_A", "log_P", "log_dP")  # of a Divergence
 LARGEST_U_OF_H = 300.0  # a loss given by h alone sees ratios from e^-300 to e^300: their squares are finite in fp64
 
 
@@ -101,6 +102,11 @@ class Divergence:
     bregman: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"the name of a divergence must be text, got {self.name!r}")
+        for name in FUNCTIONS:
+            if not (getattr(self, name) is None or callable(getattr(self, name))):
+                raise TypeError(f"divergence {self.name!r}: {name} must be a function, got {getattr(self, name)!r}")
         if (self.A is None) != (self.P is None) or sum(f is not None for f in (self.A, self.h, self.pair)) != 1:
             raise ValueError(
                 f"divergence {self.name!r} needs either both A and P, or h alone (separable), or pair (coupled)"

@@ -26,8 +26,9 @@ def register_divergence(divergence: Divergence) -> Divergence:
 
     A separable Bregman divergence is checked on a grid of log ratios in fp64: ``A'(u) > 0`` (``h`` strictly convex),
     ``P'(u) = e^u A'(u)``, ``dA`` and ``dP``, where given, against autograd, and ``log_A``, ``log_P`` and ``log_dP``
-    against what they are the logarithms of. Nothing may change its arguments, nor jump on [-8, 8]. The terms of an
-    ``h`` may cancel in fp64: a warning names the log ratios where they do not, if those do not cover [-40, 40].
+    against what they are the logarithms of. Everything returns a tensor of the shape of its argument; nothing may
+    change that, nor jump on [-8, 8]. The terms of an ``h`` may cancel in fp64: a warning names the log ratios where
+    they do not, if those do not cover [-40, 40].
     Of A and P with ``bregman=False`` only ``dA`` and ``dP`` are checked; a coupled loss is checked to be elementwise.
     The compiled kernels sum log ratios for it; its own math runs in torch on those, a number a sequence.
 

@@ -84,11 +84,11 @@ def non_negative_loss(
         Q_w_mean, Q_l_mean = Q_w.sum() / count, Q_l.sum() / rejected_counts.sum().clamp(min=1)
         rejected_part = _scaled(Q_l_mean, parameters.rejected_weight * (1.0 - parameters.alpha))
         kept = ~(rejected_part < _scaled(Q_w_mean, parameters.chosen_weight * (constant - parameters.alpha)))
-    # The constants of P, so that the loss does not jump where the second term changes sign.
-    shares = parameters.chosen_weight * (parameters.alpha - constant) + parameters.rejected_weight * (
-        1.0 - parameters.alpha
-    )
-    return torch.where(kept, loss, (chosen_only + floor * shares).to(loss.dtype))
+    # The constants of P in the means, so that the loss does not jump where the second term changes sign.
+    of_chosen = floor * (parameters.chosen_weight * (parameters.alpha - constant))
+    of_rejected = floor * (parameters.rejected_weight * (1.0 - parameters.alpha))
+    constants = torch.where(chosen_counts.any(), of_chosen, 0) + torch.where(rejected_counts.any(), of_rejected, 0)
+    return torch.where(kept, loss, (chosen_only + constants).to(loss.dtype))
 
 
 def tanh_slope(x: Tensor) -> Tensor:

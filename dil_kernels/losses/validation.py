@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dil_kernels.losses.divergence import LARGEST_U_OF_H, Divergence, Elementwise
+from dil_kernels.losses.divergence import FUNCTIONS, LARGEST_U_OF_H, Divergence, Elementwise
 
 
 def check_divergence(divergence: Divergence) -> None:
@@ -41,14 +41,20 @@ def check_divergence(divergence: Divergence) -> None:
 
 
 def _check_arguments_stay(divergence: Divergence, own: tuple[float, ...]) -> None:
-    """No function of the loss writes to its arguments: they are those of the caller."""
-    for name in ("h", "pair", "A", "P", "dA", "dP", "log_A", "log_P", "log_dP"):
+    """Every function of the loss is elementwise, and none writes to its arguments: they are those of the caller."""
+    for name in FUNCTIONS:
         function = getattr(divergence, name)
         if function is None:
             continue
         arguments = [torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) for _ in range(1 + (name == "pair"))]
         before = [argument.clone() for argument in arguments]
-        function(*arguments, *own)
+        returned = function(*arguments, *own)
+        if not isinstance(returned, Tensor) or (name != "pair" and returned.shape != before[0].shape):
+            found = list(returned.shape) if isinstance(returned, Tensor) else f"a {type(returned).__name__}"
+            raise ValueError(
+                f"divergence {divergence.name!r}: {name} must return a tensor of the shape of its argument, "
+                f"{list(before[0].shape)}, got {found}"
+            )
         if not all(map(torch.equal, arguments, before)):
             raise ValueError(f"divergence {divergence.name!r}: {name} changes its argument in place")
 

@@ -60,6 +60,8 @@ class FusedHeadOutput(ModelOutput):
     entropy: Tensor | None = None  #: likewise
     top1_hit: Tensor | None = None  #: likewise
     aux_loss: Tensor | None = None  #: [] the model's own load-balancing loss, where it returns one
+    hidden_states: tuple[Tensor, ...] | None = None  #: as the model returns them for `output_hidden_states`
+    attentions: tuple[Tensor, ...] | None = None  #: likewise for `output_attentions`
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def install_fused_head(model: nn.Module) -> FusedHead:
     - score_labels: [B, T] int64, shaped as the input; position t scores label t + 1, -100 is not scored. In packed
       input the first label of every sequence must be -100.
     - score_options: further keywords of `linear_token_logps`, other than those that describe the head, and shift.
+    - whatever `use_cache` and `return_dict` say, there is no cache.
 
     Call the model as it is wrapped (DDP, FSDP, DeepSpeed, torch.compile), but install before wrapping it. Copies,
     pickled ones too, are installed as well; checkpoints stay as they were. LoRA and `modules_to_save` on the head
@@ -224,7 +227,8 @@ def _forward(
     check_unchanged(request.known, output.logits, fused.logit_scale, fused.final_logit_softcapping)
     token_logps, mean_logit, entropy, top1_hit = request.answer
     token_logps = _After.apply(token_logps, output.logits)
-    return FusedHeadOutput(token_logps, mean_logit, entropy, top1_hit, getattr(output, "aux_loss", None))
+    others = {name: getattr(output, name, None) for name in ("aux_loss", "hidden_states", "attentions")}
+    return FusedHeadOutput(token_logps, mean_logit, entropy, top1_hit, **others)
 
 
 class _Scoring(Request):
