@@ -62,14 +62,14 @@ DPO, TRL, LSIF, BCE, HALF, UKL = (
     Arm("dil", "bce, alpha 1/2", {"loss_type": "bce", "alpha": 0.5}),
     Arm("dil", "ukl", {"loss_type": "ukl"}),
 )
-# Timed only: DPO as TRL takes its batches, and TRL's with all pairs of a step at once.
+# DPO as TRL takes its batches, which only rounds otherwise; and, timed only, TRL's with all pairs of a step at once.
 PADDED = Arm("dil", "dpo, padded", {**DPO.options, "prefix_sharing": False})
 AT_ONCE = Arm("trl", "dpo, at once", TRL.options, at_once=True)
 TIMED_ROUNDS = 3
 LEARNING_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 Order = Sequence[tuple[Sequence[Arm], int, float | None]]
 # Losses, a seed, and a learning rate instead of the chosen one, by what would be missed most. DPO is the same in both
-# trainers: TRL's, which takes much longer on a CPU, has its other seeds last.
+# trainers: TRL's, which takes much longer on a CPU, has its other seeds late. In the last run only rounding is another.
 ORDER: Order = (
     ((DPO, LSIF, TRL), 0, None),
     ((LSIF, DPO), 0, 1e-5),
@@ -82,6 +82,7 @@ ORDER: Order = (
     ((BCE, HALF, UKL), 1, None),
     ((TRL,), 1, None),
     ((TRL,), 2, None),
+    ((PADDED,), 2, None),
 )
 QUICK_ORDER: Order = (((DPO, LSIF, TRL), 0, None), ((LSIF,), 0, 3e-4))
 
@@ -140,7 +141,7 @@ def all_runs(options: argparse.Namespace) -> Iterator[Run]:
             if options.learning_rate is None and rate is None and seed == 0 and arm is not TRL:
                 yield from tuning_runs(arm)
             yield Run("run", arm, seed, rate)
-    timed = [*dict.fromkeys(arm for arms, *_ in order for arm in arms), PADDED]
+    timed = [*dict.fromkeys((*(arm for arms, *_ in order for arm in arms), PADDED))]
     if options.trl_micro_batch not in (None, options.batch_size):
         timed.append(AT_ONCE)
     yield from (Run("timing", arm, turn) for turn in range(1 if options.quick else TIMED_ROUNDS) for arm in timed)

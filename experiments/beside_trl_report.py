@@ -39,6 +39,7 @@ PANELS = (
 BY_MARGIN = ("Chosen responses by margin", "held-out margin, nats a token", "change of the log-prob a token")
 LEARNED = ("accuracy", "response_accuracy", "margin", "chosen_logp_change", "rejected_logp_change")
 BASELINE = "dil dpo"
+SAME_LOSS = ("trl dpo", "dil dpo, padded")  # but for rounding
 COST = ("pairs_at_a_time", "seconds_per_step", "cpu_seconds_per_step", "tokens_per_second", "peak_bytes")
 Records = Sequence[Mapping[str, Any]]
 
@@ -82,7 +83,7 @@ def write_report(records: Records, output: Path) -> None:
     write_csv(output / "pairs.csv", [row for record in runs for row in _pairs(record)])
     comparisons = {
         "differences": differences(runs, BASELINE),
-        "same_loss": same_loss(runs, BASELINE, "trl dpo"),
+        "same_loss": same_loss(runs, BASELINE, SAME_LOSS),
         "equal_margins": at_equal_margins(runs, BASELINE),
     }
     for name, compared in comparisons.items():
@@ -92,11 +93,11 @@ def write_report(records: Records, output: Path) -> None:
     if items:
         write_csv(output / "items.csv", items)
     (output / "environment.txt").write_text(runs[0]["environment"].rstrip() + "\n")
-    at_chosen = [record for record in runs if record["arm"] == record["of"]]
+    at_chosen = [record for record in runs if record["arm"] == record["of"] and record["of"] in LOOKS]
     if at_chosen:
         _draw_accuracy(at_chosen, output / "accuracy.png")
         _draw_curves(at_chosen, output / "curves.png")
-    if len(at_chosen) < len(runs):
+    if any(record["arm"] != record["of"] for record in runs):
         _draw_rates(runs, output / "learning_rates.png")
     for row in summary:
         cells = (f"{name}={value:.4g}" for name, value in row.items() if name != "arm" and value != "")

@@ -41,16 +41,17 @@ def differences(runs: Runs, baseline: str) -> list[dict[str, Any]]:
     return rows
 
 
-def same_loss(runs: Runs, arm: str, other: str) -> list[dict[str, Any]]:
-    """How far two arms are apart at each evaluation: the largest difference of a response's log ratio, in nats."""
+def same_loss(runs: Runs, baseline: str, others: Sequence[str]) -> list[dict[str, Any]]:
+    """How far arms are from a baseline at each evaluation: the largest difference of a log ratio, in nats."""
     by_key = {(run["arm"], run["seed"]): run for run in runs}
     rows = []
-    for seed in [seed for of, seed in by_key if of == arm and (other, seed) in by_key]:
-        pair = by_key[arm, seed], by_key[other, seed]
+    for arm, seed in [(arm, seed) for arm, seed in by_key if arm in others and (baseline, seed) in by_key]:
+        pair = by_key[baseline, seed], by_key[arm, seed]
         for ours, theirs in zip(*(run["held_out"] for run in pair), strict=True):
             first, second = (np.array(entry["log_ratios"]) for entry in (ours, theirs))
             rows.append(
                 {
+                    "arm": arm,
                     "seed": seed,
                     "step": ours["step"],
                     "largest_difference": float(np.abs(first - second).max()),
