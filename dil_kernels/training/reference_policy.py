@@ -117,7 +117,7 @@ class ReferencePolicy:
 
     def adapters_that_count(self) -> list[str]:
         """Those with which `model`, or the policy where it serves, is the reference now."""
-        model: Any = self.model or self._policy
+        model: Any = self._policy if self.model is None else self.model
         names = list(model.active_adapters) if has_adapters(model) else []
         if self.model is None and self._switches:
             names = [] if self._adapter is None else [self._adapter]

@@ -53,7 +53,6 @@ FREE_OF_ADAPTERS = (
     "corda_config",
     "task_type",
 )
-
 # Of a model's configuration: where it came from, and what it writes, returns or is called.
 FREE_OF_MODELS = re.compile(
     r"_.*|architectures|transformers_version|(torch_)?dtype|use_cache|.*_token_id|id2label|label2id|problem_type|output_.*"
