@@ -258,7 +258,8 @@ def _draw_curves(runs: Records, path: Path) -> None:
     for axes, (_, title, label) in zip(panels, PANELS, strict=True):
         finish_panel(axes, title, "optimizer step", label)
     finish_panel(at_margins, *BY_MARGIN)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    at_margins.locator_params(axis="x", nbins=5)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     save(figure, path)
 
 
