@@ -214,7 +214,7 @@ def test_what_changed_since_a_checkpoint_is_named(inputs: Path, tmp_path: Path, 
         ({"max_steps": 3}, "--max-steps 2, now 3"),
         ({"gradient_accumulation_steps": 2}, "global batch: 4, now 8"),
         ({"train_file": inputs / "others.jsonl"}, "training data: 12 rows, "),
-        ({"ref_model": inputs / "other-model"}, "reference weights: "),
+        ({"ref_model": inputs / "other-model"}, "weights of the reference: "),
     ):
         assert train(inputs, out, resume_from_checkpoint=out / "checkpoint-1", **options) == 2, options
         line = last_line(capsys)
@@ -224,7 +224,7 @@ def test_what_changed_since_a_checkpoint_is_named(inputs: Path, tmp_path: Path, 
     assert train(inputs, tmp_path / "lora", lora_rank=2) == 0
     for options, message in (
         ({"lora_rank": 4, "lora_alpha": 4}, "trained with r of adapter default: 2, now 4: give"),
-        ({}, "trained with names of adapters: ['default'], now []"),
+        ({}, "trained with names of the adapters: ['default'], now []: give"),
     ):
         assert train(inputs, tmp_path / "lora", resume_from_checkpoint=True, **options) == 2
         assert message in last_line(capsys)

@@ -15,7 +15,7 @@ from tiny_trainer import trained_weights
 from trl_runs import batch_of, logs_of, make_trainer, peft, plain_pairs, trl
 
 from dil_kernels.integrations import trl_adapters
-from dil_kernels.integrations.trl import DILTrainer
+from dil_kernels.integrations.trl import DILConfig, DILTrainer
 from dil_kernels.training.adapters import parameters_of
 from dil_kernels.training.metrics import METRICS
 
@@ -256,6 +256,10 @@ def test_reference_log_probs_of_the_data_are_taken(tmp_path: Path) -> None:
 def test_unpaired_responses_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train_dataset has unpaired responses .*DILTrainer"):
         make_trainer(tmp_path, train_dataset=make_responses(7))
+    with pytest.raises(ValueError, match="train_dataset has unpaired responses"):
+        DILTrainer(
+            make_model(), make_model(1), DILConfig(str(tmp_path), use_cpu=True, bf16=False), None, make_responses(7)
+        )
     with pytest.raises(ValueError, match="eval_dataset has unpaired responses"):
         make_trainer(tmp_path, arguments={"eval_dataset": {"all": make_responses(7)}})
 

@@ -113,7 +113,8 @@ class DILTrainer(DPOTrainer):
         args = DILConfig("dil_output") if args is None else args
         if not isinstance(args, DILConfig):
             raise TypeError(f"args must be a dil_kernels.integrations.trl.DILConfig, got {type(args).__name__}")
-        refuse_unpaired(inspect.signature(DPOTrainer).bind(model, ref_model, args, *rest, **kwargs).arguments)
+        names = [*inspect.signature(DPOTrainer).parameters][3:]  # of those after args
+        refuse_unpaired({**dict(zip(names, rest, strict=False)), **kwargs})
         self._joined_rows = joined_rows_of(args)
         padding_free, args.padding_free = args.padding_free, False  # TRL would say that it has none
         try:

@@ -153,7 +153,7 @@ def run_record(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     data: datasets.Dataset = trainer.train_dataset
     content = {
         "training data": f"{len(data)} rows, {dataset_fingerprint(data)[:12]}",
-        "adapters": sorted(configs),
+        "names of the adapters": sorted(configs),
         **{
             f"{option} of adapter {name}": value
             for name, config in configs.items()
@@ -205,7 +205,8 @@ def fingerprint_of_weights(model: nn.Module, adapters: Iterable[str]) -> str:
     for name, parameter in itertools.chain.from_iterable(part.items() for part in (base, *own)):
         values = parameter.detach().reshape(-1)
         values = values[:: max(1, len(values) // SAMPLES)].double().cpu()
-        digest.update(f"{name.replace('.base_layer', '')} {list(parameter.shape)} {values.tolist()}\n".encode())
+        of_base = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        digest.update(f"{of_base} {list(parameter.shape)} {values.tolist()}\n".encode())
     return digest.hexdigest()
 
 
