@@ -259,7 +259,7 @@ def test_registration_refuses_what_changes_its_argument(registry, given) -> None
         ({"A": torch.sum, "P": torch.exp}, ValueError, r"A must return a tensor of the shape .*, \[3\], got \[\]"),
         ({"pair": lambda w, l: 0.0}, ValueError, "pair must return a tensor of the shape"),
     ],
-    ids=str,
+    ids=["name", "no name", "no function", "a number", "a sum", "a number of pairs"],
 )
 def test_registration_refuses_what_is_no_loss(registry, given, error, problem) -> None:
     with pytest.raises(error, match=problem):
