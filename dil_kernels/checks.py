@@ -6,6 +6,7 @@ Checks that would read a tensor run on the CPU only, and not where there are no 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,9 +130,14 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer, and not true or false, which Python takes for one."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: int) -> None:
     """An integer >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value}")

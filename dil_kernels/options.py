@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 import torch
 from torch.distributed import ProcessGroup
 
-from dil_kernels.checks import check_number, check_positive
+from dil_kernels.checks import check_number, check_positive, is_integer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -132,7 +132,7 @@ class ScoringOptions:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+        if not is_integer(self.ignore_index):
             raise TypeError(f"ignore_index must be an integer, got {self.ignore_index!r}")
         if not -(2**63) <= self.ignore_index < 2**63:
             raise ValueError(f"ignore_index must be an int64 as the labels are, got {self.ignore_index}")
@@ -218,7 +218,7 @@ class HeadOptions(ScoringOptions):
             raise ValueError(f"logit_scale must be a finite number other than 0, got {self.logit_scale}")
         for name in ("stash_bytes", "max_scored_tokens"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            if value is not None and (not is_integer(value) or value < 0):
                 raise ValueError(f"{name} must be None or an integer >= 0, got {value!r}")
 
     def _factors(self) -> dict[str, float]:

@@ -301,20 +301,6 @@ def test_log_probs_that_the_data_bring_are_kept_as_they_are(tmp_path: Path) -> N
     assert not (tmp_path / "refs").exists()
 
 
-def test_log_probs_of_the_data_that_are_not_used_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    given = make_pairs(7).add_column("ref_chosen_logps", [-1.0] * 7).add_column("ref_rejected_logps", [-2.0] * 7)
-    said = (
-        "the train data set has reference log-probs (ref_chosen_logps, ref_rejected_logps), which are not used: they "
-        "would be with precompute_ref_log_probs=True"
-    )
-    for dataset in (given, tokenized(given)):
-        caplog.clear()
-        make_trainer(tmp_path, train_dataset=dataset, precompute_ref_log_probs=True)
-        assert said not in caplog.messages
-        make_trainer(tmp_path, train_dataset=dataset)
-        assert caplog.messages.count(said) == 1
-
-
 def test_no_cache_where_none_is_wanted_or_safe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class OtherCollator(PreferenceCollator):
         pass

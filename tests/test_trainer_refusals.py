@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 from tiny_model import make_model, make_pairs, make_tokenizer
-from tiny_trainer import make_trainer
+from tiny_trainer import make_trainer, tokenized
 from transformers import MixtralConfig, MixtralForCausalLM, TrainingArguments
 
 from dil_kernels.trainer import DILConfig, DILTrainer
@@ -174,6 +174,20 @@ def test_a_router_loss_that_is_left_out_is_said(tmp_path: Path, caplog: pytest.L
         "MixtralForCausalLM can balance its experts by a loss of their router (router_aux_loss_coef=0.02)"
         in caplog.text
     )
+
+
+def test_log_probs_of_the_data_that_are_not_used_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = make_pairs(7).add_column("ref_chosen_logps", [-1.0] * 7).add_column("ref_rejected_logps", [-2.0] * 7)
+    said = (
+        "the train data set has reference log-probs (ref_chosen_logps, ref_rejected_logps), which are not used: they "
+        "would be with precompute_ref_log_probs=True"
+    )
+    for dataset in (given, tokenized(given)):
+        caplog.clear()
+        make_trainer(tmp_path, train_dataset=dataset, precompute_ref_log_probs=True)
+        assert said not in caplog.messages
+        make_trainer(tmp_path, train_dataset=dataset)
+        assert caplog.messages.count(said) == 1
 
 
 def test_logits_of_more_positions_than_the_batch_has_are_refused(tmp_path: Path) -> None:

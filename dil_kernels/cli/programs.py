@@ -156,14 +156,14 @@ def _resolve_checkpoint(options: RunOptions, config: DILConfig) -> str | None:
         InputError: there is none, it is not whole, or it was trained with other options.
     """
     from dil_kernels.training.agreement import done_by_all
-    from dil_kernels.training.run_record import options_record
+    from dil_kernels.training.run_record import batch_record, options_record
     from dil_kernels.training.start import CannotStartError, agreed_checkpoint, check_same_run, rows_to_resume_with
 
     if options.resume_from_checkpoint is False:
         return None
     try:
         checkpoint = agreed_checkpoint(options.resume_from_checkpoint, str(config.output_dir))
-        record = options_record(config, rows=rows_to_resume_with(checkpoint, config))
+        record = options_record(config) | batch_record(config, rows=rows_to_resume_with(checkpoint, config))
         done_by_all(lambda: check_same_run(checkpoint, record, config.resume_with_changes), CannotStartError)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(f"--resume-from-checkpoint: {error}") from error

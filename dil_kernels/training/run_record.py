@@ -60,17 +60,12 @@ FREE_OF_MODELS = re.compile(
 )
 
 
-def options_record(args: Any, together: int = 1, rows: int | None = None) -> dict[str, Any]:
-    """The options of a `DILConfig` that decide what is learned, as JSON has them.
-
-    Args:
-        args: the options.
-        together, rows: as of `batch_record`.
-    """
+def options_record(args: Any) -> dict[str, Any]:
+    """The options of a `DILConfig` that decide what is learned, but for the sizes of batches, as JSON has them."""
     options = {name: value for name, value in args.to_dict().items() if not FREE.fullmatch(name)}
     if args.max_tokens_per_batch is not None:
         options["prefix_sharing"] = args.prefix_sharing  # by which the tokens of a row are counted
-    return _as_json({**options, **batch_record(args, together, rows)})
+    return _as_json(options)
 
 
 def batch_record(args: Any, together: int = 1, rows: int | None = None) -> dict[str, int]:
@@ -139,7 +134,7 @@ def _what_computes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_record(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides what a `DILTrainer` learns, as JSON has it.
+    """What decides what a `DILTrainer` learns, but for the sizes of batches, as JSON has it.
 
     Args:
         trainer: about to train.
@@ -162,11 +157,11 @@ def run_record(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         },
         **given,
     }
-    return {**options_record(trainer.args, processes_of_a_batch(trainer.accelerator)), **_as_json(content)}
+    return {**options_record(trainer.args), **_as_json(content)}
 
 
 def with_sizes(record: Mapping[str, Any], trainer: Any, rows: int | None) -> dict[str, Any]:
-    """A record with batches as they are, or will be.
+    """A record with the sizes of batches as they are, or will be.
 
     Args:
         record: of `run_record`.

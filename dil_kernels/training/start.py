@@ -232,6 +232,8 @@ class AtEveryStart(TrainerCallback):
 class StopWhenFinished(TrainerCallback):
     """Keeps a run that is resumed at its last step from going beyond it, and from saving and evaluating again.
 
+    One that goes on logs, saves and evaluates as often as its own options say, not those of the run before.
+
     Attributes:
         finished: whether the run had made all of its steps when training began.
     """
@@ -244,7 +246,7 @@ class StopWhenFinished(TrainerCallback):
     ) -> None:
         """Compare the steps made with those to be made."""
         self.finished = state.global_step >= state.max_steps
-        state.compute_steps(args, state.max_steps)  # those of the run that is resumed may be others
+        state.compute_steps(args, state.max_steps)  # the checkpoint has those of the run before
         if not self.finished:
             return
         control.should_training_stop = True
