@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from dil_kernels.checks import check_choice
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -167,6 +169,7 @@ BACKENDS = {
         Backend("eager", "plain PyTorch, any device", lambda device, dtype: None),
     )
 }
+BACKEND_CHOICES = ("auto", *BACKENDS)
 BEST = {"cuda": "triton", "cpu": "cpp"}
 
 
@@ -190,7 +193,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     """The name of the backend to run on a device.
 
     Args:
-        backend: "auto" or a name in `BACKENDS`.
+        backend: one of `BACKEND_CHOICES`.
         device: where the tensors are.
         dtype: of the logits.
 
@@ -198,8 +201,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         ValueError: no such backend.
         RuntimeError: the backend cannot run there; says why.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; available: auto, {', '.join(BACKENDS)}")
+    check_choice("backend", backend, BACKEND_CHOICES)
     name, problem = _select(backend, device, dtype)
     if problem is not None and backend != "auto":
         raise RuntimeError(f"backend={backend!r} was asked for but cannot run: {problem}")

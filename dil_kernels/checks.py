@@ -48,29 +48,17 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, got {tensor.dtype}")
 
 
-def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bool, part: bool = False) -> None:
+def check_logits(logits: Tensor, labels: Tensor, *, ignore_index: int, shift: bool, part: bool) -> None:
     """Logits [B, T, V] or [N, V], labels [B, T] or [N]; of a part of the vocabulary, labels may be any."""
     check_tensors(logits=logits, labels=labels)
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits must be [B, T, V] or [N, V], got {shape_of(logits)}")
     check_dtype("logits", logits)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must be {list(logits.shape[:-1])} to match logits {shape_of(logits)}, got {shape_of(labels)}"
-        )
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}, but logits are on {logits.device}")
     if logits.shape[-1] == 0:
         raise ValueError(f"logits have an empty vocabulary: {shape_of(logits)}")
-    if shift and logits.shape[-2] < 2:
-        raise ValueError(
-            f"logits {shape_of(logits)} have {logits.shape[-2]} position(s); with shift=True at least 2 are needed, "
-            "since position t predicts label t + 1"
-        )
-    if readable(labels) and not part:
-        check_label_range(labels[..., 1:] if shift else labels, logits.shape[-1], ignore_index)
+    _check_labels(labels, logits, "logits", None if part else logits.shape[-1], ignore_index, shift)
 
 
 def check_head(
@@ -81,8 +69,8 @@ def check_head(
     *,
     ignore_index: int,
     shift: bool,
-    names: tuple[str, str, str] = ("hidden_states", "lm_head_weight", "lm_head_bias"),
-    part: bool = False,
+    names: tuple[str, str, str],
+    part: bool,
 ) -> None:
     """Hidden states [B, T, D] or [N, D], head [V, D] with bias [V], labels [B, T] or [N]; of a part of the vocabulary,
     labels may be any.
@@ -106,19 +94,23 @@ def check_head(
             raise ValueError(f"{name} is on {tensor.device}, but {hidden_name} is on {hidden_states.device}")
         if tensor is not None and name != "labels" and tensor.dtype != hidden_states.dtype:
             raise TypeError(f"{name} must be {hidden_states.dtype} as {hidden_name}, got {tensor.dtype}")
+    _check_labels(labels, hidden_states, hidden_name, None if part else V, ignore_index, shift)
+
+
+def _check_labels(labels: Tensor, rows: Tensor, name: str, V: int | None, ignore_index: int, shift: bool) -> None:
+    """Labels int64 of `rows` [B, T, ...] or [N, ...], which errors call `name`; in [0, V), where V is given."""
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.shape != hidden_states.shape[:-1]:
+    if labels.shape != rows.shape[:-1]:
         raise ValueError(
-            f"labels must be {list(hidden_states.shape[:-1])} to match {hidden_name} {shape_of(hidden_states)}, "
-            f"got {shape_of(labels)}"
+            f"labels must be {list(rows.shape[:-1])} to match {name} {shape_of(rows)}, got {shape_of(labels)}"
         )
     if shift and labels.shape[-1] < 2:
         raise ValueError(
-            f"{hidden_name} {shape_of(hidden_states)} have {labels.shape[-1]} position(s); with shift=True at least 2 "
-            "are needed, since position t predicts label t + 1"
+            f"{name} {shape_of(rows)} have {labels.shape[-1]} position(s); with shift=True at least 2 are needed, "
+            "since position t predicts label t + 1"
         )
-    if readable(labels) and not part:
+    if readable(labels) and V is not None:
         check_label_range(labels[..., 1:] if shift else labels, V, ignore_index)
 
 
@@ -188,7 +180,7 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, packed: Tensor, name: str = "logits", width: str = "V") -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, packed: Tensor, name: str, width: str) -> None:
     """Boundaries int32 [S + 1] of packed logits, or of another tensor with a row a token."""
     check_tensors(cu_seqlens=cu_seqlens)
     N = packed.shape[-2]

@@ -80,7 +80,7 @@ def results(call: Call, tensors: dict[str, Tensor], options: dict[str, Any], lay
 @pytest.mark.parametrize(("call", "name", "backend", "layout"), arguments())
 def test_layout(call: Call, name: str, backend: dict[str, str], layout: Layout) -> None:
     options = call.options(0) | backend
-    tensors = call.inputs(4)
+    tensors = call.inputs(3 if backend.get("backend") == "triton" else 4)  # the interpreter is slow
     if name == UPSTREAM:
         actual = results(call, tensors, options, layout)
         expected = results(call, tensors, options, lambda x: layout(x).contiguous())

@@ -309,7 +309,8 @@ def test_labels_out_of_range_are_nan_without_a_host_check(impl: Implementation) 
 
     logits = torch.randn(1, 4, 9, device=impl.device, requires_grad=True)
     labels = torch.tensor([[3, 9, -1, 2]], device=impl.device)
-    logps = functional._unchecked_logps(logits, labels, LogitsOptions(shift=False), False, impl.backend)[0]
+    checked = functional.CheckedLogits(logits, labels, impl.backend)
+    logps, _ = functional.logps_of_labels(checked, LogitsOptions(shift=False))
     assert logps.isnan().tolist() == [[False, True, True, False]]
     logps.nan_to_num(0.0).sum().backward()
     assert logits.grad is not None

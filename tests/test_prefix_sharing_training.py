@@ -45,7 +45,6 @@ def test_a_batch_is_the_padded_one_with_each_prompt_once() -> None:
     assert batch["rows"].tolist() == [4, 9]
     assert batch["ref_chosen_logps"].tolist() == [-1.5, -2.5]
     shared, padded = Batch.of(batch), Batch.of(PreferenceCollator(0)(pairs))
-    assert shared.num_sequences == 4
     assert shared.has_scored_token().tolist() == padded.has_scored_token().tolist()
     assert shared.scored_counts().tolist() == padded.scored_counts().tolist()
     assert shared.sums(shared.labels[1:] != -100).tolist() == [1.0, 0.0, 2.0, 1.0]

@@ -12,10 +12,9 @@ from torch.nn import functional
 from torch.nn.functional import linear, pad
 
 import dil_kernels
-from dil_kernels.backends import resolve_backend
 from families.linear_inputs import BETA, IGNORE_INDEX, Inputs, LossFromHidden, TokenLogps, loss_of_token_logps
 from harness.family import OURS, Provider
-from harness.peers import compile_problem, not_run, peer_problem, peer_version
+from harness.peers import compile_problem, not_run, our_label, our_version, peer_problem, peer_version
 
 BASELINE = "eager"
 
@@ -209,15 +208,6 @@ def _build_quack() -> LossFromHidden:
     return _of_mean_cross_entropy(chunked_linear_cross_entropy)
 
 
-def _label(name: str) -> Callable[[torch.device], str]:
-    """Ours says which backend `auto` takes."""
-    return lambda device: f"{name} ({resolve_backend('auto', device, torch.float32)})"
-
-
-def _ours_version() -> str:
-    return f"dil_kernels {dil_kernels.__version__}"
-
-
 def _installed_problem(distribution: str, module: str) -> Callable[[torch.device], str | None]:
     """For a package that runs on either kind of device."""
     return lambda device: peer_problem(distribution, module, device.type)(device)
@@ -230,14 +220,14 @@ PROVIDERS = {
             OURS,
             "dil_kernels.fused_linear_dil_loss, backend auto",
             lambda: functools.partial(_ours, None),
-            version=_ours_version,
-            label=_label(OURS),
+            version=our_version,
+            label=our_label,
         ),
         Provider(
             f"{OURS}-no-stash",
             "dil_kernels.fused_linear_dil_loss, stash_bytes=0",
             lambda: functools.partial(_ours, 0),
-            version=_ours_version,
+            version=our_version,
         ),
         Provider(BASELINE, "the head, slice, fp32 log_softmax over every row, gather, mask", lambda: eager_loss),
         Provider("eager-compacted", "the same on the scored rows alone", lambda: _of_scored_rows(_compacted)),

@@ -18,7 +18,7 @@ from dil_kernels import reference
 from dil_kernels.backends import resolve_backend
 from dil_kernels.options import ScoringOptions
 from harness.family import OURS, Provider
-from harness.peers import compile_problem, peer_problem, peer_version
+from harness.peers import compile_problem, our_label, our_version, peer_problem, peer_version
 
 SequenceLogps = Callable[[Tensor, Tensor], Tensor]  # (logits [B, T, V], labels [B, T]) -> summed log-probs [B]
 
@@ -134,19 +134,10 @@ def _build_flash_attention(inplace: bool) -> SequenceLogps:
     return _of_cross_entropy(cross_entropy)
 
 
-def _backend_label(name: str) -> Callable[[torch.device], str]:
-    """Ours says which backend `auto` takes."""
-    return lambda device: f"{name} ({resolve_backend('auto', device, torch.float32)})"
-
-
 def _in_place_problem(device: torch.device) -> str | None:
     if resolve_backend("auto", device, torch.float32) == "eager":
         return "no fused backend runs here, and the eager one cannot write in place"
     return None
-
-
-def _ours_version() -> str:
-    return f"dil_kernels {dil_kernels.__version__}"
 
 
 PROVIDERS = {
@@ -156,15 +147,15 @@ PROVIDERS = {
             OURS,
             "dil_kernels.sequence_logps, backend auto",
             lambda: dil_kernels.sequence_logps,
-            version=_ours_version,
-            label=_backend_label(OURS),
+            version=our_version,
+            label=our_label,
         ),
         Provider(
             f"{OURS}-inplace",
             "dil_kernels.sequence_logps, inplace_backward=True",
             _build_ours_in_place,
             problem=_in_place_problem,
-            version=_ours_version,
+            version=our_version,
             destroys_inputs=True,
         ),
         Provider(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import dil_kernels
 from dil_kernels import reference
 from dil_kernels.backends import resolve_backend, sums_are_compiled
 from dil_kernels.functional import DILOutput
@@ -16,7 +15,7 @@ from dil_kernels.losses import FusedLossOptions, LossParameters
 from dil_kernels.losses.options import SequenceOptions
 from harness.check import rounding, worst
 from harness.family import OURS, Errors, Family, Fn, Pass, Provider
-from harness.peers import compile_problem
+from harness.peers import compile_problem, our_version
 
 BASELINE = "plain"
 IGNORE_INDEX = -100
@@ -214,7 +213,7 @@ PROVIDERS = {
             OURS,
             "the second half of dil_kernels.fused_dil_loss, after the token log-probs",
             _build_ours,
-            version=lambda: f"dil_kernels {dil_kernels.__version__}",
+            version=our_version,
             label=_ours_label,
         ),
         Provider(BASELINE, "eager, as trainers write it: fp32, masked sums, averages", lambda: plain_loss),

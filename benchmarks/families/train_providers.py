@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-import dil_kernels
 from families.train_inputs import BETA, IGNORE_INDEX, Inputs
 from harness.family import OURS, Provider
-from harness.peers import not_run, peer_problem, peer_version
+from harness.peers import not_run, our_version, peer_problem, peer_version
 
 BASELINE = "authors"
 # Forward of policy and reference, backward; the gradients are in the parameters, the loss [] is returned.
@@ -158,10 +157,6 @@ def _set_all(module: types.ModuleType, values: dict[str, Any]) -> None:
         setattr(module, name, value)
 
 
-def _ours_version() -> str:
-    return f"dil_kernels {dil_kernels.__version__}"
-
-
 def _trl_problem(device: torch.device) -> str | None:
     return peer_problem("trl", "trl", device.type)(device)
 
@@ -177,27 +172,27 @@ PROVIDERS = {
             OURS,
             "DILTrainer, fused head, padding_free=True",
             functools.partial(_ours, padding_free=True),
-            version=_ours_version,
+            version=our_version,
         ),
         _provider(
             f"{OURS}-shared",
             "DILTrainer, fused head, prefix_sharing=True",
             functools.partial(_ours, prefix_sharing=True),
-            version=_ours_version,
+            version=our_version,
         ),
-        _provider(f"{OURS}-padded", "DILTrainer, fused head", _ours, version=_ours_version),
+        _provider(f"{OURS}-padded", "DILTrainer, fused head", _ours, version=our_version),
         _provider(
             f"{OURS}-logits",
             "DILTrainer, fused_head=False",
             functools.partial(_ours, fused_head=False),
-            version=_ours_version,
+            version=our_version,
         ),
         *(
             _provider(
                 f"{OURS}-trl{suffix}",
                 f"dil_kernels.integrations.trl.DILTrainer{''.join(f', {option}=True' for option in options)}",
                 functools.partial(_ours_on_trl, **options),
-                version=lambda: f"{_ours_version()}, {peer_version('trl')()}",
+                version=lambda: f"{our_version()}, {peer_version('trl')()}",
                 problem=_trl_problem,
             )
             for suffix, options in {

@@ -1,4 +1,4 @@
-"""How an implementation is described that may not be installed, or that runs on one kind of device."""
+"""How an implementation is described: ours, one that may not be installed, or that runs on one kind of device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,20 @@ from typing import NoReturn
 
 import torch
 
+import dil_kernels
+from dil_kernels.backends import resolve_backend
 from dil_kernels.cli.environment import version_of
-from harness.family import Provider
+from harness.family import OURS, Provider
+
+
+def our_version() -> str:
+    """The package and its version, for the record."""
+    return f"dil_kernels {dil_kernels.__version__}"
+
+
+def our_label(device: torch.device) -> str:
+    """Ours says which backend `auto` takes."""
+    return f"{OURS} ({resolve_backend('auto', device, torch.float32)})"
 
 
 def peer_version(distribution: str) -> Callable[[], str]:

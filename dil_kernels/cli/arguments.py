@@ -16,7 +16,7 @@ import yaml
 from transformers import TrainingArguments
 
 from dil_kernels import __version__
-from dil_kernels.backends import BACKENDS
+from dil_kernels.backends import BACKEND_CHOICES
 from dil_kernels.cli.class_options import lora_fields, plain_bnb_fields, plain_lora_fields
 from dil_kernels.cli.option_names import as_on_command_line, option_string
 from dil_kernels.cli.option_types import OptionField, fields_of, members_of, nonempty, type_options
@@ -339,7 +339,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
     return {
         "loss_type": tuple(divergence_names()),
         "link": LINKS,
-        "backend": ("auto", *BACKENDS),
+        "backend": BACKEND_CHOICES,
         "truncation_mode": TRUNCATION_MODES,
         "include_num_input_tokens_seen": ("no", "all", "non_padding"),
     }

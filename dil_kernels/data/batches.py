@@ -128,11 +128,6 @@ class Batch:
         """Labels or log-probs as the rows have them, [S, T] or [1, N], as the kernels take them."""
         return values if self.layout.cu_seqlens is None else values.squeeze(0)
 
-    @property
-    def num_sequences(self) -> int:
-        """S."""
-        return len(self.labels) if self.layout.cu_seqlens is None else len(self.layout.cu_seqlens) - 1
-
     def sums(self, token_values: Tensor) -> Tensor:
         """Sums [S] over the tokens of each sequence, of [S, T - 1] or packed [N - 1]; fp64 on the CPU."""
         values = token_values.to(reference.accumulation_dtype(token_values.device))

@@ -68,8 +68,7 @@ class PackedCollator:
             rows, reference log-probs and is_chosen as in `PreferenceCollator`.
         """
         row, labels = pack_sequences(_two_positions(_responses_of(pairs)))
-        num_scored = int((labels != IGNORE_INDEX).sum())
-        return {**row._asdict(), "labels": labels, "num_scored": num_scored, **_pair_columns(pairs)}
+        return {**row_batch(row, labels), **_pair_columns(pairs)}
 
 
 class SharedPrefixCollator:
@@ -83,8 +82,12 @@ class SharedPrefixCollator:
             `PreferenceCollator`.
         """
         row, labels = share_prefixes(_two_positions(_responses_of(pairs)))
-        num_scored = int((labels != IGNORE_INDEX).sum())
-        return {**row._asdict(), "labels": labels, "num_scored": num_scored, **_pair_columns(pairs)}
+        return {**row_batch(row, labels), **_pair_columns(pairs)}
+
+
+def row_batch(row: Packed | SharedPrefixes, labels: Tensor) -> dict[str, Any]:
+    """A row and its labels [1, N] as a batch, with num_scored."""
+    return {**row._asdict(), "labels": labels, "num_scored": int((labels != IGNORE_INDEX).sum())}
 
 
 def pack_sequences(sequences: Sequences) -> tuple[Packed, Tensor]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from dil_kernels.data.messages import PreferenceDataError
-from dil_kernels.data.shared_beginnings import SharedBeginnings
 
 # Texts that a response is encoded behind, so that it gets no dummy space; the first that stays apart from it is taken.
 ANCHORS = ("\n", "0", "a", ".")
@@ -31,24 +30,12 @@ class TextEncoder:
         bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
         at = next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)
         self._start = full[:at]  # what the tokenizer puts before a text, its BOS
-        self._beginnings = SharedBeginnings(tokenizer)
         self._blank: dict[tuple[int, ...], bool] = {}  # of one or two ids, which end most responses
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, and nothing before or behind them."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-
-    def encode_joint(
-        self, prompts: Sequence[str], texts: Sequence[Sequence[str]]
-    ) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """The ids, as of `encode`, of prompts and of the joint texts of each; a fast tokenizer uses all cores.
-
-        Args:
-            prompts: of some rows.
-            texts: those that begin with the prompt, of each row.
-        """
-        return self._beginnings.encode(prompts, texts)
 
     def started(self, prompt_ids: list[int]) -> list[int]:
         """The ids of a prompt behind what the tokenizer begins a text with, unless they themselves begin so."""
@@ -138,13 +125,13 @@ class TextEncoder:
 
     def _is_blank(self, ids: list[int]) -> bool:
         """Whether ids decode to blanks, or nothing."""
-        key = tuple(ids) if len(ids) <= 2 else None
-        if key is None or key not in self._blank:
-            blank = not self._decode(ids).strip(BLANKS)
-            if key is None:
-                return blank
+        key = tuple(ids)
+        if key in self._blank:
+            return self._blank[key]
+        blank = not self._decode(ids).strip(BLANKS)
+        if len(ids) <= 2:
             self._blank[key] = blank
-        return self._blank[key]
+        return blank
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -17,6 +17,7 @@ from dil_kernels.data.loading import open_pairs, place
 from dil_kernels.data.messages import PreferenceDataError
 from dil_kernels.data.pair_storage import source_of
 from dil_kernels.data.pairs import Pair, check_pair, is_conversational, response_columns
+from dil_kernels.data.shared_beginnings import SharedBeginnings
 from dil_kernels.data.token_columns import GIVEN_REFERENCE
 from dil_kernels.data.truncation import TRUNCATION_MODES, DataReport, is_too_long, truncate
 
@@ -185,6 +186,7 @@ class PairTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._encoder = TextEncoder(tokenizer)
+        self._beginnings = SharedBeginnings(tokenizer)
         self._renderer = ChatRenderer(tokenizer)
 
     def __call__(self, pair: Pair, where: str) -> tuple[list[int], ...]:
@@ -216,7 +218,7 @@ class PairTokenizer:
         except PreferenceDataError as error:  # a row before it may be broken in its ids
             problem = error
         prompts = [each.prompt for each in texts]
-        encoded = self._encoder.encode_joint(prompts, [[*each.joint.values()] for each in texts])
+        encoded = self._beginnings.encode(prompts, [[*each.joint.values()] for each in texts])
         found = [self._ids(*of_row) for of_row in zip(texts, *encoded, strict=True)]
         if problem is not None:
             raise problem

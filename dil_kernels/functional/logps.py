@@ -131,38 +131,28 @@ def logps_of_labels(
     one_sequence = logits.ndim == 2
     if one_sequence:
         logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
-    logps, statistics = _unchecked_logps(logits, labels, options, return_statistics, backend, shard)
+    if shard is not None:
+        labels = shard.own_labels(labels, options.ignore_index)
+    statistics = None
+    if backend == "eager":
+        logps, statistics = eager_logps(logits, labels, options, shard, return_statistics=return_statistics)
+    else:
+        logps, measured = logps_from_logits(
+            logits,
+            labels,
+            options.processing,
+            statistics=return_statistics,
+            inplace_backward=options.inplace_backward,
+            backend=backend,
+            shard=shard,
+        )
+        if return_statistics:
+            mean_logit, entropy, top1_hit = measured.unbind()
+            statistics = LogitStatistics(mean_logit, entropy, top1_hit != 0)
     if one_sequence:
         logps = logps.squeeze(0)
         statistics = None if statistics is None else LogitStatistics(*(x.squeeze(0) for x in statistics))
     return logps, statistics
-
-
-def _unchecked_logps(
-    logits: Tensor,  # [B, T, V]
-    labels: Tensor,  # [B, T]
-    options: LogitsOptions,
-    return_statistics: bool,
-    backend: str,
-    shard: Shard | None = None,
-) -> tuple[Tensor, LogitStatistics | None]:
-    if shard is not None:
-        labels = shard.own_labels(labels, options.ignore_index)
-    if backend == "eager":
-        return eager_logps(logits, labels, options, shard, return_statistics=return_statistics)
-    logps, measured = logps_from_logits(
-        logits,
-        labels,
-        options.processing,
-        statistics=return_statistics,
-        inplace_backward=options.inplace_backward,
-        backend=backend,
-        shard=shard,
-    )
-    if not return_statistics:
-        return logps, None
-    mean_logit, entropy, top1_hit = measured.unbind()
-    return logps, LogitStatistics(mean_logit, entropy, top1_hit != 0)
 
 
 def eager_logps(

@@ -19,12 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dil_kernels.backends import BACKENDS
-from dil_kernels.checks import check_choice
 from dil_kernels.data.batches import IGNORE_INDEX, Packed
 from dil_kernels.functional import dil_loss
 from dil_kernels.losses import FusedLossOptions
-from dil_kernels.models.fused_head import UnsupportedHeadError, install_fused_head, remove_fused_head
+from dil_kernels.models.fused_head import install_fused_heads
 from dil_kernels.models.packed_attention import install_packed_attention
 from dil_kernels.models.scoring import score
 from dil_kernels.reference import sequence_sums
@@ -51,8 +49,7 @@ class HookOptions(FusedLossFields):
     )
 
     def __post_init__(self) -> None:
-        self.check_flags("padding_free")
-        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        self.check_fields("padding_free")
         FusedLossOptions(**self.loss_options(), average_log_prob=self.average_log_prob)
 
     @classmethod
@@ -131,9 +128,7 @@ class Hook:
                 raise NotImplementedError("prompt tuning adds virtual tokens, which have no label; use LoRA")
         if self.options.padding_free:
             install_packed_attention(*found)
-        problem = "fused_head=False was given" if self.options.fused_head is False else _install_heads(found)
-        if problem is not None and self.options.fused_head:
-            raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")
+        problem = install_fused_heads(found, self.options.fused_head)
         self.fused_head = problem is None
         rows = ", without padding" if self.options.padding_free else ""
         head = "the fused head" if problem is None else f"logits, since {problem}"
@@ -291,15 +286,3 @@ def say(line: str) -> None:
     """Print a line, in the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
-
-
-def _install_heads(models: list[nn.Module]) -> str | None:
-    """Install the fused head in all of the models, or in none; why not."""
-    try:
-        for model in models:
-            install_fused_head(model)
-    except UnsupportedHeadError as error:
-        for model in models:
-            remove_fused_head(model)
-        return str(error)
-    return None

@@ -10,8 +10,6 @@ import trl
 from packaging.version import Version
 from trl import DPOConfig, DPOTrainer
 
-from dil_kernels.backends import BACKENDS
-from dil_kernels.checks import check_choice
 from dil_kernels.losses import LossOptions, get_divergence
 from dil_kernels.training.config import check_evaluation, check_joined_rows
 from dil_kernels.training.loss_fields import FusedLossFields
@@ -110,7 +108,7 @@ class DILConfig(FusedLossFields, DPOConfig):
         return super().loss_options() | {"loss_type": self.loss_type[0]}
 
     def _check(self) -> None:
-        self.check_flags("prefix_sharing")
+        self.check_fields("prefix_sharing")
         if not isinstance(self.loss_type, list) or len(self.loss_type) != 1:
             raise ValueError(f"loss_type must be one loss, got {self.loss_type}")
         (loss_type,) = self.loss_type
@@ -134,7 +132,6 @@ class DILConfig(FusedLossFields, DPOConfig):
         LossOptions(**self.loss_options())
         check_joined_rows(self)
         check_evaluation(self)
-        check_choice("backend", self.backend, ("auto", *BACKENDS))
         options = self.__dataclass_fields__
         for name in UNUSED_OPTIONS:
             if name in options and getattr(self, name) != options[name].default:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dil_kernels.data.batches import IGNORE_INDEX, Batch, Packed, Padded, SharedPrefixes
-from dil_kernels.data.collators import pack_sequences, share_prefixes
+from dil_kernels.data.collators import pack_sequences, row_batch, share_prefixes
 from dil_kernels.data.token_columns import REF_COLUMNS
 
 OF_PADDED_ROWS = ("input_ids", "attention_mask", "completion_mask")
@@ -61,9 +61,7 @@ class RowCollator:
             raise NotImplementedError(
                 f"{self.option}=True was given, but batches have {', '.join(sorted(more))}, which go by padded rows"
             )
-        row, labels = _joined(batch, self.option)
-        num_scored = int((labels != IGNORE_INDEX).sum())
-        return {**row._asdict(), "labels": labels, "num_scored": num_scored, **others}
+        return {**row_batch(*_joined(batch, self.option)), **others}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.collate, name)

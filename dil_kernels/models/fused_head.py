@@ -11,7 +11,7 @@ weights, the config. Both are looked at in every call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,6 +44,7 @@ __all__ = [
     "UnsupportedHeadError",
     "fused_head_problem",
     "install_fused_head",
+    "install_fused_heads",
     "remove_fused_head",
 ]
 
@@ -135,6 +136,29 @@ def fused_head_problem(model: nn.Module) -> str | None:
     except UnsupportedHeadError as error:
         return str(error)
     return None
+
+
+def install_fused_heads(models: Sequence[nn.Module], wanted: bool | None) -> str | None:
+    """Install the fused head in all of some models, where that is wanted and possible, or in none of them.
+
+    Args:
+        models: not yet wrapped.
+        wanted: where it is possible if None; true for an error where it is not.
+
+    Returns:
+        Why it is in none; None if it is in all.
+
+    Raises:
+        UnsupportedHeadError: it was wanted, but is not possible.
+    """
+    problem: str | None = "fused_head=False was given"
+    if wanted is not False:
+        problem = next(filter(None, map(fused_head_problem, models)), None)
+    if problem is not None and wanted:
+        raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")
+    for model in models if problem is None else ():
+        install_fused_head(model)
+    return problem
 
 
 def _examined(model: nn.Module) -> FusedHead:

@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from dil_kernels.backends import BACKENDS
 from dil_kernels.checks import check_choice
 from dil_kernels.data.tokenization import TRUNCATION_MODES
 from dil_kernels.losses import LossOptions
@@ -161,14 +160,13 @@ class DILConfig(FusedLossFields, TrainingArguments):
     def __post_init__(self) -> None:
         LossOptions(**self.loss_options())
         check_numbers(self)
-        self.check_flags(*OWN_FLAGS)
+        self.check_fields(*OWN_FLAGS)
         if self.report_to is None:  # which transformers takes for the name of an integration
             self.report_to = "none"
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # of which torch warns where there is no accelerator
         check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
-        check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} was given, which is of cross-entropy: losses of "

@@ -9,7 +9,8 @@ from typing import Any
 
 from typing_extensions import Self
 
-from dil_kernels.checks import check_flag
+from dil_kernels.backends import BACKEND_CHOICES
+from dil_kernels.checks import check_choice, check_flag
 
 HUB_TOKENS = ("hub_token", "push_to_hub_token")
 
@@ -115,16 +116,17 @@ class FusedLossFields(LossFields):
         metadata={"help": "The kernels to use: auto, triton (CUDA), cpp (CPU) or eager."},
     )
 
-    def check_flags(self, *names: str) -> None:
-        """Check that what is true or false is so, or None where that is the default.
+    def check_fields(self, *flags: str) -> None:
+        """Check that the backend exists, and that what is true or false is so, or None where that is the default.
 
         Args:
-            names: of fields beside those of this class.
+            flags: names of such fields beside those of this class.
 
         Raises:
-            TypeError: names the field and the value.
+            TypeError, ValueError: names the field and the value.
         """
-        for name in ("average_log_prob", "fused_head", *names):
+        check_choice("backend", self.backend, BACKEND_CHOICES)
+        for name in ("average_log_prob", "fused_head", *flags):
             value = getattr(self, name)
             if value is not None or self.__dataclass_fields__[name].default is not None:
                 check_flag(name, value)

@@ -62,7 +62,9 @@ def output_directory(
             made = [directory for directory in (path, *path.parents) if not directory.exists()]
             path.mkdir(parents=True, exist_ok=True)
             lock.enter_context(only_run(path))
-            _refuse(path, overwrite, checkpoint, inputs or {})
+            if not continues(path, checkpoint):
+                _refuse_inputs(path, {**(inputs or {}), "resume_from_checkpoint": checkpoint})
+                _refuse_entries(path, overwrite)
             with tempfile.TemporaryFile(dir=path) as file:
                 file.write(b"can be written")
         except OSError as error:
@@ -112,14 +114,6 @@ def _is_written(path: Path, *kinds: re.Pattern[str]) -> bool:
     """Whether a run writes this: an entry of such a name that is a directory, or none, as the run's is."""
     is_directory = CHECKPOINT.fullmatch(path.name) or path.name == "additional_chat_templates"
     return path.is_dir() == bool(is_directory) and any(kind.fullmatch(path.name) for kind in kinds)
-
-
-def _refuse(
-    path: Path, overwrite: bool | None, checkpoint: str | os.PathLike[str] | None, inputs: Mapping[str, str | None]
-) -> None:
-    if not continues(path, checkpoint):
-        _refuse_inputs(path, {**inputs, "resume_from_checkpoint": checkpoint})
-        _refuse_entries(path, overwrite)
 
 
 def continues(output_dir: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None) -> bool:

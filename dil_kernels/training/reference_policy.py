@@ -51,7 +51,8 @@ class ReferencePolicy:
         lasting: bool = True,
     ) -> None:
         self._policy: Any = policy
-        self._switches, self._adapter = adapter is not None, adapter  # to this one, or with None to the base
+        # Of the policy, the one that is no part of what is trained; to it, or with None to the base, it is switched.
+        self.adapter, self._switches = adapter, adapter is not None
         self.model = ref_model  # with weights of its own; None where those of the policy serve
         if ref_model is not None:
             _refuse_shared_weights(policy, ref_model)
@@ -78,14 +79,14 @@ class ReferencePolicy:
         elif as_on_main_process(changes_nothing, self._policy, trained):
             self._switches = True
         elif can_be_copied(self._policy, trained):
-            self._switches, self._adapter = True, freeze_copy(self._policy, trained)
+            self._switches, self.adapter = True, freeze_copy(self._policy, trained)
         else:
             self._own_copy(accelerator)
 
     def _own_copy(self, accelerator: Any) -> None:
         self.model = frozen_copy(self._policy, accelerator)
-        if self._adapter is not None:
-            self.model.set_adapter(self._adapter)  # type: ignore[operator]
+        if self.adapter is not None:
+            self.model.set_adapter(self.adapter)  # type: ignore[operator]
         self._switches = False
 
     def place(self, accelerator: Any) -> None:
@@ -106,21 +107,16 @@ class ReferencePolicy:
         if self.model is not None:
             yield self.model
             return
-        switch = switched(self._policy, self._adapter) if self._switches else contextlib.nullcontext()
+        switch = switched(self._policy, self.adapter) if self._switches else contextlib.nullcontext()
         with evaluating(self._policy), switch:  # the model itself; wrappers do not keep their modes
             yield policy
-
-    @property
-    def adapter(self) -> str | None:
-        """Of the policy, the one that is no part of what is trained; None if there is none."""
-        return self._adapter
 
     def adapters_that_count(self) -> list[str]:
         """Those with which `model`, or the policy where it serves, is the reference now."""
         model: Any = self._policy if self.model is None else self.model
         names = list(model.active_adapters) if has_adapters(model) else []
         if self.model is None and self._switches:
-            names = [] if self._adapter is None else [self._adapter]
+            names = [] if self.adapter is None else [self.adapter]
         return [name for name in names if not changes_nothing(model, name)]
 
 

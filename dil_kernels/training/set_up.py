@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from dil_kernels.data.collators import PackedCollator, SharedPrefixCollator
-from dil_kernels.models.fused_head import UnsupportedHeadError, fused_head_problem, install_fused_head
+from dil_kernels.models.fused_head import install_fused_heads
 from dil_kernels.models.packed_attention import UnsupportedPackingError, attention_of, install_packed_attention
 from dil_kernels.models.prefix_sharing import install_prefix_sharing
 from dil_kernels.models.probes import is_rounding
@@ -215,28 +215,9 @@ def _refuse_router_loss(model: Any, *, tell: bool) -> None:
         )
 
 
-def install_fused_heads(models: Sequence[nn.Module], wanted: bool | None, *, tell: bool) -> bool:
-    """Teach policy and reference to return log-probs without logits, where that is wanted and possible.
-
-    Args:
-        models: the policy and, if it is another model, the reference.
-        wanted: where it is possible if None; true for an error where it is not.
-        tell: print which way log-probs are taken, and why.
-
-    Returns:
-        Whether all of them do.
-
-    Raises:
-        UnsupportedHeadError: it was wanted, but is not possible.
-    """
-    problem: str | None = "fused_head is false"
-    if wanted is not False:
-        problem = next(filter(None, map(fused_head_problem, models)), None)
-    if problem is not None and wanted:
-        raise UnsupportedHeadError(f"fused_head=True was given, but {problem}")
-    if problem is None:
-        for model in models:
-            install_fused_head(model)
+def choose_heads(models: Sequence[nn.Module], wanted: bool | None, *, tell: bool) -> bool:
+    """`install_fused_heads`, and whether they are; with `tell`, print which way log-probs are taken, and why."""
+    problem = install_fused_heads(models, wanted)
     if tell:
         how = "from the fused head, without logits" if problem is None else f"from logits, since {problem}"
         print(f"DILTrainer takes log-probs {how}.")

@@ -46,17 +46,13 @@ def refuse_long_rows(dataset: datasets.Dataset, args: Any, name: str) -> None:
             f"max_tokens_per_batch={args.max_tokens_per_batch} was given, but the rows of the {name} data set are "
             "transformed when they are read (set_transform), so that nobody knows their tokens before"
         )
-    row_tokens(dataset, args).refuse_longer_than(args.max_tokens_per_batch, name)
-
-
-def row_tokens(dataset: datasets.Dataset, args: Any) -> RowTokens:
-    """What every row of a tokenised data set adds to a batch of a `DILTrainer`."""
-    return RowTokens.of(dataset, shared=args.prefix_sharing)
+    RowTokens.of(dataset, shared=args.prefix_sharing).refuse_longer_than(args.max_tokens_per_batch, name)
 
 
 def batches_in_order(dataset: datasets.Dataset, args: Any) -> list[list[int]]:
     """The rows of batches that are filled in the order of the data set."""
-    return fill_batches(np.arange(len(dataset)), row_tokens(dataset, args), args.max_tokens_per_batch)
+    tokens = RowTokens.of(dataset, shared=args.prefix_sharing)
+    return fill_batches(np.arange(len(dataset)), tokens, args.max_tokens_per_batch)
 
 
 def training_sampler(dataset: datasets.Dataset, args: Any, share: tuple[int, int]) -> TokenBatchSampler:
@@ -67,7 +63,7 @@ def training_sampler(dataset: datasets.Dataset, args: Any, share: tuple[int, int
         args: of the trainer.
         share: of `share_of_batches`.
     """
-    tokens = row_tokens(dataset, args)
+    tokens = RowTokens.of(dataset, shared=args.prefix_sharing)
     seed: int | None = seed_of_order(args)
     if getattr(args, "train_sampling_strategy", "random") == "sequential":
         seed = None

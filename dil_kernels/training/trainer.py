@@ -50,8 +50,8 @@ from dil_kernels.training.reference_policy import ReferencePolicy
 from dil_kernels.training.reference_sync import ReferenceSync
 from dil_kernels.training.run_record import given_to_learn_from, run_record, with_sizes, write_record
 from dil_kernels.training.set_up import (
+    choose_heads,
     disable_noise,
-    install_fused_heads,
     join_rows,
     policy_and_reference,
     refuse_inexact_setups,
@@ -174,7 +174,7 @@ class DILTrainer(FilledByTokens):
         self.lengths_kept_apart = keep_lengths_apart(*models)
         for each in models:
             check_rows(each)
-        self.uses_fused_head = install_fused_heads(models, args.fused_head, tell=self.is_world_process_zero())
+        self.uses_fused_head = choose_heads(models, args.fused_head, tell=self.is_world_process_zero())
         self.batch_loss = BatchLoss(args, self.accelerator, self.uses_fused_head, reference)
         if args.padding_free or args.prefix_sharing:
             join_rows(self, data_collator, models)
