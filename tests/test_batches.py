@@ -69,3 +69,16 @@ def test_reference_log_probs_that_a_collator_lost_are_missed() -> None:
     for batch in all_layouts([row]):
         with pytest.raises(KeyError, match="ref_rejected_logps"):
             batch.ref_logps(options=None)
+
+
+def test_token_ids_that_are_no_integers_are_refused() -> None:
+    pair = {"prompt_ids": [1], "chosen_ids": [4.0, 5.7], "rejected_ids": [2]}
+    for collator in (PreferenceCollator(0), PackedCollator(), SharedPrefixCollator()):
+        with pytest.raises(TypeError, match="sequences must be pairs of token ids, integers each: 'float'"):
+            collator([pair])
+
+
+def test_reference_log_probs_of_some_rows_are_not_dropped() -> None:
+    pairs = [{"prompt_ids": [1], "chosen_ids": [4], "rejected_ids": [2]}] * 2
+    with pytest.raises(KeyError, match="ref_chosen_logps"):
+        PreferenceCollator(0)([pairs[0], {**pairs[1], "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}])

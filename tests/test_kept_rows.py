@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 from file_modes import read_only
-from refusals import LENGTHS, write_arrow
+from refusals import LENGTHS, said, write_arrow
 from tiny_model import make_pairs, make_tokenizer, write_lines
 
 from dil_kernels.data import load_preference_pairs
@@ -92,3 +92,23 @@ def test_a_part_is_held_out_of_what_cannot_be_written(tmp_path: Path, datasets_c
         parts = split_off_test(pairs, 5, seed=0)
     drawn = pairs.train_test_split(5, seed=0)
     assert [part.to_list() for part in parts] == [drawn["train"].to_list(), drawn["test"].to_list()]
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_what_a_template_leaves_out_is_said_of_kept_rows_too(
+    processes: int | None, datasets_cache: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    prompt = [said("user", "w1"), said("assistant", "w2", reasoning_content="w9"), said("user", "w3")]
+    chosen, rejected = [said("assistant", "w4")], [said("assistant", "w5")]
+    plain = {"prompt": [said("user", "w1", reasoning_content=None)], "chosen": chosen, "rejected": rejected}
+    data = datasets.Dataset.from_list([plain, *[{**plain, "prompt": prompt}] * 599])
+    for _ in range(2):
+        caplog.clear()
+        tokenize_dataset(data, make_tokenizer(template), num_proc=processes, **LENGTHS)
+        notes = [message for message in caplog.messages if "leaves out" in message]
+        assert notes == [
+            "row 2, column 'prompt', message 2: the chat template leaves out reasoning_content, in training as in "
+            "generation; this is said of the first such row alone"
+        ]

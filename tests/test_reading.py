@@ -291,3 +291,39 @@ def test_text_of_a_directory_is_not_given_another_type(tmp_path: Path) -> None:
     dates = {"prompt": "2024-01-01", "chosen": "2024-01-02T00:00:00", "rejected": "2024-01-03 10:00:00"}
     directory = write_lines(tmp_path / "set" / "train.jsonl", dates, dates).parent
     assert load_preference_pairs(directory).to_list() == [dates, dates]
+
+
+@pytest.mark.parametrize("separator", ["tab", ";", "; with comments"])
+def test_text_of_tables_with_another_separator_is_text(tmp_path: Path, separator: str) -> None:
+    """As a directory's .tsv, or as its README says: texts that pandas takes for missing or for numbers."""
+    rows = [("NA", "the cat sat", "the cat ran"), ("", "w1, w2", "None"), ("1.50", "007", "null")]
+    rows = rows[:2] if "comments" in separator else rows  # left to pandas, which names columns of numbers
+    directory = tmp_path / "set"
+    directory.mkdir()
+    sign = "\t" if separator == "tab" else ";"
+    lines = [sign.join(cells) for cells in [("prompt", "chosen", "rejected"), *rows]]
+    (directory / ("x.tsv" if separator == "tab" else "x.csv")).write_text("\n".join(lines) + "\n")
+    if sign == ";":
+        options = '  sep: ";"\n' + ('  comment: "#"\n' if "comments" in separator else "")
+        (directory / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: default\n  data_files: x.csv\n{options}---\n"
+        )
+    expected = [dict(zip(("prompt", "chosen", "rejected"), cells, strict=True)) for cells in rows]
+    assert load_preference_pairs(directory).to_list() == expected
+
+
+def test_files_of_a_directory_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = tmp_path / "set"
+    for name in ("train.jsonl", "test.jsonl", "other.jsonl", "more/pairs.jsonl", "dataset_info.json"):
+        write_lines(directory / name, PLAIN)
+    (directory / "more" / "x.csv").write_text("prompt,chosen,rejected\n")
+    assert len(load_preference_pairs(directory)) == 1
+    unread = "more/pairs.jsonl, more/x.csv, other.jsonl"
+    assert caplog.messages == [f"{directory}: not read, since `datasets` takes others for the data: {unread}"]
+    caplog.clear()
+    assert len(load_preference_pairs(directory, data_files="other.jsonl")) == 1
+    assert caplog.messages == []
+
+
+def test_data_without_a_name_are_refused() -> None:
+    assert refusal("") == "the name of the data is empty"

@@ -11,7 +11,8 @@ from tiny_tokenizers import EXACT, adding, byte_level, llama2, word_piece
 from tokenizers import Regex, normalizers
 
 from dil_kernels.data import PreferenceDataError
-from dil_kernels.data.tokenization import tokenize_dataset, tokenize_pair, truncate
+from dil_kernels.data.tokenization import tokenize_dataset, tokenize_pair
+from dil_kernels.data.truncation import truncate
 
 TEXTS = [
     ("The cap", "ital of France"),

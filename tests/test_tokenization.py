@@ -12,7 +12,8 @@ from tiny_model import make_pairs, make_tokenizer
 from dil_kernels.data import PreferenceDataError
 from dil_kernels.data.batches import IGNORE_INDEX
 from dil_kernels.data.collators import PreferenceCollator
-from dil_kernels.data.tokenization import tokenize_dataset, tokenize_pair, truncate
+from dil_kernels.data.tokenization import tokenize_dataset, tokenize_pair
+from dil_kernels.data.truncation import truncate
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 

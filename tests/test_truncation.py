@@ -9,10 +9,12 @@ import datasets
 import pytest
 from tiny_model import make_pairs, make_tokenizer
 from tiny_trainer import make_trainer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from two_processes import run_on_two_processes
 
 from dil_kernels.data import PreferenceDataError
-from dil_kernels.data.tokenization import tokenize_and_report, tokenize_dataset
+from dil_kernels.data.tokenization import tokenize_and_report, tokenize_dataset, tokenize_pair
 from dil_kernels.data.truncation import DataReport
 from dil_kernels.trainer import DILConfig
 
@@ -157,3 +159,57 @@ assert trainer.data_report["train"].responses_cut == 3
 def test_two_processes_report_once(tmp_path: Path) -> None:
     result = run_on_two_processes(DISTRIBUTED, tmp_path, tmp_path)
     assert (result.stdout + result.stderr).count("responses cut and left without their end: 3 (by 13)") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"max_length": 6.5}, "max_length must be an integer, got 6.5"),
+        ({"max_length": 1}, "max_length must be at least 2, a token of prompt and one of response; got 1"),
+        ({"max_prompt_length": 10}, "max_prompt_length must be from 1 to max_length - 1 = 9, so that a token of each"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be from 1 to max_length - 1 = 9, so that a token of each"),
+        ({"max_prompt_length": -1}, "max_prompt_length must be >= 0, got -1"),
+        ({"truncation_mode": "bogus"}, "unknown truncation_mode 'bogus'; available: keep_end, keep_start, drop"),
+        ({"truncation_mode": "drop"}, "max_prompt_length=5 was given, but truncation_mode='drop' cuts no prompt"),
+        ({"max_length": None}, "max_prompt_length=5 was given, but max_length=None cuts nothing"),
+    ],
+    ids=str,
+)
+def test_lengths_that_cannot_be_are_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        report_of(ROWS, **options)
+    assert str(caught.value).startswith(problem)
+
+
+def test_half_of_the_length_is_the_prompts_by_default() -> None:
+    assert report_of(ROWS, max_prompt_length=None)[0].to_list() == report_of(ROWS)[0].to_list()
+
+
+def test_data_of_another_type_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"^preference pairs must come as a datasets.Dataset, got list$"):
+        tokenize_dataset(ROWS, make_tokenizer(), max_length=None, max_prompt_length=None, truncation_mode="keep_end")
+
+
+def test_texts_without_a_token_of_their_own_are_counted() -> None:
+    vocab = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words_only = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    rows = [
+        {"prompt": "a b ", "chosen": "a", "rejected": "b"},
+        {"prompt": "a c ", "chosen": "d a", "rejected": "b"},
+        {"prompt": "a ", "chosen": "a", "rejected": "e"},
+    ]
+    options = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
+    _, report = tokenize_and_report(datasets.Dataset.from_list(rows), words_only, **options)
+    assert (report.unknown, report.rows_with_unknown) == (3, 2)
+    assert str(report).endswith(
+        "texts that the tokenizer has no token for: 3, in 2 rows; what stood there is not learnt"
+    )
+
+
+def test_a_response_of_which_no_token_is_left_is_refused() -> None:
+    backend = Tokenizer(models.BPE({"</s>": 0, "a": 1, " ": 2}, []))  # which drops what it does not know
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    with pytest.raises(PreferenceDataError, match="column 'rejected': the response has no token"):
+        tokenize_pair({"prompt": "a ", "chosen": "a", "rejected": "77"}, tokenizer, "row 1")

@@ -21,7 +21,7 @@ from dil_kernels.cli.class_options import lora_fields, plain_bnb_fields, plain_l
 from dil_kernels.cli.option_names import as_on_command_line, option_string
 from dil_kernels.cli.option_types import OptionField, fields_of, members_of, nonempty, type_options
 from dil_kernels.cli.run_options import RunOptions, check_run_options, run_options
-from dil_kernels.data.tokenization import TRUNCATION_MODES
+from dil_kernels.data.truncation import TRUNCATION_MODES
 from dil_kernels.losses import divergence_names
 from dil_kernels.losses.options import LINKS
 from dil_kernels.recipes import find_recipe, packaged_recipes

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dil_kernels.data.columns import response_columns
 from dil_kernels.data.markers import (
     REASONING_KEYS,
     RENDERING_ERRORS,
@@ -21,9 +21,7 @@ from dil_kernels.data.markers import (
     probe,
 )
 from dil_kernels.data.messages import CONTINUE, TEMPLATE_OPTIONS, TOOLS, Message, Messages, PreferenceDataError
-from dil_kernels.data.pairs import Pair, response_columns
-
-logger = logging.getLogger(__name__)
+from dil_kernels.data.pairs import Pair
 
 SHAPES_KEPT = 4096
 START_OF_REASONING, END_OF_REASONING = "<think>", "</think>"
@@ -68,7 +66,8 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._shapes: dict[tuple[str, str], Shape] = {}
-        self._warned: set[str] = set()
+        self._notes: dict[str, str] = {}  # of what is left out, each of the first row alone
+        self._taken: set[str] = set()
 
     def render(self, pair: Pair, where: str) -> tuple[str, dict[str, str]]:
         """The text of the prompt, up to where the response begins, and of the whole conversation with each response.
@@ -141,13 +140,13 @@ class ChatRenderer:
                 f"{conversation.where}, column {TOOLS!r}: the chat template has no place for tools"
             )
         if shape.descriptions_left_out:
-            self._warn(f"{conversation.where}, column {TOOLS!r}", "a description")
+            self._note(f"{conversation.where}, column {TOOLS!r}", "a description")
         left_out = shape.left_out - shape.by_option
         for piece in sorted(left_out, key=lambda piece: (piece.message, piece.key != "tool_calls", piece.key)):
             place = conversation.place(piece.message)
             if piece.message >= conversation.prompt_size or piece.key not in REASONING_KEYS:
                 raise PreferenceDataError(f"{place}: the chat template has no place for {piece.key}")
-            self._warn(place, piece.key)
+            self._note(place, piece.key)
 
     def _check_kept(self, text: str, shape: Shape, conversation: _Conversation) -> None:
         """Refuse a content or reasoning of which the template leaves out or changes a part.
@@ -181,19 +180,22 @@ class ChatRenderer:
                     f"{conversation.place(blamed.message)}: the chat template leaves out or changes a part of its "
                     f"{blamed.key}"
                 )
-            self._warn(
+            self._note(
                 conversation.place(piece.message), f"the reasoning in its content, all before {END_OF_REASONING}"
             )
 
-    def _warn(self, place: str, what: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            logger.warning(
-                "%s: the chat template leaves out %s, in training as in generation; this is said of the first such row "
-                "alone",
-                place,
-                what,
-            )
+    def take_notes(self) -> dict[str, str]:
+        """What is to be said of what the template left out since the last call, by what that is."""
+        notes = {what: note for what, note in self._notes.items() if what not in self._taken}
+        self._taken |= notes.keys()
+        return notes
+
+    def _note(self, place: str, what: str) -> None:
+        self._notes.setdefault(
+            what,
+            f"{place}: the chat template leaves out {what}, in training as in generation; this is said of the first "
+            "such row alone",
+        )
 
 
 def _is_continued(prompt: Messages, option: bool | None, where: str) -> bool:

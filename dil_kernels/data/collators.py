@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dil_kernels.data.batches import IGNORE_INDEX, Packed, SharedPrefixes
-from dil_kernels.data.token_columns import GIVEN_REFERENCE, TOKEN_COLUMNS
+from dil_kernels.data.token_columns import GIVEN_REFERENCE, TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS, is_unpaired
 
 Sequences = Sequence[tuple[Sequence[int] | Tensor, Sequence[int] | Tensor]]  # prompt and response of each
 
@@ -39,8 +39,11 @@ class PreferenceCollator:
             many positions are scored, which the device would have to be asked for. Where the pairs have them: rows [B]
             int64, the place of each pair in its data set; ref_chosen_logps and ref_rejected_logps [B] fp32. For S
             unpaired responses: [S, T], is_chosen [S] bool, rows [S] and ref_logps [S].
+
+        Raises:
+            TypeError: a token id is no integer.
         """
-        sides = _responses_of(pairs)
+        sides = _as_integers(_responses_of(pairs))
         longest = max(2, *(len(prompt) + len(response) for prompt, response in sides))  # one position predicts nothing
         shape = (len(sides), longest + -longest % self.pad_to_multiple_of)
         input_ids = torch.full(shape, self.pad_token_id)
@@ -181,7 +184,7 @@ def _two_positions(sequences: list[tuple[list[int], list[int]]]) -> list[tuple[l
 
 def _responses_of(pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
     """Prompt and response of each sequence of a batch: the chosen ones, then the rejected; unpaired, in their order."""
-    columns = ("completion_ids",) if "label" in pairs[0] else TOKEN_COLUMNS[1:]
+    columns = UNPAIRED_TOKEN_COLUMNS[1:2] if is_unpaired(pairs[0]) else TOKEN_COLUMNS[1:]
     return [(pair["prompt_ids"], pair[column]) for column in columns for pair in pairs]
 
 
@@ -190,9 +193,9 @@ def _pair_columns(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     columns = {}
     if "row" in pairs[0]:
         columns["rows"] = torch.tensor([pair["row"] for pair in pairs])
-    if "label" in pairs[0]:
+    if is_unpaired(pairs[0]):
         columns["is_chosen"] = torch.tensor([pair["label"] for pair in pairs])
     for column in GIVEN_REFERENCE:
-        if column in pairs[0]:
+        if any(column in pair for pair in pairs):
             columns[column] = torch.tensor([pair[column] for pair in pairs], dtype=torch.float32)
     return columns

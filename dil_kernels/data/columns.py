@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -24,6 +24,11 @@ MEDIA_FEATURES = frozenset({"Image", "Video", "Audio"})
 _heard: contextvars.ContextVar[dict[str, None] | None] = contextvars.ContextVar("heard", default=None)
 
 logger = logging.getLogger(__name__)
+
+
+def response_columns(names: Container[str]) -> tuple[str, ...]:
+    """Of the columns of pairs or of responses that come without one, those that hold the responses."""
+    return ("completion",) if "completion" in names and "chosen" not in names else RESPONSES
 
 
 def choose_columns(
@@ -53,8 +58,11 @@ def choose_columns(
             map(holds_value, (row for batch in batches(name) for row in batch.column(name).to_pylist()))
         ):
             raise media_error(name, prefix)
-    needed = ("completion",) if "completion" in names and "chosen" not in names else RESPONSES
-    for name in needed:
+    if {"completion", "chosen"} <= {*names} and all(
+        batch.column("chosen").null_count == batch.num_rows for batch in batches("chosen")
+    ):  # of a table with room for both forms
+        names = [name for name in names if name != "chosen"]
+    for name in response_columns(names):
         if name not in names:
             raise PreferenceDataError(f"{prefix}column {name!r} is missing (columns: {', '.join(names)})")
     unused = unused_columns(names)
@@ -65,11 +73,9 @@ def choose_columns(
 def unused_columns(names: Iterable[str]) -> list[str]:
     """Those of some columns that nothing is made of, in their order."""
     names = list(names)
-    pairs, unpaired = {*COLUMNS, *REF_COLUMNS}, {*UNPAIRED_COLUMNS, *UNPAIRED_REF_COLUMNS}
-    used = (
-        {*JSON_COLUMNS} | (pairs if {*RESPONSES} & {*names} else set()) | (unpaired if "completion" in names else set())
-    )
-    return [name for name in names if name not in used]
+    of_pairs = response_columns(names) == RESPONSES
+    form = (*COLUMNS, *REF_COLUMNS) if of_pairs else (*UNPAIRED_COLUMNS, *UNPAIRED_REF_COLUMNS)
+    return [name for name in names if name not in (*form, *JSON_COLUMNS)]
 
 
 def say_unused(names: Sequence[str], source: str) -> None:

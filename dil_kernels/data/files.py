@@ -182,7 +182,7 @@ def _parse(text: bytes, name: str, first_line: int) -> Any:
         raise PreferenceDataError(f"{where}: {error}") from error
 
 
-def read_csv(path: Path, name: str) -> Iterator[Record]:
+def read_csv(path: Path, name: str, delimiter: str = ",") -> Iterator[Record]:
     """Every record of a CSV file in UTF-8, whose first line names the columns; every cell is text, as it was written.
 
     But for `label` and the columns of reference log-probs, which are read as true or false (or 1 or 0) and as numbers.
@@ -191,10 +191,11 @@ def read_csv(path: Path, name: str) -> Iterator[Record]:
     Args:
         path: the file.
         name: what errors call it.
+        delimiter: between cells.
     """
     csv.field_size_limit(LONGEST_LINE)  # the module's own is 128 KiB
     with _opened(path, name) as file:
-        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True, delimiter=delimiter)
         line = 1
         try:
             columns = next(reader, [])

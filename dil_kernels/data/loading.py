@@ -22,6 +22,7 @@ from dil_kernels.data.cache_key import code_key
 from dil_kernels.data.columns import (
     RESPONSES,
     choose_columns,
+    response_columns,
     say_lost_nulls,
     say_once,
     say_unused,
@@ -42,9 +43,10 @@ from dil_kernels.data.kept_pairs import kept_pairs
 from dil_kernels.data.kept_rows import kept_rows
 from dil_kernels.data.messages import EXTRA, PreferenceDataError
 from dil_kernels.data.pair_storage import parts_of_columns, set_source, storable, stored_features
-from dil_kernels.data.pairs import Pair, check_pair, is_conversational, response_columns
+from dil_kernels.data.pairs import Like, Pair, check_pair, is_conversational
 
 CHARACTERS_PER_CHUNK = 2**24
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")  # which `datasets` writes beside data
 
 
 def is_local_file(source: str | os.PathLike[str]) -> bool:
@@ -94,6 +96,8 @@ def load_preference_pairs(
     Raises:
         PreferenceDataError: the source cannot be read, or a pair is broken.
     """
+    if not os.fspath(source):
+        raise PreferenceDataError("the name of the data is empty")
     path = Path(source)
     of_sets = {"name": name, "data_dir": data_dir, "data_files": data_files}
     if is_local_file(path):
@@ -105,7 +109,11 @@ def load_preference_pairs(
         return kept_pairs([path], str(path), [kind], lambda: _checked_chunks(read_file(path), str(path)))
     try:
         builder = datasets.load_dataset_builder(str(source), **of_sets)
+        if path.is_dir() and not any(of_sets.values()):
+            _say_unread(path, builder)
         read = _reader_of(builder, str(source))
+        if read is None and builder.info.builder_name == "csv":  # pandas would take texts such as NA for nulls
+            builder = datasets.load_dataset_builder(str(source), **of_sets, keep_default_na=False)
         if read is not None:
             files, records = _records_of_split(builder, str(source), split, read)
         else:
@@ -117,24 +125,39 @@ def load_preference_pairs(
         raise PreferenceDataError(
             f"{source}: not a local file, and loading it as a data set failed: {' '.join(str(error).split())}"
         ) from error
-    how = [split, str(builder.info.builder_name), *map(str, files)]
+    how = [split, str(builder.info.builder_name), str(getattr(builder.config, "sep", "")), *map(str, files)]
     return kept_pairs(files, str(source), how, lambda: _checked_chunks(records(), str(source)))
+
+
+def _say_unread(directory: Path, builder: Any) -> None:
+    """Say which files of a directory look like data and are of no split: `datasets` takes those of one kind or name."""
+    read = {Path(file) for files in (builder.config.data_files or {}).values() for file in files}
+    unread = [
+        str(file.relative_to(directory))
+        for file in sorted(directory.rglob("*"))
+        if (kind_of_file(file) or file.suffix == ".tsv") and file.is_file() and file.resolve() not in read
+    ]
+    unread = [name for name in unread if name not in NO_DATA and not name.startswith(".")]
+    if unread:
+        more = ", ..." * (len(unread) > 8)
+        say_once(f"{directory}: not read, since `datasets` takes others for the data: {', '.join(unread[:8])}{more}")
 
 
 def _reader_of(builder: Any, source: str) -> Callable[[Path, str], Iterator[Record]] | None:
     """What reads the files of a builder of `datasets` as they were written, where there is such a thing."""
     if builder.info.builder_name == "json" and builder.config.field is None:
         return read_json
-    # Left to pandas, texts such as "None" and "NA" would be nulls; and a Parquet file that is written anew within a
-    # tick of the clock, or with its old time, would be taken for the old one.
-    readers: dict[str, Callable[[Path, str], Iterator[Record]]] = {
-        "csv": read_csv,
-        "parquet": functools.partial(read_parquet, source=source),
-    }
-    read = readers.get(builder.info.builder_name)
-    plain = read is not None and builder.config == type(builder.config)(
-        **{field: getattr(builder.config, field) for field in ("name", "version", "data_dir", "data_files")}
-    )
+    # Left to pandas, texts would be numbers; and a Parquet file that is written anew within a tick of the clock, or
+    # with its old time, would be taken for the old one.
+    config = builder.config
+    read: Callable[[Path, str], Iterator[Record]] | None = None
+    known = ["name", "version", "data_dir", "data_files"]
+    if builder.info.builder_name == "parquet":
+        read = functools.partial(read_parquet, source=source)
+    elif builder.info.builder_name == "csv" and len(config.sep) == 1:
+        read = functools.partial(read_csv, delimiter=config.sep)
+        known += ["sep", "delimiter"]
+    plain = read is not None and config == type(config)(**{field: getattr(config, field) for field in known})
     return read if plain else None
 
 
@@ -185,15 +208,15 @@ def _records_of_split(
 
 def _checked_chunks(records: Iterator[Record], source: str) -> Iterator[list[Pair]]:
     """The checked pairs, some at a time; only these exist as Python objects."""
-    first: Pair | None = None
+    first: Like | None = None
     names: dict[str, None] = {}  # of the columns with a value, in their order
     pairs: list[Pair] = []
     size = 0
     for where, record in records:
-        pair = check_pair(record, where, first)
         if first is None:
-            first = pair
-            _say_text(record, first, source)
+            first = Like.of(record, where)
+            _say_text(record, first.pair, source)
+        pair = check_pair(record, where, first)
         if record.keys() - names:
             names |= dict.fromkeys(name for name, value in record.items() if value is not None)
         pairs.append(pair)
@@ -225,7 +248,7 @@ def _checked_dataset(dataset: datasets.Dataset, source: str) -> datasets.Dataset
     dataset, first = open_pairs(dataset, source)
     features = dataset.features
     parts = parts_of_columns(dataset)
-    if is_conversational(first) and any(isinstance(features.get(name), datasets.Value) for name in RESPONSES):
+    if is_conversational(first.pair) and any(isinstance(features.get(name), datasets.Value) for name in RESPONSES):
         parts |= {EXTRA}  # messages as JSON text may have any key
 
     def check(record: Pair, index: int, code: str) -> dict[str, Any]:
@@ -237,7 +260,7 @@ def _checked_dataset(dataset: datasets.Dataset, source: str) -> datasets.Dataset
             check,
             with_indices=True,
             remove_columns=dataset.column_names,
-            features=stored_features(first, parts),
+            features=stored_features(first.pair, parts),
             fn_kwargs={"code": code_key()},
             desc="Checking preference pairs",
             **keeping,
@@ -247,7 +270,7 @@ def _checked_dataset(dataset: datasets.Dataset, source: str) -> datasets.Dataset
     return set_source(checked, source)
 
 
-def open_pairs(dataset: datasets.Dataset, source: str) -> tuple[datasets.Dataset, Pair]:
+def open_pairs(dataset: datasets.Dataset, source: str) -> tuple[datasets.Dataset, Like]:
     """The columns that are used of a data set in any format, as Python objects, and its first pair, checked.
 
     What is left out is said in a line. A data set with a transform of the user's stays as it is.
@@ -273,8 +296,8 @@ def open_pairs(dataset: datasets.Dataset, source: str) -> tuple[datasets.Dataset
         dataset = dataset.select_columns(columns)
         say_lost_nulls(dataset.data, source)
     record = without_padding(dataset[0], dataset.features)
-    first = check_pair(record, place(source, 1))
-    _say_text(record, first, source)
+    first = Like.of(record, place(source, 1))
+    _say_text(record, first.pair, source)
     return dataset, first
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from dil_kernels.data.columns import COLUMNS, RESPONSES, holds_value, media_error
+from dil_kernels.data.columns import COLUMNS, RESPONSES, holds_value, media_error, response_columns
 from dil_kernels.data.messages import (
     JSON_COLUMNS,
     MEDIA,
@@ -21,18 +21,32 @@ from dil_kernels.data.messages import (
     split_conversations,
     split_strings,
 )
-from dil_kernels.data.token_columns import GIVEN_REFERENCE
+from dil_kernels.data.token_columns import GIVEN_REFERENCE, REF_COLUMNS, UNPAIRED_REF_COLUMNS
 
 PLAIN_COLUMNS = frozenset(COLUMNS)
 LARGEST_NUMBER = (2 - 2**-23) * 2.0**127  # of float32
+LARGEST_LOG_PROB = 1e-3  # of a response, by rounding
 NOT_PLAIN = frozenset({*MEDIA, *JSON_COLUMNS, *GIVEN_REFERENCE, "completion", "label"})
 
 Pair = dict[str, Any]  # prompt, chosen, rejected: strings, or lists of messages; or prompt, completion, label
 
 
-def response_columns(pair: Mapping[str, Any]) -> tuple[str, ...]:
-    """The columns that hold the responses: chosen and rejected, or completion alone."""
-    return ("completion",) if "completion" in pair and "chosen" not in pair else RESPONSES
+class Like(NamedTuple):
+    """The first pair of some data, as which the others must be.
+
+    Attributes:
+        pair: checked.
+        has_prompt: whether it came with a prompt, or with responses that begin with it.
+    """
+
+    pair: Pair
+    has_prompt: bool
+
+    @classmethod
+    def of(cls, record: Any, where: str) -> Like:
+        """Check a record, see `check_pair`."""
+        pair = check_pair(record, where)
+        return cls(pair, record.get("prompt") is not None)
 
 
 def is_conversational(pair: Pair) -> bool:
@@ -40,13 +54,13 @@ def is_conversational(pair: Pair) -> bool:
     return not isinstance(pair["prompt"], str)
 
 
-def check_pair(record: Any, where: str, like: Pair | None = None) -> Pair:
+def check_pair(record: Any, where: str, like: Like | None = None) -> Pair:
     """Check one pair, or one labelled response, and bring it into one of the two forms.
 
     Args:
         record: what stood in the data.
         where: its place, for the message.
-        like: a checked one of the same data, whose form this one must have.
+        like: the first of the same data, whose form this one must have.
 
     Returns:
         prompt, chosen and rejected, or prompt, completion and label: strings, or lists of messages.
@@ -54,7 +68,7 @@ def check_pair(record: Any, where: str, like: Pair | None = None) -> Pair:
     Raises:
         PreferenceDataError: the record is broken.
     """
-    if like is not None and (plain := _plain_pair(record, like)) is not None:
+    if like is not None and (plain := _plain_pair(record, like.pair)) is not None:
         return plain
     if not isinstance(record, Mapping):
         raise PreferenceDataError(f"{where}: expected an object with {', '.join(COLUMNS)}, got {type(record).__name__}")
@@ -79,9 +93,16 @@ def check_pair(record: Any, where: str, like: Pair | None = None) -> Pair:
         raise PreferenceDataError(f"{where}: objects or lists are nested too deeply") from None
     if columns == ("completion",):
         pair["label"] = _check_label(record, where)
-    pair |= {name: _check_number(record[name], where, name) for name in GIVEN_REFERENCE if record.get(name) is not None}
+    given = REF_COLUMNS if columns == RESPONSES else UNPAIRED_REF_COLUMNS
+    pair |= {name: _check_number(record[name], where, name) for name in given if record.get(name) is not None}
     if like is not None:
-        check_form(pair, like, where)
+        check_form(pair, like.pair, where)
+        if is_text and like.has_prompt != (record.get("prompt") is not None):
+            has = ("no prompt", "a prompt")
+            raise PreferenceDataError(
+                f"{where}: this pair has {has[not like.has_prompt]}, but those before it have {has[like.has_prompt]}: "
+                "what chosen and rejected share is taken for the prompt only where no pair has one of its own"
+            )
     if is_text and options:
         raise PreferenceDataError(
             f"{where}, column {next(iter(options))!r}: only conversations go through a chat template, but these are "
@@ -169,6 +190,8 @@ def _check_number(value: Any, where: str, column: str) -> float:
         )
     if abs(number) > LARGEST_NUMBER:
         raise PreferenceDataError(f"{where}, column {column!r}: {number!r} is beyond the range of float32")
+    if number > LARGEST_LOG_PROB:
+        raise PreferenceDataError(f"{where}, column {column!r}: a sum of log-probs is at most 0, got {number!r}")
     return number
 
 

@@ -11,14 +11,14 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import xxhash
 from numpy.typing import NDArray
 
-from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS
+from dil_kernels.data.token_columns import TOKEN_COLUMNS, UNPAIRED_TOKEN_COLUMNS, is_unpaired
 
 ROWS_PER_BATCH = 10_000
 
 
 def response_id_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
     """The columns of a tokenised data set that hold the responses."""
-    return UNPAIRED_TOKEN_COLUMNS[1:2] if "label" in dataset.column_names else TOKEN_COLUMNS[1:]
+    return UNPAIRED_TOKEN_COLUMNS[1:2] if is_unpaired(dataset.column_names) else TOKEN_COLUMNS[1:]
 
 
 def token_counts(dataset: datasets.Dataset, name: str) -> NDArray[np.int64]:

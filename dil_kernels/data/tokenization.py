@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,25 +11,16 @@ import datasets
 
 from dil_kernels.data.cache_key import code_key
 from dil_kernels.data.chat_template import ChatRenderer
-from dil_kernels.data.columns import without_padding
+from dil_kernels.data.columns import response_columns, say_once, without_padding
 from dil_kernels.data.encoding import TextEncoder
 from dil_kernels.data.kept_rows import kept_rows
 from dil_kernels.data.loading import open_pairs, place
 from dil_kernels.data.messages import PreferenceDataError
 from dil_kernels.data.pair_storage import source_of
-from dil_kernels.data.pairs import Pair, check_pair, is_conversational, response_columns
+from dil_kernels.data.pairs import Pair, check_pair, is_conversational
 from dil_kernels.data.shared_beginnings import SharedBeginnings
 from dil_kernels.data.token_columns import GIVEN_REFERENCE
-from dil_kernels.data.truncation import TRUNCATION_MODES, DataReport, is_too_long, truncate
-
-__all__ = [
-    "TRUNCATION_MODES",
-    "PairTokenizer",
-    "tokenize_and_report",
-    "tokenize_dataset",
-    "tokenize_pair",
-    "truncate",
-]
+from dil_kernels.data.truncation import DataReport, is_too_long, resolve_prompt_length, truncate
 
 ROWS_PER_BATCH = 256
 
@@ -49,7 +41,8 @@ def tokenize_dataset(
     Args:
         dataset: pairs in any form that `load_preference_pairs` accepts.
         tokenizer: a transformers tokenizer; conversations need its chat template, strings its end-of-sequence token.
-        max_length, max_prompt_length, truncation_mode: as in `truncate`; "drop" leaves out what is too long.
+        max_length, max_prompt_length, truncation_mode: as in `truncate`; "drop" leaves out what is too long. Without
+            max_prompt_length it is half of max_length.
         num_proc: processes to tokenise with.
 
     Returns:
@@ -61,6 +54,7 @@ def tokenize_dataset(
     Raises:
         PreferenceDataError: a pair is broken, has a text that would be left out, or a response that cannot be told
             from its prompt exactly; or every pair is too long.
+        TypeError, ValueError: it is no data set; or an option is out of range or of another type.
     """
     tokenized, report = tokenize_and_report(
         dataset,
@@ -70,7 +64,7 @@ def tokenize_dataset(
         truncation_mode=truncation_mode,
         num_proc=num_proc,
     )
-    if report.dropped or report.prompts_cut or report.responses_cut or report.identical:
+    if report.dropped or report.prompts_cut or report.responses_cut or report.identical or report.unknown:
         logger.warning("%s", report)
     return tokenized
 
@@ -85,7 +79,9 @@ def tokenize_and_report(
     num_proc: int | None = None,
 ) -> tuple[datasets.Dataset, DataReport]:
     """As `tokenize_dataset`, and what became of the rows in place of a warning."""
-
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(f"preference pairs must come as a datasets.Dataset, got {type(dataset).__name__}")
+    max_prompt_length = resolve_prompt_length(max_length, max_prompt_length, truncation_mode)
     source = source_of(dataset)
     dataset, first = open_pairs(dataset, source)
     features = dataset.features
@@ -113,11 +109,14 @@ def tokenize_and_report(
             "responses_lost": sum(lost),
             "responses_cut": sum(count > 0 for count in lost),
             "identical": len(responses) == 2 and responses[0] == responses[1],
+            "unknown": to_ids.count_unknown(prompt_ids, *responses),
+            "notes": "",
         }
 
     def tokenize(batch: Mapping[str, list[Any]], indices: list[int], code: str) -> dict[str, list[Any]]:
         found = to_ids.of_many(checked(dict(batch), indices))
         rows = [row(pair, ids, index) for (pair, ids), index in zip(found, indices, strict=True)]
+        rows[0]["notes"] = json.dumps(to_ids.take_notes())
         return {name: [each[name] for each in rows] for name in rows[0]}
 
     tokenized = kept_rows(
@@ -135,9 +134,14 @@ def tokenize_and_report(
         ),
         source,
     )
-    names = ("dropped", "prompt_lost", "responses_lost", "responses_cut", "identical")
+    notes: dict[str, str] = {}
+    for text in filter(None, tokenized.with_format(None)["notes"]):
+        notes = json.loads(text) | notes
+    for note in notes.values():
+        say_once(note)
+    names = ("dropped", "prompt_lost", "responses_lost", "responses_cut", "identical", "unknown")
     counts = {name: tokenized.with_format("numpy")[name][:] for name in names}
-    tokenized, kept = tokenized.with_format(None).remove_columns(list(names)), ~counts["dropped"]
+    tokenized, kept = tokenized.with_format(None).remove_columns([*names, "notes"]), ~counts["dropped"]
     report = DataReport(
         rows=len(dataset),
         max_length=max_length,
@@ -148,6 +152,8 @@ def tokenize_and_report(
         responses_cut=int(counts["responses_cut"].sum()),
         response_tokens_cut=int(counts["responses_lost"].sum()),
         identical=int(counts["identical"][kept].sum()),
+        unknown=int(counts["unknown"][kept].sum()),
+        rows_with_unknown=int((counts["unknown"][kept] > 0).sum()),
     )
     if report.dropped == report.rows:
         raise PreferenceDataError(f"all {report.rows} rows are longer than max_length={max_length} tokens")
@@ -188,6 +194,9 @@ class PairTokenizer:
         self._encoder = TextEncoder(tokenizer)
         self._beginnings = SharedBeginnings(tokenizer)
         self._renderer = ChatRenderer(tokenizer)
+        unknown = tokenizer.unk_token_id  # of many it is the name of another token, which ends texts, say
+        others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        self._unknown = None if unknown in others else unknown
 
     def __call__(self, pair: Pair, where: str) -> tuple[list[int], ...]:
         """The ids of the prompt and of each response: chosen and rejected, or the one completion.
@@ -197,7 +206,17 @@ class PairTokenizer:
                 conversation; the tokenizer cannot tell the response from the prompt; or one of them has no token.
         """
         [(_, ids)] = self.of_many([(pair, where)])
+        for note in self.take_notes().values():
+            say_once(note)
         return ids
+
+    def take_notes(self) -> dict[str, str]:
+        """What is to be said of the rows since the last call, see `ChatRenderer.take_notes`."""
+        return self._renderer.take_notes()
+
+    def count_unknown(self, *sequences: list[int]) -> int:
+        """The token ids that stand for texts which the tokenizer has no token for."""
+        return 0 if self._unknown is None else sum(ids.count(self._unknown) for ids in sequences)
 
     def of_many(self, rows: Iterable[tuple[Pair, str]]) -> list[tuple[Pair, tuple[list[int], ...]]]:
         """Pairs, each with its ids as when it is called for them one by one; their texts are encoded together.
@@ -242,9 +261,9 @@ class PairTokenizer:
         for (column, text), joint in zip(texts.joint.items(), joint_ids, strict=True):
             where = f"{texts.where}, column {column!r}"
             ids = self._encoder.response(text_ids, joint, texts.prompt, text, where)
-            ids = self._encoder.ended(ids, append=not texts.conversational)
             if not ids:
                 raise PreferenceDataError(f"{where}: the response has no token")
+            ids = self._encoder.ended(ids, append=not texts.conversational)
             responses.append(ids)
         return prompt_ids, *responses
 

@@ -5,7 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dil_kernels.checks import check_choice, check_count
+
 TRUNCATION_MODES = ("keep_end", "keep_start", "drop")
+
+
+def resolve_prompt_length(max_length: int | None, max_prompt_length: int | None, truncation_mode: str) -> int | None:
+    """Check what says how pairs are cut; the tokens of a prompt that are kept, by default half of `max_length`.
+
+    Args:
+        max_length, max_prompt_length, truncation_mode: as of `truncate`.
+
+    Raises:
+        TypeError, ValueError: names the argument.
+    """
+    check_choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
+    for name, value in (("max_length", max_length), ("max_prompt_length", max_prompt_length)):
+        if value is not None:
+            check_count(name, value)
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2, a token of prompt and one of response; got {max_length}")
+    if truncation_mode == "drop":
+        if max_length is None:
+            raise ValueError("truncation_mode='drop' was given, but max_length=None leaves nothing out")
+        if max_prompt_length is not None:
+            raise ValueError(
+                f"max_prompt_length={max_prompt_length} was given, but truncation_mode='drop' cuts no prompt"
+            )
+        return None
+    if max_length is None:
+        if max_prompt_length is not None:
+            raise ValueError(f"max_prompt_length={max_prompt_length} was given, but max_length=None cuts nothing")
+        return None
+    if max_prompt_length is None:
+        return max_length // 2
+    if not 1 <= max_prompt_length < max_length:
+        raise ValueError(
+            f"max_prompt_length must be from 1 to max_length - 1 = {max_length - 1}, so that a token of each response "
+            f"is left; got {max_prompt_length}"
+        )
+    return max_prompt_length
 
 
 def is_too_long(prompt_ids: Sequence[int], responses: Sequence[Sequence[int]], max_length: int | None) -> bool:
@@ -61,6 +100,8 @@ class DataReport:
     responses_cut: int = 0  # each lost its end, and with it its end-of-sequence or end-of-turn token
     response_tokens_cut: int = 0
     identical: int = 0  # pairs with the same chosen and rejected tokens
+    unknown: int = 0  # tokens that stand for texts which the tokenizer has none for
+    rows_with_unknown: int = 0
 
     def __str__(self) -> str:
         """One line, of what there is to say."""
@@ -80,4 +121,9 @@ class DataReport:
             parts.append("none truncated")
         if self.identical:
             parts.append(f"with the same chosen and rejected tokens: {self.identical}")
+        if self.unknown:
+            parts.append(
+                f"texts that the tokenizer has no token for: {self.unknown}, in {self.rows_with_unknown} rows; what "
+                "stood there is not learnt"
+            )
         return "; ".join(parts)

@@ -31,7 +31,8 @@ class DILOutput(NamedTuple):
     def share(self, counts: Tensor) -> Tensor:
         """This batch's share in the mean over several, [].
 
-        Summed over micro-batches (and processes) it is the loss of one batch of all of them, exactly.
+        Summed over micro-batches (and processes) it is the loss of one batch of all of them, exactly; but for the
+        correction of `non_negative`, which couples the responses of one call and is no part of it.
 
         Args:
             counts: [2], the `counts` of all batches together.

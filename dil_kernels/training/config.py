@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from dil_kernels.checks import check_choice
-from dil_kernels.data.tokenization import TRUNCATION_MODES
+from dil_kernels.data.truncation import resolve_prompt_length
 from dil_kernels.losses import LossOptions
 from dil_kernels.training.loss_fields import FusedLossFields
 from dil_kernels.training.ranges import check_numbers
@@ -166,7 +165,6 @@ class DILConfig(FusedLossFields, TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # of which torch warns where there is no accelerator
-        check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} was given, which is of cross-entropy: losses of "
@@ -185,12 +183,7 @@ class DILConfig(FusedLossFields, TrainingArguments):
         if self.activation_offloading and self.torch_compile:
             raise ValueError("activation_offloading=True was given, but torch_compile=True decides what is kept")
         self._check_reference()
-        if self.truncation_mode == "drop":
-            self._check_drop()
-        elif self.max_length is not None:
-            self.max_prompt_length = _resolve_prompt_length(self.max_length, self.max_prompt_length)
-        elif self.max_prompt_length is not None:
-            raise ValueError(f"max_prompt_length={self.max_prompt_length} was given, but max_length=None cuts nothing")
+        self.max_prompt_length = resolve_prompt_length(self.max_length, self.max_prompt_length, self.truncation_mode)
 
     def _check_filling(self) -> None:
         given = f"max_tokens_per_batch={self.max_tokens_per_batch} was given, but"
@@ -220,14 +213,6 @@ class DILConfig(FusedLossFields, TrainingArguments):
                 setattr(self, name, default)
             elif not self.sync_ref_model and getattr(self, name) is not None:
                 raise ValueError(f"{name}={getattr(self, name)} was given, but sync_ref_model=False")
-
-    def _check_drop(self) -> None:
-        if self.max_length is None:
-            raise ValueError("truncation_mode='drop' was given, but max_length=None leaves nothing out")
-        if self.max_prompt_length is not None:
-            raise ValueError(
-                f"max_prompt_length={self.max_prompt_length} was given, but truncation_mode='drop' cuts no prompt"
-            )
 
 
 def check_joined_rows(args: Any) -> None:
@@ -265,14 +250,3 @@ def check_evaluation(args: Any) -> None:
             f"include_for_metrics={args.include_for_metrics} was given, but a batch has two responses a pair, of which "
             "transformers would keep as many as there are pairs"
         )
-
-
-def _resolve_prompt_length(max_length: int, max_prompt_length: int | None) -> int:
-    if max_prompt_length is None:
-        return max_length // 2
-    if not 1 <= max_prompt_length < max_length:
-        raise ValueError(
-            f"max_prompt_length must be from 1 to max_length - 1 = {max_length - 1}, so that a token of each response "
-            f"is left; got {max_prompt_length}"
-        )
-    return max_prompt_length

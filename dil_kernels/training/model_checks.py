@@ -226,7 +226,9 @@ def check_fits(
     Raises:
         ValueError: names both sizes.
     """
-    largest, length = _largest_id_and_length(dataset)
+    smallest, largest, length = _ids_and_length(dataset)
+    if smallest < 0:
+        raise ValueError(f"the {name} data set has the token id {smallest}: token ids are at least 0")
     longest = length + -length % (pad_to_multiple_of or 1)
     for argument, model in zip(("model", "ref_model"), models, strict=True):
         if model is None:
@@ -246,16 +248,17 @@ def check_fits(
             )
 
 
-def _largest_id_and_length(dataset: datasets.Dataset) -> tuple[int, int]:
-    """The largest token id of a tokenised data set, and the tokens of its longest sequence."""
+def _ids_and_length(dataset: datasets.Dataset) -> tuple[int, int, int]:
+    """The smallest and the largest token id of a tokenised data set, and the tokens of its longest sequence."""
     names = [
         name for name in dict.fromkeys((*TOKEN_COLUMNS, *UNPAIRED_TOKEN_COLUMNS[:2])) if name in dataset.column_names
     ]
-    largest = longest = 0
+    smallest = largest = longest = 0
     for batch in dataset.with_format("arrow").select_columns(names).iter(batch_size=1000):
         lengths = {name: pc.list_value_length(batch.column(name)) for name in names}
         for name in names:
-            largest = max(largest, pc.max(pc.list_flatten(batch.column(name))).as_py() or 0)
+            ids = pc.min_max(pc.list_flatten(batch.column(name))).as_py()
+            smallest, largest = min(smallest, ids["min"] or 0), max(largest, ids["max"] or 0)
             if name != "prompt_ids":
                 longest = max(longest, pc.max(pc.add(lengths["prompt_ids"], lengths[name])).as_py() or 0)
-    return largest, longest
+    return smallest, largest, longest

@@ -17,7 +17,7 @@ from transformers.utils.logging import tqdm
 
 from dil_kernels.data.batches import Batch
 from dil_kernels.data.token_batches import Shares
-from dil_kernels.data.token_columns import REF_COLUMNS, UNPAIRED_REF_COLUMNS
+from dil_kernels.data.token_columns import REF_COLUMNS, UNPAIRED_REF_COLUMNS, is_unpaired
 from dil_kernels.data.token_counts import response_id_columns, token_counts
 from dil_kernels.models.probes import matmul_precision
 from dil_kernels.training.ref_cache import (
@@ -33,7 +33,7 @@ NO_CACHE = "none"
 
 def ref_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
     """The columns of reference log-probs that a tokenised data set has room for."""
-    return UNPAIRED_REF_COLUMNS if "label" in dataset.column_names else REF_COLUMNS
+    return UNPAIRED_REF_COLUMNS if is_unpaired(dataset.column_names) else REF_COLUMNS
 
 
 def has_reference(dataset: datasets.Dataset) -> bool:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import datasets
 import numpy as np
 
-from dil_kernels.data.token_columns import GIVEN_REFERENCE, is_tokenised
+from dil_kernels.data.columns import say_once
+from dil_kernels.data.pairs import LARGEST_LOG_PROB
+from dil_kernels.data.token_columns import (
+    GIVEN_REFERENCE,
+    REF_COLUMNS,
+    TOKEN_COLUMNS,
+    UNPAIRED_REF_COLUMNS,
+    UNPAIRED_TOKEN_COLUMNS,
+    is_tokenised,
+    is_unpaired,
+)
 from dil_kernels.data.tokenization import tokenize_and_report
 from dil_kernels.data.truncation import DataReport
 from dil_kernels.losses import LossOptions
@@ -74,11 +85,7 @@ def prepare_dataset(
             "trained on unpaired responses (a data set with the column 'label')"
         )
     tokenised = is_tokenised(dataset.column_names)
-    if tokenised and unpaired and (kind := dataset.features["label"]) != datasets.Value("bool"):
-        found = getattr(kind, "dtype", kind)
-        raise ValueError(f"the {name} data set, column 'label': expected true or false, got {found}")
-    if not tokenised:
-        dataset = _tokenize(dataset, tokenizer, args, name, reports)
+    dataset = _checked_columns(dataset, name) if tokenised else _tokenize(dataset, tokenizer, args, name, reports)
     if args.max_tokens_per_batch is not None:
         refuse_long_rows(dataset, args, name)
     if tokenised and dataset.format["type"] == "custom":
@@ -123,15 +130,47 @@ def _tokenize(
     return dataset
 
 
+def _checked_columns(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
+    """A tokenised data set without the columns of the other form, pairs or not; unchecked behind a transform."""
+    if dataset.format["type"] == "custom":
+        return dataset
+    unpaired = is_unpaired(dataset.column_names)
+    forms = (*TOKEN_COLUMNS, *REF_COLUMNS), (*UNPAIRED_TOKEN_COLUMNS, *UNPAIRED_REF_COLUMNS)
+    form, other = forms[::-1] if unpaired else forms
+    if unused := [column for column in other if column in dataset.column_names and column not in form]:
+        say_once(f"the {name} data set: not used beside {form[1]}: {', '.join(unused)}")
+        dataset = dataset.remove_columns(unused)
+    for column in form:
+        if column not in dataset.column_names:
+            continue
+        kind: Any = dataset.features[column]
+        found = getattr(kind, "dtype", kind)
+        if column.endswith("_ids") and not re.search("int|null", getattr(getattr(kind, "feature", None), "dtype", "")):
+            raise ValueError(
+                f"the {name} data set, column {column!r}: expected lists of token ids, integers, got {kind}"
+            )
+        if column == "label" and found != "bool":
+            raise ValueError(f"the {name} data set, column 'label': expected true or false, got {found}")
+    return dataset
+
+
 def _check_given_reference(dataset: datasets.Dataset, name: str) -> None:
     for column in GIVEN_REFERENCE:
         if column in dataset.column_names:
+            if not (dtype := getattr(dataset.features[column], "dtype", "")).startswith(("float", "int")):
+                raise ValueError(f"the {name} data set, column {column!r}: expected numbers, got {dtype}")
             with np.errstate(over="ignore"):
-                finite = np.isfinite(np.asarray(dataset[column][:], dtype=np.float32))
-            if not finite.all():
+                values = np.asarray(dataset[column][:], dtype=np.float32)
+            where = f"the {name} data set, row {{}}, column {column!r}: expected"
+            if not (finite := np.isfinite(values)).all():
                 raise ValueError(
-                    f"the {name} data set, row {np.argmin(finite) + 1}, column {column!r}: expected a finite number in "
-                    "the range of float32, the sum of log-probs"
+                    f"{where.format(np.argmin(finite) + 1)} a finite number in the range of float32, the sum of "
+                    "log-probs"
+                )
+            if (positive := values > LARGEST_LOG_PROB).any():
+                raise ValueError(
+                    f"{where.format(np.argmax(positive) + 1)} a sum of log-probs, which is at most 0, got "
+                    f"{values[np.argmax(positive)]:g}"
                 )
 
 
