@@ -133,6 +133,13 @@ def test_nonsense_is_refused_by_name_before_anything_is_loaded(
         ("--dataset-config=en", "--dataset-config en was given, but t.jsonl, e.jsonl is no hub data set"),
         ("--test-split-size=0.1", "--test-split-size was given, and --eval-file, too: choose what is held out"),
         ('--datasets={"path": "a.jsonl"}', "--train-file was given, and --datasets, too"),
+        ("--train-file=q.jsonl", "error: --train-file stands twice, and only one value would be read"),
+        ("--lora_rank 8", "error: --lora-rank stands twice, and only one value would be read"),
+        (
+            "--report-to=none --report-to=tensorboard",
+            "error: --report-to stands twice, and only one value would be read; several go behind one",
+        ),
+        ("--stash-bytes=8 --fused-head=no", "--stash-bytes 8 was given, but --fused-head false keeps none"),
         ('--lr-scheduler-kwargs={"a": 1, "a": 2}', "the key 'a' stands twice"),
         ("--lr-scheduler-kwargs=" + "[" * 100_000 + "{", "(objects or lists are nested too deeply)"),
         ("--deepspeed=" + "x" * 5000 + "{", "argument --deepspeed: expected a JSON object, got 'xxx"),
@@ -145,7 +152,8 @@ def test_what_cannot_run_is_said_before_anything_is_loaded(
     backends.triton_problem.cache_clear()
     monkeypatch.setattr(backends, "triton_problem", lambda: None)
     parts = [options] if "{" in options else options.split()
-    status, line = run([*base, *parts], monkeypatch, capsys)
+    given = [option for option in base if option != "--model=m"] if "--model=" in options else base
+    status, line = run([*given, *parts], monkeypatch, capsys)
     assert status == 2
     assert message in line
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adapter_case import OPTIONS, Case, make_case
+from test_batch_composition import make_family
 
 from dil_kernels import fused_dil_loss
 from dil_kernels.integrations.hooks import Hook, HookOptions, check_trainer, refuse
@@ -26,6 +27,8 @@ def test_options_are_checked() -> None:
         ({"loss_type": "lsiff"}, "unknown loss_type 'lsiff'"),
         ({"alpha": 2.0}, r"alpha must be in \[0, 1\]"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
+        ({"stash_bytes": -1}, "stash_bytes must be >= 0, got -1"),
+        ({"stash_bytes": 8, "fused_head": False}, "stash_bytes=8 was given, but fused_head=False keeps none"),
         ("lsif", "dil must map the names of options to their values, got 'lsif'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -33,6 +36,9 @@ def test_options_are_checked() -> None:
     for name in ("average_log_prob", "fused_head", "padding_free"):
         with pytest.raises(TypeError, match=f"{name} must be true or false, got 'no'"):
             HookOptions.of({name: "no"}, "dil")
+    for value in (True, "1", 1.5):
+        with pytest.raises(TypeError, match=f"stash_bytes must be an integer, got {value!r}"):
+            HookOptions.of({"stash_bytes": value}, "dil")
     with pytest.raises(TypeError, match="alpha must be a number"):
         HookOptions.of({"alpha": "0.5"}, "dil")
     assert str(HookOptions(loss_type="bce", beta=0.1, average_log_prob=False)) == (
@@ -112,6 +118,33 @@ def test_a_pair_without_a_token_has_no_gradient(case: Case) -> None:
     assert logps.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [3, 1])
+def test_responses_that_are_no_pairs_are_refused(rows: int) -> None:
+    """As in the loop of docs/trainers.md, where a batch has an odd number of rows."""
+    logps, lengths = torch.zeros(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.int64)
+    sides = [*logps.chunk(2), torch.zeros(1)][:2] * 2
+    lengths_of = [*lengths.chunk(2), torch.ones(2, dtype=torch.int64)][:2]
+    for of_hook in (Hook("X 1", HookOptions()).losses, Hook("X 1", HookOptions()).pair_losses):
+        with pytest.raises(
+            ValueError, match=r"^log-probs and lengths must be \[B\] of chosen and of rejected responses"
+        ):
+            of_hook(*sides, *lengths_of)
+
+
+@pytest.mark.parametrize("name", ["llama dynamic", "phi3 longrope"])
+def test_a_response_is_scored_alike_beside_long_ones(name: str) -> None:
+    model = make_family(name)
+    Hook("X 1", HookOptions()).install(model, None)
+    ids = torch.randint(2, 160, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    hook = Hook("X 1", HookOptions())
+    beside = hook.score(model, {"input_ids": ids, "attention_mask": mask}, labels).logps[1]
+    alone = {"input_ids": ids[1:, :8], "attention_mask": mask[1:, :8]}
+    torch.testing.assert_close(beside, hook.score(model, alone, labels[1:, :8]).logps[0])
+
+
 def test_a_model_without_a_fused_head(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     case.ref.lm_head.forward = lambda x: x
     Hook("X 1", HookOptions()).install(case.policy, case.ref)
@@ -127,3 +160,7 @@ def test_rows_without_padding_hold_text_only(case: Case) -> None:
     inputs = {"input_ids": case.ids, "attention_mask": case.mask, "pixel_values": torch.zeros(1)}
     with pytest.raises(NotImplementedError, match="takes batches of text only, but this one has pixel_values"):
         hook.score(case.policy, inputs, case.labels)
+    for mask, found in ((None, "none"), (case.mask[:, None, None], r"\[6, 1, 1, 9\]")):
+        inputs = {"input_ids": case.ids, **({} if mask is None else {"attention_mask": mask})}
+        with pytest.raises(ValueError, match=rf"needs an attention_mask \[6, 9\] as the labels, got {found}"):
+            hook.score(case.policy, inputs, case.labels)

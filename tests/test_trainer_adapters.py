@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,12 @@ def test_what_swift_would_ignore_is_refused(case: Case, monkeypatch: pytest.Monk
     monkeypatch.setenv("DIL_OPTIONS", '{"loss_type": "ukl"}')
     with pytest.raises(ValueError, match="give it as --loss_type"):
         swift_trainer(case, "lsif")
+    for text in ('{"alpha": 0.5', "[1]", "null", '{"alpha": 0.1, "alpha": 0.9}'):
+        monkeypatch.setenv("DIL_OPTIONS", text)
+        with pytest.raises(ValueError, match=f"^DIL_OPTIONS must be a JSON object, got {re.escape(repr(text))}"):
+            swift_trainer(case, "lsif")
+    monkeypatch.setenv("DIL_OPTIONS", "")  # as a variable that is empty
+    swift_trainer(case, "lsif")
     capsys.readouterr()
     swift_trainer(case, "sigmoid", beta=0.3)
     assert "--loss_type sigmoid names no loss of dil_kernels; ms-swift's own" in capsys.readouterr().out
@@ -201,6 +208,18 @@ def test_the_command_of_openrlhf() -> None:
     options = "ukl (offset=[0.1, -0.2], alpha=0.5) of log ratios averaged over tokens"
     assert result.stdout == f"DILTrainer {options} ['--local_rank=0', '--x', '1', '--y']\n", result.stderr
     assert "unknown option 'los'" in run_module("openrlhf", "--dil.los", "1").stderr
+
+
+def test_the_options_of_openrlhf() -> None:
+    from dil_kernels.integrations.openrlhf import split_arguments
+
+    assert split_arguments(["--dil.beta", ".1", "--dil.alpha=1e-1"])[0] == {"beta": 0.1, "alpha": 0.1}
+    for words, problem in (
+        (["--dil.alpha", "0.5", "--dil.alpha=0.7"], "--dil.alpha stands twice, and only one value would be read"),
+        (["--dil.alpha="], "--dil.alpha: the value is empty"),
+    ):
+        with pytest.raises(ValueError, match=f"^{problem}$"):
+            split_arguments(words)
 
 
 def axolotl_config(**options: Any) -> dict[str, Any]:

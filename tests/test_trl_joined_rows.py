@@ -15,6 +15,7 @@ from tiny_trainer import trained_weights
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 from trl_runs import EXACT, STATISTICS, Unscored, logs_of, make_trainer, peft, trl
+from two_processes import run_on_two_processes
 
 from dil_kernels.integrations.trl import DILConfig
 from dil_kernels.models.packed_attention import UnsupportedPackingError
@@ -203,3 +204,37 @@ def test_a_launcher_that_made_a_dpo_config_can_share_prefixes(tmp_path: Path) ->
     assert config.padding_free
     assert config.prefix_sharing
     assert not DILConfig.from_dpo_config(theirs).prefix_sharing
+
+
+STREAMED = """
+import datasets, sys
+from trl_runs import make_trainer
+from tiny_model import make_pairs
+stream, pairs = make_pairs(5).to_iterable_dataset(), make_pairs(5)
+options = {"ddp_backend": "gloo", "max_steps": 1}
+problem = "evaluation on a stream in 2 processes: rows of its beginning would be counted again"
+def refusal(call):
+    try:
+        call()
+    except NotImplementedError as error:
+        assert str(error).startswith(problem), error
+        return
+    raise AssertionError("not refused")
+for data in (stream, {"a": pairs, "b": stream}):
+    refusal(lambda: make_trainer(Path(sys.argv[1]), arguments={"eval_dataset": data}, **options))
+trainer = make_trainer(Path(sys.argv[1]), arguments={"eval_dataset": pairs}, **options)
+prepared = trainer.eval_dataset.to_iterable_dataset()
+refusal(lambda: trainer.evaluate(prepared))
+refusal(lambda: trainer.predict(prepared))
+assert trainer.evaluate()["eval_loss"] != 0
+"""
+
+
+def test_streams_are_not_evaluated_on_by_several_processes(tmp_path: Path) -> None:
+    """accelerate would fill up their last batches with the first rows, which would count twice."""
+    run_on_two_processes(STREAMED, tmp_path, tmp_path)
+    losses = [
+        make_trainer(tmp_path, arguments={"eval_dataset": data}).evaluate()["eval_loss"]
+        for data in (make_pairs(5), make_pairs(5).to_iterable_dataset())
+    ]
+    assert losses[0] == losses[1]

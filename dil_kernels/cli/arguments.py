@@ -117,13 +117,27 @@ class Parser(argparse.ArgumentParser):
         """Parse options, of which ``--max_steps`` and ``--max-steps`` are the same.
 
         Raises:
-            SystemExit: with status 2, an unknown option or a bad value.
+            SystemExit: with status 2, an unknown option or a bad value, or one that stands twice.
         """
-        namespace, unknown = self.parse_known_args([_dashed_option(token) for token in argv])
+        tokens = [_dashed_option(token) for token in argv]
+        self._refuse_repeated(tokens)
+        namespace, unknown = self.parse_known_args(tokens)
         if unknown:
             option = next((token for token in unknown if token.startswith("-")), unknown[0]).split("=")[0]
             self.error(f"unknown option {option}{_hint(option, self._option_string_actions, option_string)}")
         return namespace
+
+    def _refuse_repeated(self, tokens: Sequence[str]) -> None:
+        dests: set[str] = set()
+        for token in tokens:
+            option = token.split("=")[0]
+            action = self._option_string_actions.get(option)
+            if action is None or action.dest == "import_modules":
+                continue
+            if action.dest in dests:
+                more = "; several go behind one" if action.nargs == "+" else ""
+                self.error(f"{option} stands twice, and only one value would be read{more}")
+            dests.add(action.dest)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[RunOptions, DILConfig]:

@@ -207,6 +207,8 @@ def _check_data(run: RunOptions, config: DILConfig) -> None:
     files = [name for name in (run.train_file, run.eval_file) if name is not None]
     if run.dataset_config is not None and all(map(is_local_file, files)):
         raise ValueError(f"dataset_config={run.dataset_config} was given, but {', '.join(files)} is no hub data set")
+    if run.eval_split is not None and run.eval_file is None:
+        raise ValueError(f"--eval-split {run.eval_split} was given, but no --eval-file that has it")
     size = run.test_split_size
     if size is not None and run.eval_file is not None:
         raise ValueError("test_split_size was given, and eval_file, too: choose what is held out")

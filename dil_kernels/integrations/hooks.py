@@ -24,6 +24,7 @@ from dil_kernels.functional import dil_loss
 from dil_kernels.losses import FusedLossOptions
 from dil_kernels.models.fused_head import install_fused_heads
 from dil_kernels.models.packed_attention import install_packed_attention
+from dil_kernels.models.rotary_lengths import keep_lengths_apart
 from dil_kernels.models.scoring import score
 from dil_kernels.reference import sequence_sums
 from dil_kernels.training.loss_fields import FusedLossFields
@@ -126,6 +127,8 @@ class Hook:
         for model in found:
             if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
                 raise NotImplementedError("prompt tuning adds virtual tokens, which have no label; use LoRA")
+            if not any(buffer.is_meta for buffer in model.buffers()):  # those of processes that get their weights later
+                keep_lengths_apart(model)
         if self.options.padding_free:
             install_packed_attention(*found)
         problem = install_fused_heads(found, self.options.fused_head)
@@ -194,7 +197,16 @@ class Hook:
         Returns:
             losses [B] fp32. Whether a pair counts [B]: both of its responses have a scored token. The others have loss
             0, and no gradient. The chosen and rejected rewards [B]: beta times the log ratios, detached.
+
+        Raises:
+            ValueError: one of them has another shape than [B], as where a batch has no two responses a pair.
         """
+        shapes = [list(each.shape) for each in (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)]
+        shapes += [list(each.shape) for each in (chosen_lengths, rejected_lengths)]
+        if chosen_logps.ndim != 1 or shapes[1:] != shapes[:-1]:
+            raise ValueError(
+                f"log-probs and lengths must be [B] of chosen and of rejected responses alike, got {shapes}"
+            )
         lengths = (chosen_lengths, rejected_lengths)
         counted = (lengths[0] > 0) & (lengths[1] > 0)
 
@@ -222,11 +234,16 @@ def without_padding(inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str
 
     Raises:
         NotImplementedError: the batch has images, or anything else that would have to be placed.
+        ValueError: attention_mask is not [S, T], or not there.
     """
     others = {name: value for name, value in inputs.items() if name not in PLACED}
     if placed := [name for name, value in others.items() if isinstance(value, Tensor)]:
         raise NotImplementedError(f"padding_free=True takes batches of text only, but this one has {', '.join(placed)}")
-    kept = inputs["attention_mask"].bool()
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != labels.shape:
+        found = "none" if mask is None else list(mask.shape)
+        raise ValueError(f"padding_free=True needs an attention_mask {list(labels.shape)} as the labels, got {found}")
+    kept = mask.bool()
     lengths = kept.sum(1)
     cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     positions = (kept.long().cumsum(1) - 1)[kept]

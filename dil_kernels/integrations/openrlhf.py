@@ -7,6 +7,7 @@ Options that begin with --dil. are the fields of `HookOptions`, with values as i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
 import sys
@@ -98,6 +99,9 @@ def split_arguments(words: list[str]) -> tuple[dict[str, Any], list[str]]:
 
     Args:
         words: of the command line; one that stands alone after --dil. is true, several are a list.
+
+    Raises:
+        ValueError: an option stands twice, or has an empty value.
     """
     given: dict[str, Any] = {}
     rest: list[str] = []
@@ -106,8 +110,12 @@ def split_arguments(words: list[str]) -> tuple[dict[str, Any], list[str]]:
         if word.startswith("--"):
             values = rest
         if word.startswith(PREFIX):
-            name, _, value = word.removeprefix(PREFIX).partition("=")
-            values = given[name] = [value] if value else []
+            name, has_value, value = word.removeprefix(PREFIX).partition("=")
+            if name in given:
+                raise ValueError(f"{PREFIX}{name} stands twice, and only one value would be read")
+            if has_value and not value.strip():
+                raise ValueError(f"{PREFIX}{name}: the value is empty")
+            values = given[name] = [value] if has_value else []
         else:
             values.append(word)
     for name, texts in given.items():
@@ -117,10 +125,10 @@ def split_arguments(words: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    for convert in (json.loads, float) if "_" not in text else ():  # Python's 1_0 is 10
+        with contextlib.suppress(ValueError):
+            return convert(text)
+    return text
 
 
 def main() -> None:

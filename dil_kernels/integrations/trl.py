@@ -48,7 +48,7 @@ from dil_kernels.training.loss_watch import NonFinitePairs
 from dil_kernels.training.metrics import METRICS, counted_pairs, means, pair_metrics
 from dil_kernels.training.precompute import has_reference, how_taken
 from dil_kernels.training.ref_cache import model_description, versions
-from dil_kernels.training.set_up import install_joined_rows, joined_rows_of, refuse_split_batches
+from dil_kernels.training.set_up import install_joined_rows, joined_rows_of, refuse_split_batches, refuse_streams
 from dil_kernels.training.sharding import keep_outputs_exact
 from dil_kernels.training.start import AtEveryStart
 
@@ -164,8 +164,7 @@ class DILTrainer(DPOTrainer):
         if self.ref_model is None and is_peft_model(self.model):
             settle_reference(self.model)
         self._models = ScoredModels(self.args, self.accelerator)
-        models = {"model": self.model, "ref_model": self.ref_model}
-        models = {name: each for name, each in models.items() if each is not None}
+        models = {name: each for name in ("model", "ref_model") if (each := getattr(self, name)) is not None}
         for name, each in models.items():
             self._models.prepare(each, name)
         install_joined_rows([*models.values()], self._joined_rows, self.accelerator)
@@ -182,15 +181,17 @@ class DILTrainer(DPOTrainer):
         finally:
             self.data_collator = collator
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As of `transformers.Trainer`."""
+        refuse_streams(eval_dataset, self.accelerator.num_processes)
         with contextlib.nullcontext() if self.compute_metrics is None else self._padded_rows():
-            return super().get_eval_dataloader(*args, **kwargs)
+            return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As of `transformers.Trainer`."""
+        refuse_streams(test_dataset, self.accelerator.num_processes)
         with self._padded_rows():
-            return super().get_test_dataloader(*args, **kwargs)
+            return super().get_test_dataloader(test_dataset)
 
     def _start_record(self) -> None:
         self._train_sums, self._eval_sums = self._no_sums(), self._no_sums()

@@ -10,7 +10,7 @@ from typing import Any
 from typing_extensions import Self
 
 from dil_kernels.backends import BACKEND_CHOICES
-from dil_kernels.checks import check_choice, check_flag
+from dil_kernels.checks import check_choice, check_count, check_flag
 
 HUB_TOKENS = ("hub_token", "push_to_hub_token")
 
@@ -117,7 +117,7 @@ class FusedLossFields(LossFields):
     )
 
     def check_fields(self, *flags: str) -> None:
-        """Check that the backend exists, and that what is true or false is so, or None where that is the default.
+        """Check the options of how log-probs are taken; what is true or false is so, or None where that is the default.
 
         Args:
             flags: names of such fields beside those of this class.
@@ -126,6 +126,10 @@ class FusedLossFields(LossFields):
             TypeError, ValueError: names the field and the value.
         """
         check_choice("backend", self.backend, BACKEND_CHOICES)
+        if self.stash_bytes is not None:
+            check_count("stash_bytes", self.stash_bytes)
+            if self.fused_head is False:
+                raise ValueError(f"stash_bytes={self.stash_bytes} was given, but fused_head=False keeps none")
         for name in ("average_log_prob", "fused_head", *flags):
             value = getattr(self, name)
             if value is not None or self.__dataclass_fields__[name].default is not None:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -120,6 +120,7 @@ def refuse_split_batches(trainer: Trainer, *, tensor_parallelism: bool = False) 
     """
     accelerator: Any = trainer.accelerator
     refuse_lone_processes(accelerator.num_processes)
+    refuse_streams(trainer.eval_dataset, accelerator.num_processes)
     if trainer.args.n_gpu > 1:
         raise NotImplementedError(
             f"{trainer.args.n_gpu} GPUs in one process would split a batch across its pairs; use torchrun, or make "
@@ -134,6 +135,23 @@ def refuse_split_batches(trainer: Trainer, *, tensor_parallelism: bool = False) 
     _refuse_parallelism(trainer, tensor_parallelism)
     if is_loaded_in_parts(trainer.model):
         _refuse_parts(trainer)
+
+
+def refuse_streams(dataset: Any, num_processes: int) -> None:
+    """Refuse data without a length to evaluate on, where several processes share them.
+
+    accelerate fills their last batches with rows of the beginning, and cannot take these out of what is gathered.
+
+    Args:
+        dataset: or several, by name; None for none.
+        num_processes: that evaluate.
+    """
+    parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
+    if num_processes > 1 and not all(isinstance(part, Sized) for part in parts if part is not None):
+        raise NotImplementedError(
+            f"evaluation on a stream in {num_processes} processes: rows of its beginning would be counted again at its "
+            "end; take a part: Dataset.from_list(list(stream.take(n)))"
+        )
 
 
 def _refuse_parallelism(trainer: Any, tensor_parallelism: bool) -> None:

@@ -9,7 +9,6 @@ Where both have a loss of a name, `dil.hinge` is ours.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -17,6 +16,7 @@ from swift.rlhf_trainers import DPOTrainer
 from torch import Tensor, nn
 
 from dil_kernels.data.batches import IGNORE_INDEX
+from dil_kernels.data.json_text import parse_json
 from dil_kernels.integrations.hooks import Hook, HookOptions, check_trainer, refuse, say
 from dil_kernels.losses import divergence_names
 
@@ -39,7 +39,13 @@ OF_SWIFT = (
 )
 UNUSED = {"ld_alpha": None, "reference_free": None}
 # Those that only ms-swift's own losses use.
-UNUSED_ALONE = {"beta": 0.1, "label_smoothing": 0, "f_divergence_type": "reverse_kl", "discopop_tau": 0.05}
+UNUSED_ALONE = {
+    "beta": 0.1,
+    "label_smoothing": 0,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 1.0,
+    "discopop_tau": 0.05,
+}
 
 
 class DILTrainer(DPOTrainer):
@@ -117,7 +123,13 @@ def _is_ours(name: str) -> bool:
 
 
 def _make_hook(ours: list[str], alone: bool, config: Any) -> Hook:
-    given = json.loads(os.environ.get("DIL_OPTIONS", "{}"))
+    text = os.environ.get("DIL_OPTIONS", "").strip() or "{}"
+    try:
+        given = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"DIL_OPTIONS must be a JSON object, got {text!r:.80} ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"DIL_OPTIONS must be a JSON object, got {text!r:.80}")
     if len(ours) > 1:
         raise ValueError(f"--loss_type takes one loss of dil_kernels, got {', '.join(ours)}")
     if "loss_type" in given:
