@@ -220,9 +220,41 @@ def test_descriptions_of_tools_that_are_left_out_are_said(caplog: pytest.LogCapt
         assert not caplog.messages
         texts(written + THINKING, [said("assistant", "1")], tools=tools)
     assert caplog.messages == [
-        "row 3, column 'tools': the chat template leaves out a description, in training as in generation; this is said "
-        "of the first such row alone"
+        f"row 3, column 'tools': the chat template leaves out {what}, in training as in generation; this is said of "
+        "the first such row alone"
+        for what in ("a parameter", "a description")
     ]
+
+
+def test_parameters_of_tools_are_looked_for_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    city = {"type": "string", "enum": ["Paris", "Rome"]}
+    schema = {"type": "object", "properties": {"city": city, "unit": city}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    start = "{% for t in tools %}{{ t.function.name }}"
+    names = start + "{% for p in t.function.parameters.properties %} {{ p }}{% endfor %}"
+    required = "{% for p in t.function.parameters.required %} {{ p }}{% endfor %}"
+    for template, said_of in (
+        (names + "{% endfor %}", []),
+        ("{{ tools | tojson }}", []),
+        (names.replace("properties %}", "properties if p in t.function.parameters.required %}") + "{% endfor %}", [1]),
+        (start + required + "{% endfor %}", [1]),
+    ):
+        caplog.clear()
+        texts(template + THINKING, [said("assistant", "1")], tools=tools)
+        assert len([message for message in caplog.messages if "leaves out a parameter" in message]) == len(said_of)
+
+
+def test_options_that_a_template_does_not_read_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    texts(THINKING, [said("assistant", "1")], chat_template_kwargs={"documents": [{"text": "w1"}]})
+    assert caplog.messages == [
+        "row 3, column 'chat_template_kwargs': the chat template leaves out the option 'documents', in training as in "
+        "generation; this is said of the first such row alone"
+    ]
+    caplog.clear()
+    reading = "{{ documents[0].text }}" + THINKING
+    prompt, _ = texts(reading, [said("assistant", "1")], chat_template_kwargs={"documents": [{"text": "w1"}]})
+    assert prompt.startswith("w1")
+    assert not caplog.messages
 
 
 def test_ids_and_the_name_of_a_called_tool_need_no_place() -> None:

@@ -255,7 +255,12 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
         else:
             # An unquoted `no` is a boolean in YAML.
             is_no = value is False and "no" in (actions[option].choices or ())
-            tokens += _as_tokens(option, "no" if is_no else value)
+            items = value if isinstance(value, list) else ["no" if is_no else value]
+            if actions[option].type is None and actions[option].nargs != 0:
+                for item in items:
+                    if not isinstance(item, str | dict):
+                        parser.error(f"option {key!r} is text, but YAML reads {item!r} there: quote it")
+            tokens += _as_tokens(option, value if isinstance(value, list) else items[0])
     values.update(vars(parser.parse_args(tokens)))
     parser.source = ""
     return values

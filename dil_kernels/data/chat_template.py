@@ -91,6 +91,9 @@ class ChatRenderer:
         prompts: dict[Form, str] = {}
         try:
             template = self._tokenizer.get_chat_template(options.get("chat_template"), pair.get(TOOLS))
+            for name in options.keys() - {TOOLS, "chat_template"}:
+                if not _names(template, name):
+                    self._note(f"{where}, column {TEMPLATE_OPTIONS!r}", f"the option {name!r}")
             prompt = _with_reasoning(pair["prompt"], template)
             for column in response_columns(pair):
                 response = _with_reasoning(pair[column], template)
@@ -139,8 +142,12 @@ class ChatRenderer:
             raise PreferenceDataError(
                 f"{conversation.where}, column {TOOLS!r}: the chat template has no place for tools"
             )
-        if shape.descriptions_left_out:
-            self._note(f"{conversation.where}, column {TOOLS!r}", "a description")
+        for is_left_out, what in (
+            (shape.parameters_left_out, "a parameter"),
+            (shape.descriptions_left_out, "a description"),
+        ):
+            if is_left_out:
+                self._note(f"{conversation.where}, column {TOOLS!r}", what)
         left_out = shape.left_out - shape.by_option
         for piece in sorted(left_out, key=lambda piece: (piece.message, piece.key != "tool_calls", piece.key)):
             place = conversation.place(piece.message)

@@ -99,15 +99,16 @@ class MarkedConversation:
 
 
 class MarkedTools:
-    """Tools with a marker for each name and each description.
+    """Tools with a marker for each name, each parameter and each description.
 
     Attributes:
         tools: the marked ones.
-        names, descriptions: the markers.
+        names, parameters, descriptions: the markers.
     """
 
     def __init__(self, tools: list[dict[str, Any]]) -> None:
         self.names: list[str] = []
+        self.parameters: list[str] = []
         self.descriptions: list[str] = []
         self.tools = [self._tool(tool) for tool in tools]
 
@@ -116,7 +117,22 @@ class MarkedTools:
         if isinstance(function.get("name"), str):
             self.names.append(f"mark{len(self.names)}tool")
             function = {**function, "name": self.names[-1]}
+        schema = function.get("parameters")
+        if isinstance(schema, dict) and isinstance(schema.get("properties"), dict):
+            function = {**function, "parameters": self._renamed(schema)}
         return {**tool, "function": function} if "function" in tool else function
+
+    def _renamed(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """The schema of a tool's parameters with markers for their names."""
+        start = len(self.parameters)
+        markers = {name: f"mark{index}parameter" for index, name in enumerate(schema["properties"], start)}
+        self.parameters += markers.values()
+        renamed = {**schema, "properties": {markers[name]: item for name, item in schema["properties"].items()}}
+        if isinstance(schema.get("required"), list):
+            renamed["required"] = [
+                markers.get(name, name) if isinstance(name, str) else name for name in schema["required"]
+            ]
+        return renamed
 
     def _described(self, schema: Any) -> Any:
         if isinstance(schema, list):
@@ -160,6 +176,7 @@ class Shape(NamedTuple):
     left_out: frozenset[Piece] = frozenset()
     by_option: frozenset[Piece] = frozenset()  # those of them that are rendered without the options of the template
     tools_left_out: bool = False
+    parameters_left_out: bool = False
     descriptions_left_out: bool = False  # of tools or their parameters
 
 
@@ -192,7 +209,8 @@ def probe(
     if lost and options:
         plain = _attempt(marked, form, tools_option, apply)
         by_option = frozenset(lost) - frozenset(lost if plain is None else marked.lost(plain))
-    left_out = (any(marker not in text for marker in markers) for markers in (tools.names, tools.descriptions))
+    groups = tools.names, tools.parameters, tools.descriptions
+    left_out = (any(marker not in text for marker in markers) for markers in groups)
     return Shape(form, frozenset(lost), by_option, *left_out)
 
 
