@@ -205,6 +205,11 @@ def test_registration_refuses_derivatives_that_would_not_be_used(registry) -> No
         Divergence(name="wrong", source="", pair=lambda w, l: (w - l).exp(), log_A=lsif.log_A)
 
 
+def test_registration_takes_divergences_alone() -> None:
+    with pytest.raises(TypeError, match=r"^divergence must be a Divergence, got str$"):
+        register_divergence("lsif")
+
+
 def jump(u: torch.Tensor) -> torch.Tensor:
     return torch.where(u > 1.7, 0.05, 0.0).to(u.dtype)
 
@@ -258,8 +263,21 @@ def test_registration_refuses_what_changes_its_argument(registry, given) -> None
         ({"h": lambda r: 1.0}, ValueError, r"h must return a tensor of the shape of its argument, \[3\], got a float"),
         ({"A": torch.sum, "P": torch.exp}, ValueError, r"A must return a tensor of the shape .*, \[3\], got \[\]"),
         ({"pair": lambda w, l: 0.0}, ValueError, "pair must return a tensor of the shape"),
+        ({"pair": lambda w, l: (w - l).detach()}, ValueError, "pair has no gradient"),
+        ({"pair": lambda w, l: (w - l).float()}, ValueError, r"pair returns torch\.float32 of float64"),
+        ({"A": lambda u: u.exp().float(), "P": torch.exp}, ValueError, r"A returns torch\.float32 of float64"),
     ],
-    ids=["name", "no name", "no function", "a number", "a sum", "a number of pairs"],
+    ids=[
+        "name",
+        "no name",
+        "no function",
+        "a number",
+        "a sum",
+        "a number of pairs",
+        "no gradient",
+        "fp32",
+        "fp32 of A",
+    ],
 )
 def test_registration_refuses_what_is_no_loss(registry, given, error, problem) -> None:
     with pytest.raises(error, match=problem):

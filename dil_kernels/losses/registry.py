@@ -39,8 +39,11 @@ def register_divergence(divergence: Divergence) -> Divergence:
         The same divergence.
 
     Raises:
+        TypeError: it is no `Divergence`.
         ValueError: the name is taken, or the check fails; an ``h`` must hold on [-8, 8] at least.
     """
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence must be a Divergence, got {type(divergence).__name__}")
     if divergence.name in _REGISTRY or divergence.name == "none":
         raise ValueError(f"divergence {divergence.name!r} is already registered")
     check_divergence(divergence)

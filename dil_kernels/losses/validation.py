@@ -55,6 +55,8 @@ def _check_arguments_stay(divergence: Divergence, own: tuple[float, ...]) -> Non
                 f"divergence {divergence.name!r}: {name} must return a tensor of the shape of its argument, "
                 f"{list(before[0].shape)}, got {found}"
             )
+        if returned.dtype != torch.float64:
+            raise ValueError(f"divergence {divergence.name!r}: {name} returns {returned.dtype} of float64")
         if not all(map(torch.equal, arguments, before)):
             raise ValueError(f"divergence {divergence.name!r}: {name} changes its argument in place")
 
@@ -110,6 +112,10 @@ def _check_logarithms(divergence: Divergence, own: tuple[float, ...]) -> None:
 def _check_pair(divergence: Divergence, own: tuple[float, ...]) -> None:
     assert divergence.pair is not None
     u_w, u_l = torch.tensor([[0.5, -1.0], [-0.25, 2.0]], dtype=torch.float64)
+    with torch.enable_grad():
+        has_gradient = divergence.pair(u_w.clone().requires_grad_(), u_l.clone().requires_grad_(), *own).requires_grad
+    if not has_gradient:
+        raise ValueError(f"divergence {divergence.name!r}: pair has no gradient (a detach, or numbers of Python)")
     both = divergence.pair(u_w, u_l, *own)
     each = [divergence.pair(u_w[i : i + 1], u_l[i : i + 1], *own) for i in range(2)]
     if both.shape != (2,) or not torch.allclose(both, torch.cat([loss.reshape(1) for loss in each])):
