@@ -63,7 +63,7 @@ newest_TESTS := tests/test_emulated_ptx.py::test_compiled_kernels_compute_the_tr
   tests/test_ahead_of_time.py::test_the_launch_sweep_prints_an_entry_of_the_table
 CORE_TESTS := $(addprefix tests/test_,ahead_of_time.py bad_input.py build.py fused_loss.py fused_loss_unpaired.py imports.py \
   linear.py linear_autograd.py linear_bad_input.py linear_bounds.py linear_logits_path.py linear_memory.py::test_predicted_memory links.py likelihood.py \
-  logps.py losses.py ops.py options.py scalar_losses.py)
+  logps.py losses.py ops.py options.py)
 TORCH_OF = $$($(1)/bin/python -c "import torch; print(torch.__path__[0])")
 test-oldest test-newest: test-%: $(VENV)/.installed-dev
 	$($*_PYTHON) -m venv --clear $(VENV)-$*
