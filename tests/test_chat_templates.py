@@ -246,9 +246,11 @@ def test_parameters_of_tools_are_looked_for_by_name(caplog: pytest.LogCaptureFix
 
 def test_options_that_a_template_does_not_read_are_said(caplog: pytest.LogCaptureFixture) -> None:
     texts(THINKING, [said("assistant", "1")], chat_template_kwargs={"documents": [{"text": "w1"}]})
+    texts(THINKING, [said("assistant", "1")], chat_template_kwargs={"a(b": 1})
     assert caplog.messages == [
-        "row 3, column 'chat_template_kwargs': the chat template leaves out the option 'documents', in training as in "
+        f"row 3, column 'chat_template_kwargs': the chat template leaves out the option {name!r}, in training as in "
         "generation; this is said of the first such row alone"
+        for name in ("documents", "a(b")
     ]
     caplog.clear()
     reading = "{{ documents[0].text }}" + THINKING

@@ -50,12 +50,15 @@ def test_columns_of_the_other_form_are_named(
         assert loaded.to_list() == [kept] * 2
 
 
-def test_a_table_may_have_room_for_the_form_that_it_does_not_have() -> None:
+def test_a_table_may_have_room_for_the_form_that_it_does_not_have(tmp_path: Path) -> None:
     table = datasets.Dataset.from_list([{**RESPONSE, "chosen": None, "rejected": None}] * 2).cast_column(
         "chosen", datasets.Value("string")
     )
     columns = tokenize_dataset(table, make_tokenizer(), **LENGTHS).column_names
     assert {"completion_ids", "label"} <= {*columns}
+    for options in ({"loss_type": "dpo"}, {"link": "ratio"}):
+        with pytest.raises(ValueError, match="couples the chosen and the rejected response of a pair"):
+            make_trainer(tmp_path, train_dataset=table, **options)
 
 
 @pytest.mark.parametrize("form", ["lines", "data set"])

@@ -145,6 +145,15 @@ def test_a_response_is_scored_alike_beside_long_ones(name: str) -> None:
     torch.testing.assert_close(beside, hook.score(model, alone, labels[1:, :8]).logps[0])
 
 
+def test_a_model_without_its_weights_is_refused_where_lengths_matter() -> None:
+    """As in processes that get them from the first one."""
+    with torch.device("meta"):
+        models = [make_family(name) for name in ("llama", "llama dynamic")]
+    Hook("X 1", HookOptions()).install(models[0])
+    with pytest.raises(NotImplementedError, match="is on the meta device, so that it could not be checked"):
+        Hook("X 1", HookOptions()).install(models[1])
+
+
 def test_a_model_without_a_fused_head(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     case.ref.lm_head.forward = lambda x: x
     Hook("X 1", HookOptions()).install(case.policy, case.ref)

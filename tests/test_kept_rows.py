@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -94,21 +96,46 @@ def test_a_part_is_held_out_of_what_cannot_be_written(tmp_path: Path, datasets_c
     assert [part.to_list() for part in parts] == [drawn["train"].to_list(), drawn["test"].to_list()]
 
 
-@pytest.mark.parametrize("processes", [None, 2])
-def test_what_a_template_leaves_out_is_said_of_kept_rows_too(
-    processes: int | None, datasets_cache: None, caplog: pytest.LogCaptureFixture
-) -> None:
+def with_reasoning() -> tuple[datasets.Dataset, str]:
+    """Conversations, and a template that leaves the reasoning of all but the first out."""
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     prompt = [said("user", "w1"), said("assistant", "w2", reasoning_content="w9"), said("user", "w3")]
     chosen, rejected = [said("assistant", "w4")], [said("assistant", "w5")]
     plain = {"prompt": [said("user", "w1", reasoning_content=None)], "chosen": chosen, "rejected": rejected}
-    data = datasets.Dataset.from_list([plain, *[{**plain, "prompt": prompt}] * 599])
+    return datasets.Dataset.from_list([plain, *[{**plain, "prompt": prompt}] * 599]), template
+
+
+NOTE = (
+    "row 2, column 'prompt', message 2: the chat template leaves out reasoning_content, in training as in generation; "
+    "this is said of the first such row alone"
+)
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_what_a_template_leaves_out_is_said_of_kept_rows_too(
+    processes: int | None, datasets_cache: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, template = with_reasoning()
     for _ in range(2):
         caplog.clear()
         tokenize_dataset(data, make_tokenizer(template), num_proc=processes, **LENGTHS)
-        notes = [message for message in caplog.messages if "leaves out" in message]
-        assert notes == [
-            "row 2, column 'prompt', message 2: the chat template leaves out reasoning_content, in training as in "
-            "generation; this is said of the first such row alone"
-        ]
+        assert [message for message in caplog.messages if "leaves out" in message] == [NOTE]
+
+
+def test_what_a_template_leaves_out_is_said_where_the_disk_is_full(
+    datasets_cache: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = datasets.Dataset.map
+
+    def full(self: datasets.Dataset, *args: Any, **options: Any) -> datasets.Dataset:
+        rows = own(self, *args, **options)
+        if not options.get("keep_in_memory"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rows
+
+    monkeypatch.setattr(datasets.Dataset, "map", full)
+    data, template = with_reasoning()
+    tokenize_dataset(data, make_tokenizer(template), **LENGTHS)
+    assert "held in memory" in caplog.messages[0]
+    assert caplog.messages[1:] == [NOTE]

@@ -314,7 +314,9 @@ def test_text_of_tables_with_another_separator_is_text(tmp_path: Path, separator
 
 def test_files_of_a_directory_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     directory = tmp_path / "set"
-    for name in ("train.jsonl", "test.jsonl", "other.jsonl", "more/pairs.jsonl", "dataset_info.json"):
+    for name in ("train.jsonl", "test.jsonl", "other.jsonl", "more/pairs.jsonl"):
+        write_lines(directory / name, PLAIN)
+    for name in ("dataset_info.json", "more/state.json", "more/.checkpoints/x.jsonl"):  # no data
         write_lines(directory / name, PLAIN)
     (directory / "more" / "x.csv").write_text("prompt,chosen,rejected\n")
     assert len(load_preference_pairs(directory)) == 1
@@ -322,6 +324,11 @@ def test_files_of_a_directory_that_are_not_read_are_named(tmp_path: Path, caplog
     assert caplog.messages == [f"{directory}: not read, since `datasets` takes others for the data: {unread}"]
     caplog.clear()
     assert len(load_preference_pairs(directory, data_files="other.jsonl")) == 1
+    assert caplog.messages == []
+    snapshot = tmp_path / "snapshots" / "1"  # as in the cache of the hub
+    snapshot.mkdir(parents=True)
+    (snapshot / "train.jsonl").symlink_to(directory / "train.jsonl")
+    assert len(load_preference_pairs(snapshot)) == 1
     assert caplog.messages == []
 
 

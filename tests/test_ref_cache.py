@@ -19,7 +19,6 @@ from safetensors.numpy import save
 from tiny_model import make_model, make_pairs
 from tiny_trainer import batch_of, make_trainer, tokenized
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from two_processes import run_on_two_processes
 
 from dil_kernels.data.collators import PreferenceCollator
@@ -30,6 +29,7 @@ from dil_kernels.training.ref_cache import (
     ReferenceCache,
     dataset_fingerprint,
     default_ref_cache_dir,
+    model_fingerprint,
     scored_lengths,
 )
 
@@ -38,8 +38,7 @@ def precomputed(directory: Path, **options: Any) -> tuple[DILTrainer, int]:
     """A trainer with precomputed references, and how often its model ran for them."""
     model = options.pop("model", None) or make_model()
     calls: list[int] = []
-    layer = model.model.layers[0]  # whose own hooks would be reason not to keep anything
-    handle = register_module_forward_pre_hook(lambda module, _: calls.append(1) if module is layer else None)
+    handle = model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     settings = {"ref_cache_dir": str(directory / "refs"), "precompute_ref_log_probs": True, **options}
     trainer = make_trainer(directory, model=model, **settings)
     handle.remove()
@@ -68,7 +67,7 @@ def test_a_second_run_reads_what_the_first_computed(tmp_path: Path, capsys: pyte
         (line,) = [line for line in printed.splitlines() if line.startswith(f"Reference log-probs of {count} rows ")]
         assert "computed; kept in " in line
     second, calls = precomputed(tmp_path, eval_dataset=evaluation)
-    assert calls == 0
+    assert calls == 3  # a batch of each
     assert capsys.readouterr().out.count("rows read from ") == 3
     assert sorted((tmp_path / "refs").iterdir()) == files
     assert sums_of(second.train_dataset) == sums_of(first.train_dataset)
@@ -94,8 +93,8 @@ def test_unpaired_responses_are_kept(tmp_path: Path) -> None:
     rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(PAIRS)]
     responses = datasets.Dataset.from_list(rows)
     first, calls = precomputed(tmp_path, train_dataset=responses)
-    second, none = precomputed(tmp_path, train_dataset=responses)
-    assert (calls, none) == (4, 0)
+    second, sampled = precomputed(tmp_path, train_dataset=responses)
+    assert (calls, sampled) == (4, 1)
     assert second.train_dataset["ref_logps"][:] == first.train_dataset["ref_logps"][:]
     chosen = plain_logps(make_model().double(), batch_of(make_pairs(7)))[0].sum(1)[:7]
     torch.testing.assert_close(torch.tensor(second.train_dataset["ref_logps"][:]).double(), chosen, rtol=1e-5, atol=0)
@@ -141,7 +140,7 @@ def test_whatever_changes_the_numbers_computes_them_again(
     assert "cannot be used" not in caplog.text
     fresh, _ = precomputed(tmp_path / "fresh", **change())
     assert sums_of(changed.train_dataset) == sums_of(fresh.train_dataset)
-    assert precomputed(tmp_path)[1] == 0, "the first entry is still there"
+    assert precomputed(tmp_path)[1] == 1, "the first entry is still there"
 
 
 def two_adapters(active: str = "default", lora_alpha: int = 8) -> PeftModel:
@@ -210,7 +209,7 @@ def test_a_damaged_file_is_computed_again_by_the_trainer(tmp_path: Path, caplog:
     assert calls == 4
     assert f"{path} cannot be used (its checksum does not fit)" in caplog.text
     assert sums_of(second.train_dataset) == sums_of(first.train_dataset)
-    assert precomputed(tmp_path)[1] == 0, "the file is whole again"
+    assert precomputed(tmp_path)[1] == 1, "the file is whole again"
 
 
 FORGED = {
@@ -334,6 +333,40 @@ def test_a_data_set_is_known_by_its_tokens_however_they_are_stored() -> None:
     assert scored_lengths(whole).sum() == (batch_of(make_pairs(9))["labels"] != -100).sum()
 
 
+def test_a_model_is_known_by_what_it_computes() -> None:
+    expected = model_fingerprint(make_model())
+    moved = make_model()
+    moved.config._name_or_path = "elsewhere"
+    assert model_fingerprint(moved) == expected
+    assert model_fingerprint(make_model().train().requires_grad_(False)) == expected
+    buffer = make_model()
+    buffer.model.rotary_emb.inv_freq[-1] *= 2  # in no checkpoint
+    swapped = make_model()
+    swapped.model.layers[0].mlp.act_fn = nn.GELU()
+    assert len({expected, *map(model_fingerprint, (buffer, swapped, make_model(1), make_model().half()))}) == 5
+
+
+def test_weights_that_are_not_here_have_no_fingerprint(tmp_path: Path) -> None:
+    sharded = make_model()
+    sharded.lm_head.weight.ds_id = 0  # as DeepSpeed's ZeRO-3 marks them
+    with pytest.raises(NotImplementedError, match=r"embed_tokens\.weight is sharded over processes"):
+        model_fingerprint(sharded)
+    with torch.device("meta"):
+        absent = nn.Linear(2, 2)
+    with pytest.raises(NotImplementedError, match="weight is on the meta device"):
+        model_fingerprint(absent)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        layer = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(NotImplementedError, match="weight is sharded over processes"):
+            model_fingerprint(layer)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 DISTRIBUTED = """
 import json
 from test_ref_cache import precomputed, sums_of
@@ -352,10 +385,10 @@ def test_two_processes_share_one_file(tmp_path: Path) -> None:
     assert len(list((tmp_path / "refs").iterdir())) == 1
     (first, again), other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert other == [first, again]
-    assert (first[0], again[0]) == (2, 0)  # half of the 4 batches each, then none
+    assert (first[0], again[0]) == (2, 1)  # half of the 4 batches each, then one as a sample
     assert again[1] == first[1]
     one, calls = precomputed(tmp_path)
-    assert calls == 0, "one process finds what two have kept"
+    assert calls == 1, "one process finds what two have kept"
     assert sums_of(one.train_dataset) == first[1]
     alone, _ = precomputed(tmp_path, ref_cache_dir="none")
     np.testing.assert_allclose(sums_of(alone.train_dataset), first[1], rtol=RELATIVE)

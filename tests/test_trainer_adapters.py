@@ -213,10 +213,12 @@ def test_the_command_of_openrlhf() -> None:
 def test_the_options_of_openrlhf() -> None:
     from dil_kernels.integrations.openrlhf import split_arguments
 
-    assert split_arguments(["--dil.beta", ".1", "--dil.alpha=1e-1"])[0] == {"beta": 0.1, "alpha": 0.1}
+    words = ["--dil.beta", ".1", "--dil.alpha=1e-1", "--dil.loss_type", "nan"]
+    assert split_arguments(words)[0] == {"beta": 0.1, "alpha": 0.1, "loss_type": "nan"}
     for words, problem in (
         (["--dil.alpha", "0.5", "--dil.alpha=0.7"], "--dil.alpha stands twice, and only one value would be read"),
         (["--dil.alpha="], "--dil.alpha: the value is empty"),
+        (["--dil.link", ""], "--dil.link: the value is empty"),
     ):
         with pytest.raises(ValueError, match=f"^{problem}$"):
             split_arguments(words)

@@ -212,7 +212,7 @@ from trl_runs import make_trainer
 from tiny_model import make_pairs
 stream, pairs = make_pairs(5).to_iterable_dataset(), make_pairs(5)
 options = {"ddp_backend": "gloo", "max_steps": 1}
-problem = "evaluation on a stream in 2 processes: rows of its beginning would be counted again"
+problem = "evaluation on a stream in 2 processes: its batches would be cut apart, or rows counted twice"
 def refusal(call):
     try:
         call()
@@ -231,7 +231,7 @@ assert trainer.evaluate()["eval_loss"] != 0
 
 
 def test_streams_are_not_evaluated_on_by_several_processes(tmp_path: Path) -> None:
-    """accelerate would fill up their last batches with the first rows, which would count twice."""
+    """accelerate would cut batches apart, or fill the last ones up with the first rows, which would count twice."""
     run_on_two_processes(STREAMED, tmp_path, tmp_path)
     losses = [
         make_trainer(tmp_path, arguments={"eval_dataset": data}).evaluate()["eval_loss"]

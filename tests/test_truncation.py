@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 from tiny_model import make_pairs, make_tokenizer
+from tiny_tokenizers import byte_level
 from tiny_trainer import make_trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -194,7 +195,8 @@ def test_texts_without_a_token_of_their_own_are_counted() -> None:
     vocab = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words_only = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    tokens = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<unk>"}
+    words_only = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
     rows = [
         {"prompt": "a b ", "chosen": "a", "rejected": "b"},
         {"prompt": "a c ", "chosen": "d a", "rejected": "b"},
@@ -206,6 +208,18 @@ def test_texts_without_a_token_of_their_own_are_counted() -> None:
     assert str(report).endswith(
         "texts that the tokenizer has no token for: 3, in 2 rows; what stood there is not learnt"
     )
+
+
+def test_an_unknown_token_that_no_text_needs_is_not_counted() -> None:
+    """It is a mark of the chat template of many tokenizers of bytes."""
+    tokenizer = byte_level(False)
+    tokenizer.add_special_tokens({"unk_token": "<|user|>"})
+    rows = [{"prompt": "<|user|> a ", "chosen": "ü", "rejected": "b"}]
+    tokenizer.eos_token = "<|im_end|>"
+    options = {"max_length": None, "max_prompt_length": None, "truncation_mode": "keep_end"}
+    dataset, report = tokenize_and_report(datasets.Dataset.from_list(rows), tokenizer, **options)
+    assert tokenizer.unk_token_id in dataset[0]["prompt_ids"]
+    assert report.unknown == 0
 
 
 def test_a_response_of_which_no_token_is_left_is_refused() -> None:

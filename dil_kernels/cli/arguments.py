@@ -132,7 +132,7 @@ class Parser(argparse.ArgumentParser):
         for token in tokens:
             option = token.split("=")[0]
             action = self._option_string_actions.get(option)
-            if action is None or action.dest == "import_modules":
+            if action is None or action.dest in ("import_modules", "help", "version"):
                 continue
             if action.dest in dests:
                 more = "; several go behind one" if action.nargs == "+" else ""

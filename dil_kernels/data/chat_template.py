@@ -66,8 +66,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._shapes: dict[tuple[str, str], Shape] = {}
-        self._notes: dict[str, str] = {}  # of what is left out, each of the first row alone
-        self._taken: set[str] = set()
+        self.notes: dict[str, str] = {}  # what is to be said, by what the template leaves out; of its first row alone
 
     def render(self, pair: Pair, where: str) -> tuple[str, dict[str, str]]:
         """The text of the prompt, up to where the response begins, and of the whole conversation with each response.
@@ -91,8 +90,8 @@ class ChatRenderer:
         prompts: dict[Form, str] = {}
         try:
             template = self._tokenizer.get_chat_template(options.get("chat_template"), pair.get(TOOLS))
-            for name in options.keys() - {TOOLS, "chat_template"}:
-                if not _names(template, name):
+            for name in options:
+                if name not in (TOOLS, "chat_template") and not _names(template, name):
                     self._note(f"{where}, column {TEMPLATE_OPTIONS!r}", f"the option {name!r}")
             prompt = _with_reasoning(pair["prompt"], template)
             for column in response_columns(pair):
@@ -191,14 +190,8 @@ class ChatRenderer:
                 conversation.place(piece.message), f"the reasoning in its content, all before {END_OF_REASONING}"
             )
 
-    def take_notes(self) -> dict[str, str]:
-        """What is to be said of what the template left out since the last call, by what that is."""
-        notes = {what: note for what, note in self._notes.items() if what not in self._taken}
-        self._taken |= notes.keys()
-        return notes
-
     def _note(self, place: str, what: str) -> None:
-        self._notes.setdefault(
+        self.notes.setdefault(
             what,
             f"{place}: the chat template leaves out {what}, in training as in generation; this is said of the first "
             "such row alone",
@@ -290,4 +283,4 @@ def _is_kept(value: str, text: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _names(template: str, word: str) -> bool:
-    return re.search(rf"\b{word}\b", template) is not None
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", template) is not None

@@ -30,6 +30,7 @@ from dil_kernels.data.columns import (
     without_padding,
 )
 from dil_kernels.data.files import (
+    FILE_SUFFIXES,
     ROWS_PER_CHUNK,
     Record,
     check_file,
@@ -46,7 +47,8 @@ from dil_kernels.data.pair_storage import parts_of_columns, set_source, storable
 from dil_kernels.data.pairs import Like, Pair, check_pair, is_conversational
 
 CHARACTERS_PER_CHUNK = 2**24
-NO_DATA = ("dataset_info.json", "dataset_infos.json", "state.json")  # which `datasets` writes beside data
+# Which `datasets` and models have beside data.
+NO_DATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "metadata.json", "state.json")
 
 
 def is_local_file(source: str | os.PathLike[str]) -> bool:
@@ -131,13 +133,16 @@ def load_preference_pairs(
 
 def _say_unread(directory: Path, builder: Any) -> None:
     """Say which files of a directory look like data and are of no split: `datasets` takes those of one kind or name."""
-    read = {Path(file) for files in (builder.config.data_files or {}).values() for file in files}
+    read = {Path(file).resolve() for files in (builder.config.data_files or {}).values() for file in files}
+    kinds = {*FILE_SUFFIXES, ".tsv"} - ({".json"} if builder.info.builder_name != "json" else set())
     unread = [
         str(file.relative_to(directory))
         for file in sorted(directory.rglob("*"))
-        if (kind_of_file(file) or file.suffix == ".tsv") and file.is_file() and file.resolve() not in read
+        if (kind_of_file(file) or file.suffix) in kinds
+        and not (file.name in NO_DATA or any(part[0] in "._" for part in file.relative_to(directory).parts))
+        and file.is_file()
+        and file.resolve() not in read
     ]
-    unread = [name for name in unread if name not in NO_DATA and not name.startswith(".")]
     if unread:
         more = ", ..." * (len(unread) > 8)
         say_once(f"{directory}: not read, since `datasets` takes others for the data: {', '.join(unread[:8])}{more}")
@@ -154,7 +159,7 @@ def _reader_of(builder: Any, source: str) -> Callable[[Path, str], Iterator[Reco
     known = ["name", "version", "data_dir", "data_files"]
     if builder.info.builder_name == "parquet":
         read = functools.partial(read_parquet, source=source)
-    elif builder.info.builder_name == "csv" and len(config.sep) == 1:
+    elif builder.info.builder_name == "csv" and isinstance(config.sep, str) and len(config.sep) == 1:
         read = functools.partial(read_csv, delimiter=config.sep)
         known += ["sep", "delimiter"]
     plain = read is not None and config == type(config)(**{field: getattr(config, field) for field in known})

@@ -23,6 +23,7 @@ from dil_kernels.data.token_columns import GIVEN_REFERENCE
 from dil_kernels.data.truncation import DataReport, is_too_long, resolve_prompt_length, truncate
 
 ROWS_PER_BATCH = 256
+NO_TEXT = "\U0010fffd"  # for private use: no vocabulary has it
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def tokenize_and_report(
     def tokenize(batch: Mapping[str, list[Any]], indices: list[int], code: str) -> dict[str, list[Any]]:
         found = to_ids.of_many(checked(dict(batch), indices))
         rows = [row(pair, ids, index) for (pair, ids), index in zip(found, indices, strict=True)]
-        rows[0]["notes"] = json.dumps(to_ids.take_notes())
+        rows[0]["notes"] = json.dumps(to_ids.notes)
         return {name: [each[name] for each in rows] for name in rows[0]}
 
     tokenized = kept_rows(
@@ -135,7 +136,7 @@ def tokenize_and_report(
         source,
     )
     notes: dict[str, str] = {}
-    for text in filter(None, tokenized.with_format(None)["notes"]):
+    for text in filter(None, tokenized.data.column("notes").unique().to_pylist()):
         notes = json.loads(text) | notes
     for note in notes.values():
         say_once(note)
@@ -194,9 +195,8 @@ class PairTokenizer:
         self._encoder = TextEncoder(tokenizer)
         self._beginnings = SharedBeginnings(tokenizer)
         self._renderer = ChatRenderer(tokenizer)
-        unknown = tokenizer.unk_token_id  # of many it is the name of another token, which ends texts, say
-        others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
-        self._unknown = None if unknown in others else unknown
+        self._unknown = _unknown_id(tokenizer)
+        self._said: set[str] = set()
 
     def __call__(self, pair: Pair, where: str) -> tuple[list[int], ...]:
         """The ids of the prompt and of each response: chosen and rejected, or the one completion.
@@ -206,13 +206,15 @@ class PairTokenizer:
                 conversation; the tokenizer cannot tell the response from the prompt; or one of them has no token.
         """
         [(_, ids)] = self.of_many([(pair, where)])
-        for note in self.take_notes().values():
-            say_once(note)
+        for what in self.notes.keys() - self._said:
+            say_once(self.notes[what])
+        self._said |= self.notes.keys()
         return ids
 
-    def take_notes(self) -> dict[str, str]:
-        """What is to be said of the rows since the last call, see `ChatRenderer.take_notes`."""
-        return self._renderer.take_notes()
+    @property
+    def notes(self) -> dict[str, str]:
+        """What is to be said of the rows so far, as of `ChatRenderer`."""
+        return self._renderer.notes
 
     def count_unknown(self, *sequences: list[int]) -> int:
         """The token ids that stand for texts which the tokenizer has no token for."""
@@ -275,6 +277,14 @@ class PairTokenizer:
 def tokenize_pair(pair: Pair, tokenizer: Any, where: str) -> tuple[list[int], ...]:
     """Token ids of one pair, as of `PairTokenizer`."""
     return PairTokenizer(tokenizer)(pair, where)
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The id that stands for texts without a token; None if every text has some, or if it is that of a BOS or EOS."""
+    unknown: int | None = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return None
+    return unknown if unknown in tokenizer(NO_TEXT, add_special_tokens=False)["input_ids"] else None
 
 
 def _join(pair: Pair) -> tuple[str, dict[str, str]]:

@@ -121,13 +121,15 @@ class Hook:
         Raises:
             UnsupportedHeadError: fused_head=True was given, but a model cannot have it.
             UnsupportedPackingError: padding_free=True was given, but a model cannot do without padding.
-            NotImplementedError: prompt tuning, whose tokens have no labels.
+            NotImplementedError: prompt tuning, whose tokens have no labels; or rotary embeddings that go by the longest
+                sequence of a batch and cannot be made to do otherwise, or not before the model has its weights.
         """
         found = [model for model in models if model is not None]
         for model in found:
             if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
                 raise NotImplementedError("prompt tuning adds virtual tokens, which have no label; use LoRA")
-            if not any(buffer.is_meta for buffer in model.buffers()):  # those of processes that get their weights later
+            # Processes that get their weights later cannot try it.
+            if not any(buffer.is_meta for buffer in model.buffers()) or _goes_by_lengths(model):
                 keep_lengths_apart(model)
         if self.options.padding_free:
             install_packed_attention(*found)
@@ -223,6 +225,13 @@ class Hook:
             losses = losses - self.options.nll_weight * chosen_logps / chosen_lengths.clamp(min=1)
         losses = torch.where(counted, losses, 0.0).float()
         return losses, counted, self.factor * chosen_rewards, self.factor * rejected_rewards
+
+
+def _goes_by_lengths(model: Any) -> bool:
+    """Whether the configuration of a model names rotary embeddings that go by the longest sequence."""
+    config = model.config.get_text_config()
+    rope = f"{getattr(config, 'rope_parameters', None)} {getattr(config, 'rope_scaling', None)}"
+    return "longrope" in rope or "dynamic" in rope
 
 
 def without_padding(inputs: Mapping[str, Any], labels: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:

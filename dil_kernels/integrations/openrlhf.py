@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import runpy
 import sys
 from typing import Any
@@ -113,19 +114,20 @@ def split_arguments(words: list[str]) -> tuple[dict[str, Any], list[str]]:
             name, has_value, value = word.removeprefix(PREFIX).partition("=")
             if name in given:
                 raise ValueError(f"{PREFIX}{name} stands twice, and only one value would be read")
-            if has_value and not value.strip():
-                raise ValueError(f"{PREFIX}{name}: the value is empty")
             values = given[name] = [value] if has_value else []
         else:
             values.append(word)
     for name, texts in given.items():
+        if not all(text.strip() for text in texts):
+            raise ValueError(f"{PREFIX}{name}: the value is empty")
         found = [_value(text) for text in texts]
         given[name] = True if not found else found[0] if len(found) == 1 else found
     return given, rest
 
 
 def _value(text: str) -> Any:
-    for convert in (json.loads, float) if "_" not in text else ():  # Python's 1_0 is 10
+    # Of numbers JSON has no .1, and Python more than numbers are.
+    for convert in (json.loads, float) if re.fullmatch(r"[-+.\deE]+", text) else (json.loads,):
         with contextlib.suppress(ValueError):
             return convert(text)
     return text

@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dil_kernels.data.json_text import parse_json
+from dil_kernels.data.token_columns import is_unpaired
 from dil_kernels.training.metrics import PREDICTIONS
 from dil_kernels.training.ref_cache import dataset_fingerprint
 
@@ -76,7 +77,7 @@ def score_held_out(trainer: Trainer) -> HeldOutScores:
     finally:
         vars(trainer.args).update(given)
     columns = dict(zip(PREDICTIONS, values.unbind(1), strict=True))
-    in_pairs, per_token = "label" not in dataset.column_names, trainer.args.average_log_prob  # type: ignore[attr-defined]
+    in_pairs, per_token = not is_unpaired(dataset.column_names), trainer.args.average_log_prob  # type: ignore[attr-defined]
     sides = []
     for side in ("chosen", "rejected"):
         lengths = columns[f"{side}_lengths"]

@@ -19,16 +19,18 @@ from dil_kernels.data.batches import Batch
 from dil_kernels.data.token_batches import Shares
 from dil_kernels.data.token_columns import REF_COLUMNS, UNPAIRED_REF_COLUMNS, is_unpaired
 from dil_kernels.data.token_counts import response_id_columns, token_counts
-from dil_kernels.models.probes import matmul_precision
+from dil_kernels.models.probes import coarsest_rounding, matmul_precision
 from dil_kernels.training.ref_cache import (
     ReferenceCache,
     default_ref_cache_dir,
     model_fingerprint,
+    scored_lengths,
 )
 from dil_kernels.training.sharding import gather_batches, share_of_batches
 from dil_kernels.training.token_loader import batches_in_order, in_order_of_rows, loader_of
 
 NO_CACHE = "none"
+ROUNDINGS = 16.0  # of a log-prob of a token, which go through all layers
 
 
 def ref_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
@@ -133,26 +135,45 @@ class ReferencePass:
         found = [None if entry is None else entry.load()]
         values = broadcast_object_list(found)[0]
         done = "" if entry is None else f"read from {entry.path}"
+        again = ""
+        if values is not None and not self._are_those_of_now(values, dataset, batch_size):
+            values, again = None, " again, since those that were kept are not the model's"
         if values is None:
             with torch.random.fork_rng():  # training is the same where they are read
                 values = self._compute(dataset, batch_size)
             problem = self.cache if entry is None else entry.store(values)
-            done = (
-                f"computed and not kept: {problem}" if problem or entry is None else f"computed; kept in {entry.path}"
-            )
+            kept = f" and not kept: {problem}" if problem or entry is None else f"; kept in {entry.path}"
+            done = f"computed{again}{kept}"
         if is_main:
             print(f"Reference log-probs of {len(dataset)} rows {done}")
         for index, column in enumerate(ref_columns(dataset)):
             dataset = dataset.add_column(column, values[:, index])
         return dataset
 
+    def _are_those_of_now(self, values: NDArray[np.float32], dataset: datasets.Dataset, batch_size: int | None) -> bool:
+        """Whether log-probs that were kept are those of the model, by one batch of them that is computed anew.
+
+        Hooks, changed attributes and other code are in no key. Rounding errors grow with the root of the tokens.
+        """
+        rows = self._batches(dataset, batch_size)[0]
+        part = datasets.Dataset.from_dict(dataset[rows])  # which has a last row for fillers, unlike a selection
+        with torch.random.fork_rng():
+            now = self._compute(part, batch_size)
+        with self.trainer.accelerator.autocast():
+            rounding = coarsest_rounding(self.trainer.model)
+        allowed = ROUNDINGS * (rounding * np.sqrt(scored_lengths(part)) + torch.finfo(torch.float32).eps * np.abs(now))
+        return bool(broadcast_object_list([(np.abs(now - values[rows]) <= allowed).all()])[0])
+
+    def _batches(self, dataset: datasets.Dataset, batch_size: int | None) -> list[list[int]]:
+        """The rows of each batch."""
+        if batch_size is None:
+            return batches_in_order(dataset, self.trainer.args)
+        return _longest_first(dataset, batch_size)
+
     def _compute(self, dataset: datasets.Dataset, batch_size: int | None) -> NDArray[np.float32]:
         """The sums, [rows, responses of a row] fp32."""
         accelerator, responses = self.trainer.accelerator, len(ref_columns(dataset))
-        if batch_size is None:
-            batches = batches_in_order(dataset, self.trainer.args)
-        else:
-            batches = _longest_first(dataset, batch_size)
+        batches = self._batches(dataset, batch_size)
         number, own = share_of_batches(accelerator)
         shares = Shares(batches, number)
         loader = loader_of(self.trainer, dataset, shares.of(own))  # the last row is any filler

@@ -77,15 +77,12 @@ def prepare_dataset(
         }
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(f"preference pairs must come as a datasets.Dataset, got {type(dataset).__name__}")
-    unpaired = "label" in dataset.column_names and not {"chosen", "chosen_ids"} & {*dataset.column_names}
-    if unpaired and not LossOptions(**args.loss_options()).separable:
-        link = "" if args.link == "imitation" else f" with link={args.link!r}"
-        raise ValueError(
-            f"loss_type={args.loss_type!r}{link} couples the chosen and the rejected response of a pair: it cannot be "
-            "trained on unpaired responses (a data set with the column 'label')"
-        )
+    if "label" in dataset.column_names and not {"chosen", "chosen_ids"} & {*dataset.column_names}:
+        _refuse_coupled(args)  # before all rows are tokenised
     tokenised = is_tokenised(dataset.column_names)
     dataset = _checked_columns(dataset, name) if tokenised else _tokenize(dataset, tokenizer, args, name, reports)
+    if is_unpaired(dataset.column_names):
+        _refuse_coupled(args)
     if args.max_tokens_per_batch is not None:
         refuse_long_rows(dataset, args, name)
     if tokenised and dataset.format["type"] == "custom":
@@ -105,6 +102,15 @@ def prepare_dataset(
                 ", ".join(unused),
             )
     return dataset
+
+
+def _refuse_coupled(args: DILConfig) -> None:
+    if not LossOptions(**args.loss_options()).separable:
+        link = "" if args.link == "imitation" else f" with link={args.link!r}"
+        raise ValueError(
+            f"loss_type={args.loss_type!r}{link} couples the chosen and the rejected response of a pair: it cannot be "
+            "trained on unpaired responses (a data set with the column 'label')"
+        )
 
 
 def _tokenize(
@@ -157,7 +163,9 @@ def _checked_columns(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
 def _check_given_reference(dataset: datasets.Dataset, name: str) -> None:
     for column in GIVEN_REFERENCE:
         if column in dataset.column_names:
-            if not (dtype := getattr(dataset.features[column], "dtype", "")).startswith(("float", "int")):
+            if not (dtype := getattr(dataset.features[column], "dtype", "")).startswith(
+                ("float", "int", "uint", "decimal")
+            ):
                 raise ValueError(f"the {name} data set, column {column!r}: expected numbers, got {dtype}")
             with np.errstate(over="ignore"):
                 values = np.asarray(dataset[column][:], dtype=np.float32)

@@ -9,11 +9,9 @@ expected; else it is reported, computed again and overwritten.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +35,7 @@ from dil_kernels.user_cache import make_private, remove_abandoned, scratch_besid
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
-# Whose hooks and stand-ins for `forward` change no log-probs, or go by what is in the key.
-KNOWN_PACKAGES = frozenset({"accelerate", "deepspeed", "dil_kernels", "peft", "torch", "transformers"})
+FORMAT = 1
 VOLATILE_CONFIG = frozenset({"_name_or_path", "architectures", "transformers_version", "use_cache"})
 
 
@@ -189,12 +185,9 @@ def model_fingerprint(module: nn.Module) -> str:
         module: a whole model, on any device. It must be in the state in which it computes the reference.
 
     Raises:
-        NotImplementedError: the weights are not all here (FSDP, ZeRO-3, meta device), or their bytes cannot be read; or
-            a module has a hook or a `forward` of the user's, of which nobody knows what it depends on.
+        NotImplementedError: the weights are not all here (FSDP, ZeRO-3, meta device), or their bytes cannot be read.
     """
     _refuse_absent_weights(module)
-    if (foreign := foreign_code(module)) is not None:
-        raise NotImplementedError(foreign)
     digest = xxhash.xxh3_128(model_description(module).encode())
     hashed: dict[tuple[Any, ...], str] = {}
     for name, tensor in _state(module):
@@ -206,50 +199,15 @@ def model_fingerprint(module: nn.Module) -> str:
 
 
 def model_description(module: nn.Module) -> str:
-    """What a model's log-probs depend on beside its weights and buffers, as JSON; unlike any other if nobody knows."""
+    """What a model's log-probs depend on beside its weights and buffers, as JSON."""
     config: Any = getattr(module, "config", None)
     description = {
-        "modules": [(name, *_what_runs(part), _numbers(part)) for name, part in module.named_modules()],
+        "classes": [(name, type(part).__module__, type(part).__qualname__) for name, part in module.named_modules()],
         "config": _lasting(config.to_dict()) if hasattr(config, "to_dict") else None,
         "attention": getattr(config, "_attn_implementation", None),
         "adapters": adapters_in_use(module),
-        "unknown": None if foreign_code(module) is None else uuid.uuid4().hex,
     }
     return json.dumps(description, sort_keys=True, default=str)
-
-
-def foreign_code(module: nn.Module) -> str | None:
-    """Which part of a model has a forward hook, or a `forward` beside its class, of the user; None if none."""
-    for name, part in module.named_modules():
-        own = [vars(part)["forward"]] if "forward" in vars(part) else []
-        for code in (*part._forward_pre_hooks.values(), *part._forward_hooks.values(), *own):
-            if (origin := _origin(code)).partition(".")[0] not in KNOWN_PACKAGES:
-                return f"{name or 'the model'} has a forward hook, or a forward of its own, of {origin}"
-    return None
-
-
-def _origin(code: Any) -> str:
-    """The module in which a function was written, or the class of another object that is called."""
-    while isinstance(code, functools.partial):
-        code = code.func
-    code = getattr(code, "__func__", code)
-    return str(code.__globals__["__name__"] if hasattr(code, "__globals__") else type(code).__module__)
-
-
-def _what_runs(part: nn.Module) -> tuple[str, ...]:
-    """The class of a module, and the function that is its `forward`, which may have been put into the class."""
-    kind = type(part)
-    return kind.__module__, kind.__qualname__, _origin(kind.forward), kind.forward.__qualname__
-
-
-def _numbers(part: nn.Module) -> dict[str, float]:
-    """Attributes that are numbers, such as an eps; a dropout changes nothing where there is none."""
-    return {
-        name: value
-        for name, value in vars(part).items()
-        if type(value) in (int, float)
-        and not (name.startswith("_") or "dropout" in name or isinstance(part, nn.Dropout))
-    }
 
 
 def _refuse_absent_weights(module: nn.Module) -> None:

@@ -140,7 +140,8 @@ def refuse_split_batches(trainer: Trainer, *, tensor_parallelism: bool = False) 
 def refuse_streams(dataset: Any, num_processes: int) -> None:
     """Refuse data without a length to evaluate on, where several processes share them.
 
-    accelerate fills their last batches with rows of the beginning, and cannot take these out of what is gathered.
+    accelerate has one process read for all and cuts its batches apart, which are pairs; or it fills their last batches
+    with rows of the beginning, and cannot take these out of what is gathered.
 
     Args:
         dataset: or several, by name; None for none.
@@ -149,8 +150,8 @@ def refuse_streams(dataset: Any, num_processes: int) -> None:
     parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
     if num_processes > 1 and not all(isinstance(part, Sized) for part in parts if part is not None):
         raise NotImplementedError(
-            f"evaluation on a stream in {num_processes} processes: rows of its beginning would be counted again at its "
-            "end; take a part: Dataset.from_list(list(stream.take(n)))"
+            f"evaluation on a stream in {num_processes} processes: its batches would be cut apart, or rows counted "
+            "twice; take a part: Dataset.from_list(list(stream.take(n)))"
         )
 
 
