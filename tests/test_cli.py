@@ -112,7 +112,8 @@ def test_a_run_of_mixed_data_with_further_options(model_dir: Path, pairs_file: P
 
 
 def test_what_tokenizer_and_model_refuse(model_dir: Path, pairs_file: Path, tmp_path: Path, capsys) -> None:
-    """The tokenizer's before the data are read, which are not there."""
+    """The tokenizer's before the data are read, which are broken; but that they are there is seen first."""
+    (tmp_path / "none.jsonl").write_text("{")
     (tmp_path / "broken.jinja").write_text("w1\n{% if %}")
     argv = ["--model", str(model_dir), "--output-dir", str(tmp_path / "out"), "--use-cpu"]
     nothing = [*argv, "--train-file", str(tmp_path / "none.jsonl")]
@@ -121,6 +122,9 @@ def test_what_tokenizer_and_model_refuse(model_dir: Path, pairs_file: Path, tmp_
         (["--chat-template-path", str(tmp_path / "broken.jinja")], f"{tmp_path / 'broken.jinja'}, line 2: "),
     ):
         assert message in refused([*nothing, *options], capsys)
+    (tmp_path / "none.jsonl").unlink()
+    elsewhere = [*nothing, "--model", "no/model"][2:]
+    assert refused(elsewhere, capsys) == f"{tmp_path}/none.jsonl: no such file"
     argv += ["--train-file", str(pairs_file), "--model-init-kwargs", '{"hiden_size": 3}']
     assert programs.main(argv) == 2
     last = capsys.readouterr().err.splitlines()[-1]
@@ -146,6 +150,7 @@ def test_bad_data_starts_nothing(model_dir: Path, tmp_path: Path, capsys) -> Non
 
 
 def test_options_that_do_not_exist(tmp_path: Path, capsys) -> None:
+    assert refused(["pairs.jsonl"], capsys) == "unexpected argument 'pairs.jsonl'; data are given as --train-file"
     assert refused(["--lerning-rate", "1"], capsys) == "unknown option --lerning-rate; did you mean --learning-rate?"
     for name in ELSEWHERE:
         message = refused([option_string(name), "1"], capsys)

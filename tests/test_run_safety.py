@@ -79,6 +79,14 @@ def test_nothing_that_was_there_is_overwritten(inputs: Path, tmp_path: Path, cap
     assert "holds what this run did not write (README.md, notes.txt)" in message
     assert message.endswith("--overwrite-output-dir true, which overwrites README.md")
     assert contents(mine) == {"README.md": b"mine", "notes.txt": b"mine"}
+    (mine / "trainer_state.json").write_text("{}")
+    assert train(inputs, mine) == 2
+    assert "holds an earlier run (README.md, notes.txt, trainer_state.json): name another" in last_line(capsys)
+    (mine / "notes.txt").unlink()
+    assert train(inputs, mine) == 2
+    assert last_line(capsys).endswith("--overwrite-output-dir true, which overwrites all of it")
+    (mine / "trainer_state.json").unlink()
+    (mine / "notes.txt").write_text("mine")
     assert train(inputs, mine, overwrite_output_dir=True) == 0
     assert "to be overwritten: README.md; left as they are: notes.txt" in capsys.readouterr().out
     assert (mine / "notes.txt").read_text() == "mine"
@@ -378,6 +386,34 @@ def test_the_quickstart_overwrites_its_own_runs_only(tmp_path: Path, monkeypatch
     (tmp_path / "trainer_state.json").write_text("{}")
     assert quickstart.main(options) == 0
     assert len(runs) == 1
+    monkeypatch.chdir(tmp_path)  # in its own directory, whatever an interrupted run has left
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "model.safetensors").write_text("x")
+    assert quickstart.main([]) == 0
+
+    def interrupted(options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "_run", interrupted)
+    capsys.readouterr()
+    assert quickstart.main([]) == 130
+    assert capsys.readouterr().err == "quickstart: interrupted; run it again\n"
+
+
+def test_a_run_that_ended_before_it_had_made_anything_is_started_again(inputs: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "held_out_before.json").write_text("{}")
+    assert train(inputs, output) == 0
+
+
+def test_help_is_as_wide_as_the_terminal(monkeypatch, capsys) -> None:
+    for columns, longest in (("80", 80), ("200", 120)):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            programs.main(["--help"])
+        widths = [len(line) for line in capsys.readouterr().out.splitlines() if "{" not in line]  # of all choices
+        assert max(widths) <= longest
 
 
 def test_the_oldest_checkpoint_is_that_of_the_first_step_whatever_the_files_say(tmp_path: Path) -> None:

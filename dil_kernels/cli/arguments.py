@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from dil_kernels import __version__
 from dil_kernels.backends import BACKEND_CHOICES
 from dil_kernels.cli.class_options import lora_fields, plain_bnb_fields, plain_lora_fields
-from dil_kernels.cli.option_names import as_on_command_line, option_string
+from dil_kernels.cli.option_names import as_on_command_line, help_width, option_string
 from dil_kernels.cli.option_types import OptionField, fields_of, members_of, nonempty, type_options
 from dil_kernels.cli.run_options import RunOptions, check_run_options, run_options
 from dil_kernels.data.truncation import TRUNCATION_MODES
@@ -124,6 +124,8 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(tokens)
         if unknown:
             option = next((token for token in unknown if token.startswith("-")), unknown[0]).split("=")[0]
+            if not option.startswith("-"):
+                self.error(f"unexpected argument {option!r}; data are given as --train-file")
             self.error(f"unknown option {option}{_hint(option, self._option_string_actions, option_string)}")
         return namespace
 
@@ -269,9 +271,11 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
 def _hint(option: str, known: Iterable[str], spelled: Callable[[str], str]) -> str:
     """To be said of an unknown option: which one may be meant, or that it may be of peft, which is not installed."""
     option = _underscored(option)
+    if option.startswith("lora_") and not lora_fields():
+        return "; options of LoRA need peft: pip install peft"
     nearest = did_you_mean(option, map(_underscored, known))
     hint = f"; did you mean {spelled(nearest)}?" if nearest else ""
-    of_lora = option.startswith(("lora_", "use_")) and not lora_fields()
+    of_lora = option.startswith("use_") and not lora_fields()
     return hint + ("; options of LoRA need peft: pip install peft" if of_lora else "")
 
 
@@ -301,7 +305,7 @@ def build_parser() -> Parser:
         description="Train a causal language model on preference pairs by Direct Imitation Learning (DIL).",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=120),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=help_width()),
         usage="dil-train --model MODEL --train-file FILE --output-dir DIR [options]\n"
         "       dil-train --config RECIPE.yaml [options]",
     )

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from dil_kernels.cli.environment import version_of
+from dil_kernels.cli.option_names import help_width
 from dil_kernels.losses import divergence_names
 from dil_kernels.user_cache import make_private
 
@@ -50,7 +51,7 @@ def _make_text() -> str:
 
 def _key() -> str:
     """Of all that the text depends on."""
-    parts = [sys.version, *map(version_of, ("torch", "transformers", "peft")), *divergence_names()]
+    parts = [str(help_width()), sys.version, *map(version_of, ("torch", "transformers", "peft")), *divergence_names()]
     for path in sorted(PACKAGE.rglob("*")):
         if path.suffix in (".py", ".yaml"):
             status = path.stat()

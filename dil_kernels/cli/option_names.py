@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 
 
@@ -33,3 +34,8 @@ def as_on_command_line(message: str, fields: Iterable[str]) -> str:
         return option_string(name) if mark or "_" in name or subject else match[0]
 
     return named.sub(spell, " ".join(message.split()))
+
+
+def help_width() -> int:
+    """Columns of the help: those of the terminal, 120 at most."""
+    return min(shutil.get_terminal_size((120, 24)).columns, 120)

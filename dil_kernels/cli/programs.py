@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dil_kernels.wording import needs_extra
@@ -132,6 +133,7 @@ def _load_and_train(options: RunOptions, config: DILConfig, checkpoint: str | No
     from dil_kernels.training.agreement import done_by_all
     from dil_kernels.training.run import run_training
 
+    done_by_all(lambda: _check_files(options), InputError)  # for a name that is wrong, nothing is loaded
     tokenizer = done_by_all(lambda: _load_tokenizer(options), InputError)  # which is small, before the data
     train_dataset, eval_dataset = done_by_all(lambda: _load_data(options, config), InputError)
     model = _with_lora(_load_model(options.model, options), options, config)
@@ -190,6 +192,16 @@ def _load_data(options: RunOptions, config: DILConfig) -> tuple[datasets.Dataset
     return train_dataset, load(options.eval_file, split)
 
 
+def _check_files(options: RunOptions) -> None:
+    """Of local data, that they are there."""
+    from dil_kernels.data.files import check_file
+    from dil_kernels.data.loading import is_local_file
+
+    for name in (options.train_file, options.eval_file):
+        if name is not None and is_local_file(name):
+            check_file(Path(name))
+
+
 def _load_tokenizer(options: RunOptions) -> Any:
     from jinja2 import TemplateSyntaxError
     from transformers import AutoTokenizer
@@ -201,7 +213,8 @@ def _load_tokenizer(options: RunOptions) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(options.model, **_of_the_hub(options.model, options))
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())
-        raise InputError(f"--model {options.model}: no tokenizer could be loaded: {problem}") from error
+        which = "" if os.path.isdir(options.model) else "there is no such directory, and by this name "
+        raise InputError(f"--model {options.model}: {which}no tokenizer could be loaded: {problem}") from error
     if options.pad_token is not None:
         if options.pad_token not in tokenizer.get_vocab():
             raise InputError(f"--pad-token {options.pad_token}: the tokenizer of {options.model} has no such token")

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program; that of the process if None.
 
     Returns:
-        The exit status: 0, or 1 if the model cannot be obtained.
+        The exit status: 0; 1 if the model cannot be obtained, or training failed; 130 if it was interrupted.
     """
     parser = argparse.ArgumentParser(prog="python -m dil_kernels.quickstart", description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"), help="(default: %(default)s)")
@@ -42,14 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 1
-    # A run of its own may be made again.
-    overwrite = (options.output_dir / "trainer_state.json").is_file() or None
+    # A run of its own may be made again, and its own directory in any case.
+    is_own = options.output_dir == parser.get_default("output_dir")
+    overwrite = is_own or (options.output_dir / "trainer_state.json").is_file() or None
     try:
         with output_directory(options.output_dir, overwrite=overwrite, inputs={"--model-dir": str(options.model_dir)}):
             _run(options)
     except (RuntimeError, OSError, OutputDirError) as error:
         print(f"quickstart: error: {as_on_command_line(str(error), ['output_dir'])}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("quickstart: interrupted; run it again", file=sys.stderr)
+        return 130
     print(f"done in              {time.monotonic() - start:.0f} s")
     return 0
 

@@ -254,13 +254,19 @@ def _reproduction(trainer: Any, notes: CardNotes) -> str:
         name: _public(value) if name.endswith(("model", "file", "path")) else value
         for name, value in notes.sources.items()
     }
+    for name in ("model", "ref_model"):
+        if name in sources and not _is_on_hub(notes.sources[name]):
+            sources[name] = f"./{sources[name]}"  # which nobody takes for a name on the hub
     if "datasets" in sources:
         sources["datasets"] = [{**entry, "path": _public(entry["path"])} for entry in sources["datasets"]]
     recipe = yaml.safe_dump({**sources, **recipe_of(trainer.args)}, sort_keys=False)
     processes, _ = share_of_batches(trainer.accelerator)
     launch = "" if processes == 1 else f"accelerate launch --num_processes {processes} -m dil_kernels.cli "
     command = (launch or "dil-train ") + "--config recipe.yaml --output-dir out"
-    return f"{fenced(command)}\n\nwith this `recipe.yaml`:\n\n{fenced(recipe, 'yaml')}"
+    return (
+        f"{fenced(command)}\n\nwith this `recipe.yaml`, in which local files and directories stand by their names, "
+        f"without their paths:\n\n{fenced(recipe, 'yaml')}"
+    )
 
 
 def recipe_of(args: Any) -> dict[str, Any]:

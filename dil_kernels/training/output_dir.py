@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dil_kernels.training.checkpoints import checkpoint_directories
+from dil_kernels.training.held_out import BEFORE_NAME
 from dil_kernels.training.run_lock import LOCK_NAME, OutputDirError, only_run
 
 # What a run writes beside checkpoints: weights, adapters, tokenizers; states and reports of its own.
@@ -139,7 +140,7 @@ def _refuse_inputs(path: Path, inputs: Mapping[str, str | os.PathLike[str] | Non
 
 def _refuse_entries(path: Path, overwrite: bool | None) -> None:
     entries = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK_NAME)
-    if not entries:
+    if not {*entries} - {BEFORE_NAME}:  # that alone is of a run that ended before it had made anything
         return
     replaced = [name for name in entries if _is_written(path / name, CHECKPOINT, MODEL, REPORTS)]
     if overwrite:
@@ -151,10 +152,13 @@ def _refuse_entries(path: Path, overwrite: bool | None) -> None:
         raise OutputDirError(f"{holds}what this run did not write ({_listed(entries)}): name another directory")
     if checkpoint_directories(path):
         holds += "checkpoints of an earlier run: continue it with resume_from_checkpoint, "
+    elif "trainer_state.json" in entries:
+        holds += f"an earlier run ({_listed(entries)}): "
     else:
         holds += f"what this run did not write ({_listed(entries)}): "
+    overwritten = "all of it" if replaced == entries else _listed(replaced)
     raise OutputDirError(
-        f"{holds}name another directory, or give overwrite_output_dir=True, which overwrites {_listed(replaced)}"
+        f"{holds}name another directory, or give overwrite_output_dir=True, which overwrites {overwritten}"
     )
 
 

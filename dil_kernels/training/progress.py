@@ -67,6 +67,14 @@ class LiveProgress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: {self._text(logs, 'eval_')}")
 
 
+def close_bars(trainer: Any) -> None:
+    """Close the progress bars of a run that did not come to its end, so that what is said next is below them."""
+    for callback in trainer.callback_handler.callbacks:
+        for bar in (getattr(callback, "prediction_bar", None), getattr(callback, "training_bar", None)):
+            if bar is not None:
+                bar.close()
+
+
 class LiveLines(TrainerCallback):
     """The same without a bar, a line a log."""
 

@@ -16,7 +16,7 @@ from dil_kernels.training.generations import GENERATIONS_NAME
 from dil_kernels.training.held_out import BeforeAfter, HeldOutBefore, score_held_out
 from dil_kernels.training.model_card import CARD_NAME, PLOT_NAME, CardNotes
 from dil_kernels.training.output_dir import RemoveEarlier, continues
-from dil_kernels.training.progress import LiveLines, LiveProgress
+from dil_kernels.training.progress import LiveLines, LiveProgress, close_bars
 from dil_kernels.training.start import CannotStartError
 from dil_kernels.training.trainer import DILConfig, DILTrainer
 from dil_kernels.wording import describe_error
@@ -118,6 +118,8 @@ def run_training(
         raise TrainingError(f"{describe_error(error)}; {where_to_go_on()}") from error
     except KeyboardInterrupt as error:
         raise TrainingInterrupt(where_to_go_on()) from error
+    finally:
+        close_bars(trainer)
     return results
 
 
