@@ -41,11 +41,11 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
     done = threading.Event()
 
     def sample() -> None:
-        while True:
+        is_done = False
+        while not is_done:
+            is_done = done.wait(0.05)  # and once more behind the end, of work that takes less
             for key, name in (("anon_mb", "RssAnon:"), ("resident_mb", "VmRSS:")):
                 peak[key] = max(peak[key], _status(name))
-            if done.wait(0.05):
-                return
 
     watch = threading.Thread(target=sample)
     watch.start()

@@ -153,7 +153,8 @@ def unequal_rows(folder: Path) -> DILTrainer:
     trainers, gathers = [], []
     with small_tiles():
         for fused_head in (False, True):
-            options = {"train_dataset": unequal_pairs(), "stash_bytes": 4096, "max_steps": 2, "fused_head": fused_head}
+            options = {"train_dataset": unequal_pairs(), "max_steps": 2, "fused_head": fused_head}
+            options |= {"stash_bytes": 4096} if fused_head else {}
             trainer = trainer_of(folder, lambda: make_model(tie_word_embeddings=False), **options)
             with counted_gathers(trainer.model.lm_head) as count:
                 trainer.train()

@@ -107,7 +107,7 @@ def test_what_is_not_exact_is_refused(sizes: dict[str, int], message: str) -> No
     accelerator = SimpleNamespace(num_processes=1, parallelism_config=ParallelismConfig(**sizes))
     loading = SimpleNamespace(dispatch_batches=None, split_batches=False)
     args = SimpleNamespace(n_gpu=1, accelerator_config=loading)
-    trainer = SimpleNamespace(accelerator=accelerator, args=args, model=None)
+    trainer = SimpleNamespace(accelerator=accelerator, args=args, model=None, eval_dataset=None)
     with pytest.raises(NotImplementedError, match=message):
         refuse_split_batches(trainer, tensor_parallelism=True)
     with pytest.raises(NotImplementedError, match="the trainer on TRL supports data parallelism only"):
@@ -122,6 +122,7 @@ def test_balanced_batches_are_not_dealt_out_to_the_parts_of_a_model() -> None:
         accelerator=SimpleNamespace(num_processes=2, parallelism_config=ParallelismConfig(tp_size=2)),
         args=SimpleNamespace(n_gpu=1, accelerator_config=loading, train_sampling_strategy="batch_rebalance"),
         model=model,
+        eval_dataset=None,
     )
     with pytest.raises(NotImplementedError, match="'batch_rebalance' was given, but it deals out batches"):
         refuse_split_batches(trainer, tensor_parallelism=True)
@@ -162,6 +163,7 @@ def test_a_model_in_parts_is_not_given_to_another_engine(engine: str) -> None:
         args=SimpleNamespace(n_gpu=1, accelerator_config=loading),
         model=model,
         ref_model=None,
+        eval_dataset=None,
         is_fsdp_enabled=engine == "fsdp",
         is_deepspeed_enabled=engine == "deepspeed",
     )

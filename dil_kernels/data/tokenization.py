@@ -206,8 +206,9 @@ class PairTokenizer:
                 conversation; the tokenizer cannot tell the response from the prompt; or one of them has no token.
         """
         [(_, ids)] = self.of_many([(pair, where)])
-        for what in self.notes.keys() - self._said:
-            say_once(self.notes[what])
+        for what, note in self.notes.items():
+            if what not in self._said:
+                say_once(note)
         self._said |= self.notes.keys()
         return ids
 
