@@ -316,3 +316,12 @@ sys.exit(programs.main(["--model", "m", "--train-file", "pairs.jsonl", "--output
     assert line.startswith(
         "dil-train: error: dil-train needs the extra [train]: pip install 'dil-kernels[train]', in a"
     )
+
+
+def test_help_is_as_wide_as_the_terminal(monkeypatch, capsys) -> None:
+    for columns, longest in (("80", 80), ("200", 120)):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            programs.main(["--help"])
+        widths = [len(line) for line in capsys.readouterr().out.splitlines() if "{" not in line]  # of all choices
+        assert max(widths) <= longest

@@ -13,7 +13,6 @@ import pytest
 from tiny_model import make_model, make_pairs, make_tokenizer, save_model, write_lines
 
 from dil_kernels.cli import programs
-from dil_kernels.quickstart import run as quickstart
 from dil_kernels.trainer import DILConfig, DILTrainer
 from dil_kernels.training.checkpoints import writing_checkpoint
 from dil_kernels.training.run import run_training
@@ -373,47 +372,11 @@ def test_memory_is_pinned_only_where_there_is_a_device_to_copy_to(tmp_path: Path
     assert config.dataloader_pin_memory == (config.device.type != "cpu")
 
 
-def test_the_quickstart_overwrites_its_own_runs_only(tmp_path: Path, monkeypatch, capsys) -> None:
-    runs = []
-    monkeypatch.setattr(quickstart, "_run", runs.append)
-    (tmp_path / "README.md").write_text("mine")
-    options = ["--output-dir", str(tmp_path)]
-    assert quickstart.main(options) == 1
-    assert capsys.readouterr().err == (
-        f"quickstart: error: --output-dir {tmp_path} holds what this run did not write (README.md): name another "
-        "directory\n"
-    )
-    (tmp_path / "trainer_state.json").write_text("{}")
-    assert quickstart.main(options) == 0
-    assert len(runs) == 1
-    monkeypatch.chdir(tmp_path)  # in its own directory, whatever an interrupted run has left
-    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
-    (tmp_path / "runs" / "quickstart" / "model.safetensors").write_text("x")
-    assert quickstart.main([]) == 0
-
-    def interrupted(options: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(quickstart, "_run", interrupted)
-    capsys.readouterr()
-    assert quickstart.main([]) == 130
-    assert capsys.readouterr().err == "quickstart: interrupted; run it again\n"
-
-
 def test_a_run_that_ended_before_it_had_made_anything_is_started_again(inputs: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "held_out_before.json").write_text("{}")
     assert train(inputs, output) == 0
-
-
-def test_help_is_as_wide_as_the_terminal(monkeypatch, capsys) -> None:
-    for columns, longest in (("80", 80), ("200", 120)):
-        monkeypatch.setenv("COLUMNS", columns)
-        with pytest.raises(SystemExit):
-            programs.main(["--help"])
-        widths = [len(line) for line in capsys.readouterr().out.splitlines() if "{" not in line]  # of all choices
-        assert max(widths) <= longest
 
 
 def test_the_oldest_checkpoint_is_that_of_the_first_step_whatever_the_files_say(tmp_path: Path) -> None:

@@ -257,12 +257,12 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
         else:
             # An unquoted `no` is a boolean in YAML.
             is_no = value is False and "no" in (actions[option].choices or ())
-            items = value if isinstance(value, list) else ["no" if is_no else value]
-            if actions[option].type is None and actions[option].nargs != 0:
-                for item in items:
-                    if not isinstance(item, str | dict):
-                        parser.error(f"option {key!r} is text, but YAML reads {item!r} there: quote it")
-            tokens += _as_tokens(option, value if isinstance(value, list) else items[0])
+            value = "no" if is_no else value
+            is_text = actions[option].type is None and actions[option].nargs != 0
+            for item in (value if isinstance(value, list) else [value]) if is_text else ():
+                if not isinstance(item, str | dict):
+                    parser.error(f"option {key!r} is text, but YAML reads {item!r} there: quote it")
+            tokens += _as_tokens(option, value)
     values.update(vars(parser.parse_args(tokens)))
     parser.source = ""
     return values
@@ -271,12 +271,11 @@ def read_recipe(name: str, parser: Parser) -> dict[str, Any]:
 def _hint(option: str, known: Iterable[str], spelled: Callable[[str], str]) -> str:
     """To be said of an unknown option: which one may be meant, or that it may be of peft, which is not installed."""
     option = _underscored(option)
-    if option.startswith("lora_") and not lora_fields():
-        return "; options of LoRA need peft: pip install peft"
-    nearest = did_you_mean(option, map(_underscored, known))
+    without_peft = option.startswith(("lora_", "use_")) and not lora_fields()
+    is_of_lora = without_peft and option.startswith("lora_")
+    nearest = None if is_of_lora else did_you_mean(option, map(_underscored, known))
     hint = f"; did you mean {spelled(nearest)}?" if nearest else ""
-    of_lora = option.startswith("use_") and not lora_fields()
-    return hint + ("; options of LoRA need peft: pip install peft" if of_lora else "")
+    return hint + ("; options of LoRA need peft: pip install peft" if without_peft else "")
 
 
 def _repeated_key(node: yaml.Node | None) -> str | None:

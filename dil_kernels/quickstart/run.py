@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     try:
         from dil_kernels.cli.option_names import as_on_command_line
+        from dil_kernels.cli.programs import INTERRUPTED
         from dil_kernels.training.output_dir import OutputDirError, output_directory
     except ImportError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("quickstart: interrupted; run it again", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     print(f"done in              {time.monotonic() - start:.0f} s")
     return 0
 

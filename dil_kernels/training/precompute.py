@@ -30,6 +30,7 @@ from dil_kernels.training.sharding import gather_batches, share_of_batches
 from dil_kernels.training.token_loader import batches_in_order, in_order_of_rows, loader_of
 
 NO_CACHE = "none"
+SAMPLED_ROWS = 8  # of those that are filled by tokens
 ROUNDINGS = 16.0  # of a log-prob of a token, which go through all layers
 
 
@@ -139,8 +140,7 @@ class ReferencePass:
         if values is not None and not self._are_those_of_now(values, dataset, batch_size):
             values, again = None, " again, since those that were kept are not the model's"
         if values is None:
-            with torch.random.fork_rng():  # training is the same where they are read
-                values = self._compute(dataset, batch_size)
+            values = self._compute(dataset, batch_size)
             problem = self.cache if entry is None else entry.store(values)
             kept = f" and not kept: {problem}" if problem or entry is None else f"; kept in {entry.path}"
             done = f"computed{again}{kept}"
@@ -151,38 +151,35 @@ class ReferencePass:
         return dataset
 
     def _are_those_of_now(self, values: NDArray[np.float32], dataset: datasets.Dataset, batch_size: int | None) -> bool:
-        """Whether log-probs that were kept are those of the model, by one batch of them that is computed anew.
+        """Whether log-probs that were kept are those of the model, by the first rows, which are computed anew.
 
         Hooks, changed attributes and other code are in no key. Rounding errors grow with the root of the tokens.
         """
-        rows = self._batches(dataset, batch_size)[0]
-        part = datasets.Dataset.from_dict(dataset[rows])  # which has a last row for fillers, unlike a selection
-        with torch.random.fork_rng():
-            now = self._compute(part, batch_size)
+        count = batch_size or SAMPLED_ROWS
+        part = datasets.Dataset.from_dict(dataset[:count])  # which has a last row for fillers, unlike a selection
+        now = self._compute(part, batch_size)
         with self.trainer.accelerator.autocast():
             rounding = coarsest_rounding(self.trainer.model)
         allowed = ROUNDINGS * (rounding * np.sqrt(scored_lengths(part)) + torch.finfo(torch.float32).eps * np.abs(now))
-        return bool(broadcast_object_list([(np.abs(now - values[rows]) <= allowed).all()])[0])
-
-    def _batches(self, dataset: datasets.Dataset, batch_size: int | None) -> list[list[int]]:
-        """The rows of each batch."""
-        if batch_size is None:
-            return batches_in_order(dataset, self.trainer.args)
-        return _longest_first(dataset, batch_size)
+        return bool(broadcast_object_list([(np.abs(now - values[:count]) <= allowed).all()])[0])
 
     def _compute(self, dataset: datasets.Dataset, batch_size: int | None) -> NDArray[np.float32]:
         """The sums, [rows, responses of a row] fp32."""
         accelerator, responses = self.trainer.accelerator, len(ref_columns(dataset))
-        batches = self._batches(dataset, batch_size)
+        if batch_size is None:
+            batches = batches_in_order(dataset, self.trainer.args)
+        else:
+            batches = _longest_first(dataset, batch_size)
         number, own = share_of_batches(accelerator)
         shares = Shares(batches, number)
-        loader = loader_of(self.trainer, dataset, shares.of(own))  # the last row is any filler
         sums = []
-        for inputs in tqdm(loader, desc="Reference log-probs", disable=self.trainer.args.disable_tqdm):
-            batch = Batch.of(inputs)
-            sides = torch.stack(batch.sums(self.token_logps(batch)).chunk(responses), dim=1)
-            sides = gather_batches(accelerator, accelerator.pad_across_processes(sides))
-            sums.append(sides.float().cpu())
+        with torch.random.fork_rng():  # training is the same where they are read
+            loader = loader_of(self.trainer, dataset, shares.of(own))  # the last row is any filler
+            for inputs in tqdm(loader, desc="Reference log-probs", disable=self.trainer.args.disable_tqdm):
+                batch = Batch.of(inputs)
+                sides = torch.stack(batch.sums(self.token_logps(batch)).chunk(responses), dim=1)
+                sides = gather_batches(accelerator, accelerator.pad_across_processes(sides))
+                sums.append(sides.float().cpu())
         return in_order_of_rows(torch.cat(sums).numpy(), shares)
 
 

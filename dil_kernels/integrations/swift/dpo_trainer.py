@@ -126,10 +126,10 @@ def _make_hook(ours: list[str], alone: bool, config: Any) -> Hook:
     text = os.environ.get("DIL_OPTIONS", "").strip() or "{}"
     try:
         given = parse_json(text)
+        if not isinstance(given, dict):
+            raise ValueError(f"a {type(given).__name__}")
     except ValueError as error:
         raise ValueError(f"DIL_OPTIONS must be a JSON object, got {text!r:.80} ({error})") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"DIL_OPTIONS must be a JSON object, got {text!r:.80}")
     if len(ours) > 1:
         raise ValueError(f"--loss_type takes one loss of dil_kernels, got {', '.join(ours)}")
     if "loss_type" in given:
